@@ -1,0 +1,79 @@
+"""What a Newton–Schulz (NS) schedule does to a spectrum: NS acts on singular values alone, so scalars suffice.
+
+X₀ = M/‖M‖_F; A = XXᵀ; X ← aX + (bA + cA²)X maps every singular value by p(x) = a·x + b·x³ + c·x⁵ and leaves the
+singular vectors alone. O denotes the output, o_i its singular values, Q = UVᵀ the exact polar factor, r = min(m, n).
+"""
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .ns_families import Coefficients
+
+Floats = NDArray[np.float64]
+
+
+def ns_map(x: ArrayLike, coefficients: Coefficients) -> Floats:
+    """Singular values after all of `coefficients`, from normalised singular values x = σ/‖M‖_F (any shape).
+
+    >>> round(float(ns_map(0.1, ((3.4445, -4.7750, 2.0315),) * 5)), 5)
+    0.71212
+    """
+    o = np.asarray(x, dtype=np.float64)
+    # A schedule that escapes ends in inf and nan; that is its true result.
+    with np.errstate(over="ignore", invalid="ignore"):
+        for a, b, c in coefficients:
+            square = o * o
+            o = o * (a + square * (b + square * c))
+    return o
+
+
+def gram_residual(o: ArrayLike) -> Floats:
+    """Shape-normalised Gram residual ε̃ = ‖I_r − OOᵀ‖_F/√r = √(mean_i (1 − o_i²)²), over the last axis. Dimensionless."""
+    o = np.asarray(o, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.sqrt(np.mean((1 - o * o) ** 2, axis=-1)))
+
+
+def polar_residual(o: ArrayLike) -> Floats:
+    """Polar residual ‖O − Q‖_F/√r = √(mean_i (1 − o_i)²), over the last axis. Dimensionless.
+
+    Exact when O shares the singular vectors of M, as it does in exact arithmetic.
+    """
+    o = np.asarray(o, dtype=np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray(np.sqrt(np.mean((1 - o) ** 2, axis=-1)))
+
+
+def residual_curves(x: ArrayLike, coefficients: Coefficients) -> tuple[Floats, Floats]:
+    """Gram and polar residual after 0, 1, …, len(coefficients) steps, from normalised singular values of shape (r,)."""
+    o = np.asarray(x, dtype=np.float64)
+    after = [o]
+    for triple in coefficients:
+        o = ns_map(o, (triple,))
+        after.append(o)
+    return gram_residual(np.stack(after)), polar_residual(np.stack(after))
+
+
+def achieved_residual(output: NDArray[np.floating]) -> float:
+    """Gram residual ‖I_r − OOᵀ‖_F/√r of a matrix as it is, shape (m, n), the Gram matrix on the short side, in float64."""
+    o = np.asarray(output, dtype=np.float64)
+    o = o if o.shape[0] <= o.shape[1] else o.T
+    gram = o @ o.T
+    gram.flat[:: gram.shape[0] + 1] -= 1
+    return float(np.linalg.norm(gram) / np.sqrt(gram.shape[0]))
+
+
+def alignment(ns_input: NDArray[np.floating], output: NDArray[np.floating], nuclear_norm: float) -> float:
+    """⟨M, O⟩/‖M‖_*: 1 exactly when O is the polar factor on the range of M. The residual is blind to direction, this is not.
+
+    NaN for a zero matrix.
+    """
+    if nuclear_norm == 0:
+        return float("nan")
+    return float(np.vdot(np.asarray(ns_input, np.float64), np.asarray(output, np.float64)) / nuclear_norm)
+
+
+def ns_flops(rows: int, cols: int) -> int:
+    """FLOPs of one quintic step, 2(2r²q + r³), r and q the short and long side (two products with X, one of Grams)."""
+    r, q = min(rows, cols), max(rows, cols)
+    return 2 * (2 * r * r * q + r**3)

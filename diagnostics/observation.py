@@ -1,0 +1,120 @@
+"""One optimizer step of one matrix, as arrays, and everything that is measured on it."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .catalogue import NS_STEPS
+from .newton_schulz import achieved_residual, alignment, residual_curves
+from .ns_families import Coefficients, repeat_last
+from .spectrum import spectrum
+from .spectrum_sketch import sketch
+from .update_size import reading_noise, rms, update_without_decay
+
+Floats = NDArray[np.float64]
+# Quantity name → value of one matrix: a number, or a vector along the quantity's extra dimension.
+Measured: TypeAlias = dict[str, float | Floats]
+
+# Residual and alignment read back from weights are reported up to this rounding noise; it shifts ε̃ by at most about 2 %.
+READABLE_NOISE = 0.01
+
+
+@dataclass(frozen=True)
+class NewtonSchulz:
+    """How an optimizer orthogonalises: X₀ = M/max(‖M‖_F, eps), then one step per triple."""
+
+    coefficients: Coefficients
+    eps: float
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What one optimizer step saw and did to one matrix, shape (rows, cols).
+
+    Attributes:
+        weight_before, weight_after: W_t and W_{t+1}, in their own format; arithmetic on them is in float64.
+        weight_roundoff: unit roundoff of the format the weights are stored in.
+        grad_rms, momentum_rms: RMS of gradient and first moment; NaN where there is none.
+        lr, weight_decay: of the parameter group, read before the step.
+        decoupled_decay: the λ of W(1 − ηλ); 0 where decay is coupled or absent.
+        ns_input: the matrix whose spectrum is measured: the exact NS input, or momentum or gradient where the optimizer
+            does not orthogonalise; None where geometry is not measured.
+        ns_roundoff: unit roundoff of the format `ns_input` is stored in.
+        newton_schulz: None where the optimizer does not orthogonalise.
+        output_scale: s in ΔW = −η·s·O, decay aside.
+    """
+
+    weight_before: NDArray[np.floating]
+    weight_after: NDArray[np.floating]
+    weight_roundoff: float
+    grad_rms: float
+    momentum_rms: float
+    lr: float
+    weight_decay: float
+    decoupled_decay: float
+    ns_input: NDArray[np.floating] | None = None
+    ns_roundoff: float = 0.0
+    newton_schulz: NewtonSchulz | None = None
+    output_scale: float = float("nan")
+
+    @cached_property
+    def applied(self) -> Floats:
+        """W_t − W_{t+1}, everything included."""
+        return self.weight_before.astype(np.float64) - self.weight_after
+
+    @cached_property
+    def update(self) -> Floats:
+        """The update per learning rate, decoupled decay taken out."""
+        return update_without_decay(self.weight_before.astype(np.float64), self.weight_after.astype(np.float64), self.lr, self.decoupled_decay)
+
+    @cached_property
+    def update_noise(self) -> float:
+        """Relative rounding error of the applied update as read back."""
+        return reading_noise(rms(self.weight_before), rms(self.applied), self.weight_roundoff)
+
+
+def measure_update(seen: Observation) -> Measured:
+    """The quantities of the group `update` (see the catalogue for each definition)."""
+    update_rms, weight_rms = rms(seen.applied), rms(seen.weight_before)
+    return {
+        "update_rms": update_rms,
+        "update_norm": update_rms * float(np.sqrt(seen.applied.size)),
+        "update_rms_per_lr": rms(seen.update),
+        "update_noise": seen.update_noise,
+        "weight_rms": weight_rms,
+        "grad_rms": seen.grad_rms,
+        "momentum_rms": seen.momentum_rms,
+        "update_to_weight": update_rms / weight_rms if weight_rms > 0 else float("nan"),
+        "lr": seen.lr,
+        "weight_decay": seen.weight_decay,
+    }
+
+
+def measure_geometry(seen: Observation) -> Measured:
+    """The quantities of the group `geometry` but `ns_schedule`; only `fro_norm` where the NS input is zero or not finite."""
+    assert seen.ns_input is not None
+    fro_norm = rms(seen.ns_input) * float(np.sqrt(seen.ns_input.size))
+    if not np.isfinite(fro_norm) or fro_norm == 0:
+        return {"fro_norm": fro_norm}
+    of_input = spectrum(seen.ns_input, unit_roundoff=seen.ns_roundoff)
+    measured: Measured = {
+        "sigma_quantile": sketch(of_input.normalised),
+        "fro_norm": of_input.fro_norm,
+        "condition_number": of_input.condition_number,
+        "condition_is_floor": of_input.condition_is_floor,
+        "stable_rank": of_input.stable_rank,
+        "below_floor": of_input.below_floor,
+    }
+    if seen.newton_schulz is not None:
+        x = of_input.sigma / max(of_input.fro_norm, seen.newton_schulz.eps)
+        # An optimizer set to zero steps has no coefficients to apply: its curve is flat at the residual of X₀.
+        steps = repeat_last(seen.newton_schulz.coefficients, NS_STEPS) if seen.newton_schulz.coefficients else ((1.0, 0.0, 0.0),) * NS_STEPS
+        measured["ns_residual"], measured["ns_residual_polar"] = residual_curves(x, steps)
+        if seen.update_noise <= READABLE_NOISE:
+            output = seen.update / seen.output_scale
+            measured["ns_residual_achieved"] = achieved_residual(output)
+            measured["alignment"] = alignment(seen.ns_input, output, of_input.nuclear_norm)
+    return measured

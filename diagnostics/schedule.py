@@ -1,0 +1,105 @@
+"""The schedule file: Newton–Schulz steps and coefficients per operator, with where they come from."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .ns_families import Coefficients
+
+FORMAT = "optiscope-schedule"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class OperatorSchedule:
+    """What one operator type gets.
+
+    Attributes:
+        coefficients: the (a, b, c) of every step, acting on σ/‖M‖_F; their number is the number of steps.
+        matrices: names of the parameters the operator stands for.
+        predicted_residual: mean Gram residual over those matrices and the window, under these coefficients.
+        baseline_residual: the same under the uniform schedule of the same budget.
+        cost: FLOPs of all its matrices for all its steps.
+    """
+
+    coefficients: Coefficients
+    matrices: tuple[str, ...]
+    predicted_residual: float
+    baseline_residual: float
+    cost: int
+
+    @property
+    def steps(self) -> int:
+        """Number of Newton–Schulz steps."""
+        return len(self.coefficients)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Steps and coefficients per operator, and their provenance.
+
+    Attributes:
+        operators: operator type → what it gets.
+        budget: what was allowed and what is used: `kind`, `mean_steps`, `limit`, `cost`.
+        objective: predicted `mean_residual` and `max_residual`, their `baseline_…` values under the uniform schedule,
+            `in_force_mean_residual` of what the run itself used, the `rule`, and the `lower_bound` on the mean that certifies it.
+        provenance: run, window of steps, number of snapshots, coefficient family, software version, time.
+    """
+
+    operators: Mapping[str, OperatorSchedule]
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    objective: Mapping[str, Any] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+
+    def operator_of(self, name: str) -> str | None:
+        """The operator whose matrices include the parameter `name`, None where the schedule does not know it."""
+        return next((operator for operator, entry in self.operators.items() if name in entry.matrices), None)
+
+    def to_json(self) -> str:
+        """The file's text: UTF-8 JSON, numbers in full precision."""
+        operators = {name: {"steps": entry.steps, **asdict(entry)} for name, entry in self.operators.items()}
+        document = {
+            "format": FORMAT, "version": VERSION, "provenance": dict(self.provenance),
+            "budget": dict(self.budget), "objective": dict(self.objective), "operators": operators,
+        }  # fmt: skip
+        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+
+    def save(self, path: str | Path) -> None:
+        """Write the schedule as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Schedule":
+        """Read a schedule file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not a schedule file, a newer version of it, or one that contradicts itself.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            document = json.loads(text)
+            if document["format"] != FORMAT:
+                raise KeyError("format")
+            version = int(document["version"])
+        except (ValueError, KeyError, TypeError):
+            raise ValueError(f"{path}: expected a schedule file written by `diag schedule`, got something else") from None
+        if version > VERSION:
+            raise ValueError(f"{path}: schedule version {version} is newer than this software reads ({VERSION}); upgrade optiscope")
+        try:
+            operators = {name: _operator(entry) for name, entry in document["operators"].items()}
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path}: the schedule's operators are malformed ({error!r}); derive it again with `diag schedule`") from None
+        return cls(operators, document.get("budget", {}), document.get("objective", {}), document.get("provenance", {}))
+
+
+def _operator(entry: Mapping[str, Any]) -> OperatorSchedule:
+    coefficients = tuple((float(a), float(b), float(c)) for a, b, c in entry["coefficients"])
+    if len(coefficients) != entry["steps"]:
+        raise ValueError(f"{entry['steps']} steps but {len(coefficients)} coefficient triples")
+    return OperatorSchedule(
+        coefficients, tuple(entry["matrices"]), float(entry["predicted_residual"]),
+        float(entry["baseline_residual"]), int(entry["cost"]),
+    )  # fmt: skip
