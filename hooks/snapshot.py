@@ -1,0 +1,104 @@
+"""Reading one matrix around an optimizer step: what the step will overwrite, then the observation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..diagnostics.observation import NewtonSchulz, Observation
+from .adapters import Adapter, Group, State
+from .matrices import Matrix
+
+
+@dataclass
+class Snapshot:
+    """One matrix before the step. The gradient's part is filled by :meth:`see_gradient`, inside the step when a closure makes it."""
+
+    matrix: Matrix
+    group: Group
+    adapter: Adapter
+    weight: Tensor
+    lr: float
+    gradient_seen: bool = False
+    grad_rms: float = float("nan")
+    gradient: Tensor | None = None  # a copy, where it may be what the spectrum is of: some optimizers write into theirs
+    ns_input: Tensor | None = None
+    newton_schulz: NewtonSchulz | None = None
+
+    def see_gradient(self, state: State) -> None:
+        """Read the gradient, and build the NS input from it, before the optimizer touches either."""
+        gradient = self.matrix.parameter.grad
+        if gradient is None or gradient.is_sparse:
+            return
+        self.gradient_seen = True
+        self.grad_rms = tensor_rms(gradient)
+        ns = self.adapter.orthogonalisation
+        if ns is not None:
+            self.ns_input = ns.ns_input(gradient, state, self.group)
+            self.newton_schulz = ns.settings(self.group)
+        elif self.matrix.geometry and self.adapter.momentum(state) is None:
+            self.gradient = gradient.detach().clone()
+
+    def observe(self, state: State) -> Observation | None:
+        """The observation after the step; None where the step had no gradient for this matrix or its shape changed."""
+        parameter, matrix = self.matrix.parameter, self.matrix
+        as_attached = parameter.shape[:1] == (matrix.rows,) and parameter.numel() == matrix.rows * matrix.cols
+        if not (self.gradient_seen and as_attached and parameter.shape == self.weight.shape):
+            return None
+        momentum = self.adapter.momentum(state)
+        spectrum_input = self.ns_input
+        if spectrum_input is None and self.adapter.orthogonalisation is None and matrix.geometry:
+            spectrum_input = momentum if momentum is not None else self.gradient
+        ns = self.adapter.orthogonalisation
+        shape = (matrix.rows, matrix.cols)
+        return Observation(
+            weight_before=as_array(self.weight).reshape(shape),
+            weight_after=as_array(parameter).reshape(shape),
+            weight_roundoff=unit_roundoff(parameter),
+            grad_rms=self.grad_rms,
+            momentum_rms=float("nan") if momentum is None else tensor_rms(momentum),
+            lr=self.lr,
+            weight_decay=_number(self.group.get("weight_decay", 0.0)),
+            decoupled_decay=self.adapter.decoupled_decay(self.group),
+            ns_input=None if spectrum_input is None else as_array(spectrum_input).reshape(shape),
+            ns_roundoff=0.0 if spectrum_input is None else unit_roundoff(spectrum_input),
+            newton_schulz=self.newton_schulz,
+            output_scale=ns.output_scale(self.group, *shape) if ns else float("nan"),
+        )
+
+
+def take_snapshot(matrix: Matrix, group: Group, adapter: Adapter) -> Snapshot:
+    """Copy what the step will overwrite."""
+    return Snapshot(matrix, group, adapter, matrix.parameter.detach().clone(), _number(group.get("lr")))
+
+
+def _number(setting: Any) -> float:
+    """A group's setting as a number; NaN for what is none (optimizers that find their own learning rate set lr=None)."""
+    try:
+        return float(setting)
+    except (TypeError, ValueError):
+        return float("nan")
+
+
+def as_array(tensor: Tensor) -> NDArray[np.floating[Any]]:
+    """The tensor's numbers on the CPU, without copying where it can; bfloat16, which NumPy lacks, as float32."""
+    tensor = tensor.detach().cpu()
+    array: NDArray[np.floating[Any]] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return array
+
+
+def tensor_rms(tensor: Tensor) -> float:
+    """RMS of a tensor, summed in float64 where the tensor is.
+
+    Not NumPy's: its threads and torch's spin for each other's cores when calls alternate (a record took three times as long).
+    """
+    norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+    return float(norm) / max(tensor.numel(), 1) ** 0.5
+
+
+def unit_roundoff(tensor: Tensor) -> float:
+    """Half the distance from 1 to the next number of the tensor's format: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16."""
+    return torch.finfo(tensor.dtype).eps / 2

@@ -1,0 +1,193 @@
+"""The store on the writing side: one Zarr v3 group per run, appended in whole chunks, committed by one atomic write.
+
+The commit rule. Arrays of a flush are written first. Then the root's consolidated metadata, which carries the shape of
+every array, is replaced by one rename. Readers that open the run through it (plain xarray does) see either all arrays
+of a flush or none; what a killed process wrote after the last commit lies outside every committed shape, and the next
+writer writes over it.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+
+Row = Mapping[str, NDArray[Any] | float]
+
+SCHEMA = 1  # raised when a reader of the old schema would misread a run
+CHUNK_STEPS = 64
+SCALAR_CHUNK_STEPS = 1024
+
+
+class Writer:
+    """Appends records to one run. Rows are buffered until :meth:`flush`; :attr:`committed` counts those on disk per group."""
+
+    def __init__(self, path: str | Path, attributes: Mapping[str, Any]) -> None:
+        """Open the run at `path`, making it if nothing is there.
+
+        Raises:
+            ValueError: `path` holds something else, or a run of another schema version.
+        """
+        self.path = Path(path)
+        self.is_new = _nothing_committed(self.path)
+        if self.is_new:
+            self._root = zarr.create_group(store=self.path, zarr_format=3, overwrite=True, attributes={"optiscope_schema": SCHEMA, **attributes})
+        else:
+            self._root = _open_run(self.path)
+        # Attributes by group, "" the run's own: changed in memory, written by the next commit.
+        self.attributes: dict[str, dict[str, Any]] = {"": dict(self._root.attrs)}
+        self._writers = (self.attributes[""].get("writer"), uuid4().hex)  # whoever wrote last, and this one
+        self.attributes[""]["writer"] = self._writers[1]
+        self._groups: dict[str, dict[str, zarr.Array[Any]]] = {}
+        self._static: dict[str, set[str]] = {}
+        self._pending: dict[str, list[tuple[int, Row]]] = {}
+        self.committed: dict[str, int] = {}
+        for name, group in self._root.groups():
+            self._adopt(name, dict(group.attrs), dict(group.arrays()))
+            # A writer killed in a flush leaves arrays that are longer than committed; back to what is committed.
+            for array in self._groups[name].values():
+                array.resize(array.shape)
+
+    def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
+        """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional)."""
+        # Read by xarray as the names of its non-index coordinates.
+        declared = {"coordinates": " ".join(coordinates)} if coordinates else {}
+        group = self._root.create_group(name, attributes={**attributes, **declared}, overwrite=True)
+        arrays = {
+            key: group.create_array(key, data=values, dimension_names=("matrix", "quantile")[: values.ndim])
+            for key, values in coordinates.items()
+        }
+        arrays["step"] = group.create_array(
+            "step", shape=(0,), chunks=(SCALAR_CHUNK_STEPS,), dtype="int64", dimension_names=("step",), fill_value=-1,
+            attributes={"long_name": "optimizer steps taken", "units": "1"},
+        )  # fmt: skip
+        self._adopt(name, {**attributes, **declared}, arrays)
+
+    def create_array(
+        self, group: str, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...], dtype: str, attributes: Mapping[str, Any]
+    ) -> None:
+        """Add a variable of `shape` and `dimensions` after `step`; missing for records already there."""
+        chunk_steps = CHUNK_STEPS if shape else SCALAR_CHUNK_STEPS
+        missing = {"b": False, "i": -1}.get(np.dtype(dtype).kind, np.nan)
+        self._groups[group][name] = self._root[group].create_array(  # type: ignore[union-attr]
+            name, shape=(self.committed[group], *shape), chunks=(chunk_steps, *(max(size, 1) for size in shape)),
+            dtype=dtype, fill_value=missing, dimension_names=("step", *dimensions), attributes=dict(attributes), overwrite=True,
+        )  # fmt: skip
+
+    def coordinate(self, group: str, name: str) -> list[Any]:
+        """A static coordinate of a group, as a list."""
+        return list(np.asarray(self._root[group][name][:]))  # type: ignore[index]
+
+    def has(self, group: str, name: str | None = None) -> bool:
+        """Whether the run has the group, or the group the variable."""
+        return group in self._groups and (name is None or name in self._groups[group])
+
+    @property
+    def last_step(self) -> int:
+        """Largest step of any record, committed or pending; 0 for an empty run."""
+        steps = [int(arrays["step"][-1]) for name, arrays in self._groups.items() if self.committed[name]]
+        return max(steps + [rows[-1][0] for rows in self._pending.values() if rows], default=0)
+
+    def append(self, group: str, step: int, row: Row) -> bool:
+        """Buffer one record; true when the group's buffer now ends a chunk and is best flushed."""
+        self._pending[group].append((step, row))
+        chunk = SCALAR_CHUNK_STEPS if group == "scalars" else CHUNK_STEPS
+        return (self.committed[group] + len(self._pending[group])) % chunk == 0
+
+    def flush(self) -> None:
+        """Write what is buffered and commit it. Where that fails, nothing is committed and the buffer is kept.
+
+        Raises:
+            RuntimeError: another writer has committed to the run since; going on would undo what it committed.
+        """
+        if _metadata(self.path)["attributes"].get("writer") not in self._writers:
+            raise RuntimeError(f"store: {self.path} is now written by another recorder; this one stops writing to it")
+        written = {name: len(rows) for name, rows in self._pending.items()}
+        for name, count in written.items():
+            if count:
+                self._write(name, self._pending[name])
+        self._commit()
+        for name, count in written.items():
+            self.committed[name] += count
+            del self._pending[name][:count]
+
+    def _adopt(self, name: str, attributes: dict[str, Any], arrays: "dict[str, zarr.Array[Any]]") -> None:
+        self.attributes[name] = attributes
+        # Static coordinates have no step dimension and take no part in appending.
+        self._groups[name] = {key: array for key, array in arrays.items() if "step" in (array.metadata.dimension_names or ())}  # type: ignore[union-attr]
+        self._static[name] = arrays.keys() - self._groups[name].keys()
+        self._pending[name] = []
+        self.committed[name] = int(self._groups[name]["step"].shape[0])
+
+    def _write(self, name: str, rows: list[tuple[int, Row]]) -> None:
+        start = self.committed[name]
+        stop = start + len(rows)
+        for key, array in self._groups[name].items():
+            block = np.full((len(rows), *array.shape[1:]), array.fill_value, dtype=array.dtype)
+            for i, (step, row) in enumerate(rows):
+                if key == "step":
+                    block[i] = step
+                elif key in row:
+                    block[i] = row[key]
+            array.resize((stop, *array.shape[1:]))
+            array[start:stop] = block
+
+    def _commit(self) -> None:
+        # What `zarr.consolidate_metadata` writes, without its warning that the format may change: silencing that
+        # would reset the warning filters of the training process at every flush.
+        nodes: dict[str, Any] = {}
+        for name in sorted(self._groups):
+            folder = self.path / name
+            group = {**_metadata(folder), "attributes": self.attributes[name]}
+            _replace(folder / "zarr.json", group)
+            nodes[name] = {**group, "consolidated_metadata": _consolidated({})}
+            # Not whatever lies in the folder: a killed writer may have left a variable it did not commit.
+            for child in sorted(self._static[name] | self._groups[name].keys()):
+                nodes[f"{name}/{child}"] = _metadata(folder / child)
+        root = {**_metadata(self.path), "attributes": self.attributes[""], "consolidated_metadata": _consolidated(nodes)}
+        _replace(self.path / "zarr.json", root)
+
+
+def _consolidated(nodes: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "inline", "must_understand": False, "metadata": nodes}
+
+
+def _metadata(node: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((node / "zarr.json").read_text(encoding="utf-8"))
+    return document
+
+
+def _replace(target: Path, document: dict[str, Any]) -> None:
+    partial = target.with_suffix(".json.partial")
+    partial.write_text(json.dumps(document), encoding="utf-8")
+    os.replace(partial, target)
+
+
+def _nothing_committed(path: Path) -> bool:
+    """No file, an empty folder, or a run whose writer was killed before its first commit."""
+    if not path.exists() or (path.is_dir() and all(entry.suffix == ".partial" for entry in path.iterdir())):
+        return True
+    try:
+        document = _metadata(path)
+    except (OSError, ValueError):
+        return False
+    return "optiscope_schema" in document.get("attributes", {}) and "consolidated_metadata" not in document
+
+
+def _open_run(path: Path) -> "zarr.Group":
+    try:
+        root = zarr.open_group(path, mode="r+", zarr_format=3)
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        raise ValueError(f"store: {path} exists and is not an Optiscope run; choose another path") from None
+    schema = root.attrs.get("optiscope_schema")
+    if schema != SCHEMA:
+        raise ValueError(f"store: {path} has schema {schema!r}, this version appends to schema {SCHEMA}; choose another path")
+    # A killed writer leaves the temporary file of the write it was in.
+    for partial in path.rglob("*.partial"):
+        partial.unlink()
+    return root
