@@ -1,0 +1,43 @@
+"""What a run means: opening it, the studies, the allocator, the checks.
+
+A study is a module with `study(run) -> xarray.Dataset`, `plot(dataset) -> matplotlib Figure` and `summary(dataset) -> str`.
+Names are imported when first used, so that opening a run does not wait for the plotting libraries.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from . import (
+        allocation,
+        kappa_by_layer,
+        kappa_by_operator,
+        kappa_vs_residual,
+        residual_curves,
+        rms_alignment,
+        shallow_vs_deep,
+    )
+    from .checks import Finding, check
+    from .derive_schedule import derive_schedule
+    from .run import open_run
+
+STUDIES = ("kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment")
+
+_HOME = {"open_run": "run", "derive_schedule": "derive_schedule", "check": "checks", "Finding": "checks"}
+
+__all__ = [
+    "STUDIES", "Finding", "allocation", "check", "derive_schedule", "kappa_by_layer", "kappa_by_operator",
+    "kappa_vs_residual", "open_run", "residual_curves", "rms_alignment", "shallow_vs_deep",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f".{_HOME[name]}", __name__), name)
+    elif name in __all__:
+        value = import_module(f".{name}", __name__)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    # A submodule of the same name may have been bound by the import; the public name wins.
+    globals()[name] = value
+    return value

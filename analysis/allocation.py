@@ -1,0 +1,188 @@
+"""Dividing a Newton–Schulz budget among operators: an exact programme over residual curves.
+
+Groups g with residual R_g(k) after k steps, cost C_g per step and weight W_g:
+
+    minimise Σ_g W_g R_g(k_g)   subject to   Σ_g C_g k_g ≤ budget,   R_g(k_g) ≤ τ = max_h R_h(k̄)
+
+The cap τ means that no operator ends worse than the worst one does under k̄ steps for all: without it the sum is often
+least when the hardest operator is given up. Curves may have any shape (real ones are S-shaped, Jordan's not even
+monotone), so greedy rules fail and the programme is solved exactly.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import linprog
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An allocation problem.
+
+    Attributes:
+        residual: R_g(k), shape (groups, len(steps)).
+        steps: the step counts on offer, ascending; the uniform baseline is one of them.
+        cost: C_g per step, positive integers, shape (groups,).
+        weight: W_g, shape (groups,), Σ W = 1.
+        baseline: k̄, the uniform step count whose cost is the budget.
+    """
+
+    residual: Floats
+    steps: tuple[int, ...]
+    cost: NDArray[np.int64]
+    weight: Floats
+    baseline: int
+
+    @property
+    def budget(self) -> int:
+        """Σ_g C_g k̄."""
+        return int(self.cost.sum()) * self.baseline
+
+    @property
+    def cap(self) -> float:
+        """τ: the largest residual of any group under the uniform baseline."""
+        return float(self.residual[:, self.steps.index(self.baseline)].max())
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Steps per group and what they give: Σ W R, max R, Σ C k."""
+
+    steps: tuple[int, ...]
+    mean_residual: float
+    max_residual: float
+    cost: int
+
+
+def problem(residual: ArrayLike, steps: Sequence[int], cost: ArrayLike, weight: ArrayLike, baseline: int = 5) -> Problem:
+    """Check and normalise the parts of an allocation problem. Residuals are rounded to 1e-9, so that ties are ties.
+
+    Raises:
+        ValueError: shapes that do not match, residuals that are not finite, costs below 1, or a baseline not on offer.
+    """
+    r, c, w = np.asarray(residual, np.float64), np.asarray(cost, np.int64), np.asarray(weight, np.float64)
+    if r.shape != (len(c), len(steps)) or w.shape != c.shape or not len(c):
+        raise ValueError(
+            f"residual: expected one row per group and one column per step count, got shape {r.shape} for {len(c)} groups, {len(steps)} counts"
+        )
+    if not np.isfinite(r).all():
+        raise ValueError("residual: expected finite residuals; leave out groups that were not recorded")
+    if (c < 1).any() or (w <= 0).any():
+        raise ValueError("cost, weight: expected positive numbers")
+    if baseline not in steps:
+        raise ValueError(f"baseline: expected one of the step counts {list(steps)}, got {baseline}")
+    return Problem(np.round(r, 9), tuple(steps), c, w / w.sum(), baseline)
+
+
+def evaluate(given: Problem, steps: Sequence[int]) -> Allocation:
+    """What a choice of steps gives."""
+    chosen = np.array([given.steps.index(k) for k in steps])
+    residuals = given.residual[np.arange(len(chosen)), chosen]
+    return Allocation(tuple(steps), float(given.weight @ residuals), float(residuals.max()), int(given.cost @ np.array(steps)))
+
+
+def uniform(given: Problem) -> Allocation:
+    """The baseline: k̄ steps for every group."""
+    return evaluate(given, [given.baseline] * len(given.cost))
+
+
+def least_mean(given: Problem, *, capped: bool = True) -> Allocation:
+    """The exact minimum of Σ W R under the budget, and under the cap unless `capped` is false.
+
+    Dynamic programme over groups. States are (cost, Σ W R); one that costs no less and gives no less than another is
+    dropped, which keeps the programme exact for any costs without a common unit. Of equal results the cheaper wins,
+    then the one with the lower maximum, then the one with more steps for the earlier group.
+    """
+    allowed = given.residual <= given.cap if capped else np.ones_like(given.residual, dtype=bool)
+    # What the groups to come cost at least: a state that cannot pay for them leads nowhere.
+    cheapest = [int(given.cost[g]) * min(k for k, ok in zip(given.steps, allowed[g], strict=True) if ok) for g in range(len(given.cost))]
+    reserve = [sum(cheapest[g + 1 :]) for g in range(len(cheapest))]
+    # (cost, Σ W R, max R, negated steps): tuple order is the preference among equals.
+    states: list[tuple[int, float, float, tuple[int, ...]]] = [(0, 0.0, 0.0, ())]
+    for g in range(len(given.cost)):
+        grown = [
+            (cost + int(given.cost[g]) * k, round(total + float(given.weight[g] * r), 12), max(worst, float(r)), (*chosen, -k))
+            for cost, total, worst, chosen in states
+            for k, r, ok in zip(given.steps, given.residual[g], allowed[g], strict=True)
+            if ok and cost + int(given.cost[g]) * k + reserve[g] <= given.budget
+        ]
+        states = _undominated(grown)
+    _, _, _, chosen = min(states, key=lambda state: (state[1], state[0], state[2], state[3]))
+    return evaluate(given, [-k for k in chosen])
+
+
+def _undominated(states: list[tuple[int, float, float, tuple[int, ...]]]) -> list[tuple[int, float, float, tuple[int, ...]]]:
+    kept: list[tuple[int, float, float, tuple[int, ...]]] = []
+    for state in sorted(states):
+        if not kept or state[1] < kept[-1][1]:
+            kept.append(state)
+    return kept
+
+
+def least_maximum(given: Problem) -> Allocation:
+    """The exact minimum of max_g R_g(k_g) under the budget, what is left spent on the worst group that can still improve.
+
+    For a threshold τ, k_g(τ) = min{k: R_g(k) ≤ τ} is cheapest; τ is found by bisection over the finite set of residuals.
+    """
+    thresholds = np.unique(given.residual)
+
+    def cheapest(threshold: float) -> list[int] | None:
+        meets = given.residual <= threshold
+        if not meets.any(axis=1).all():
+            return None
+        steps = [given.steps[i] for i in meets.argmax(axis=1)]
+        return steps if int(given.cost @ np.array(steps)) <= given.budget else None
+
+    low, high = 0, len(thresholds) - 1  # the largest threshold lets every group take its fewest steps
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if cheapest(float(thresholds[middle])) else (middle + 1, high)
+    steps = cheapest(float(thresholds[low]))
+    assert steps is not None
+    return _spend_rest(given, steps)
+
+
+def _spend_rest(given: Problem, steps: list[int]) -> Allocation:
+    """Raise the worst group to its next better affordable step count, again and again."""
+    while True:
+        now = evaluate(given, steps)
+        residuals = [float(given.residual[g, given.steps.index(k)]) for g, k in enumerate(steps)]
+        for g in sorted(range(len(steps)), key=lambda g: -residuals[g]):
+            better = [
+                k
+                for k, r in zip(given.steps, given.residual[g], strict=True)
+                if k > steps[g] and r < residuals[g] and now.cost + int(given.cost[g]) * (k - steps[g]) <= given.budget
+            ]
+            if better:
+                steps = [*steps[:g], better[0], *steps[g + 1 :]]
+                break
+        else:
+            return now
+
+
+def lower_bound(given: Problem, *, capped: bool = True) -> float:
+    """A certificate: the linear relaxation (shares z_gk of each step count, Σ_k z_gk = 1) is below every allocation's Σ W R."""
+    groups, counts = given.residual.shape
+    allowed = given.residual <= given.cap if capped else np.ones_like(given.residual, dtype=bool)
+    solved = linprog(
+        (given.weight[:, None] * given.residual).ravel(),
+        A_ub=np.outer(given.cost, given.steps).ravel()[None, :] / given.budget,
+        b_ub=[1.0],
+        A_eq=np.kron(np.eye(groups), np.ones(counts)),
+        b_eq=np.ones(groups),
+        bounds=[(0, 1 if ok else 0) for ok in allowed.ravel()],
+        method="highs",
+    )
+    return float(solved.fun)
+
+
+RULES: Mapping[str, Callable[[Problem], Allocation]] = {
+    "mean": least_mean,
+    "mean-uncapped": lambda given: least_mean(given, capped=False),
+    "minimax": least_maximum,
+    "uniform": uniform,
+}

@@ -1,0 +1,188 @@
+"""What is wrong with a run: rules over its records, each a sentence with its numbers, its matrices and what to do."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike
+
+from . import rms_alignment
+from .run import ns_schedules, records
+
+Severity = Literal["info", "warning", "error"]
+SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
+
+NEAR_EPS = 1e3  # ‖M‖_F/eps under which the iteration's scale invariance is at risk; at 1 the update has halved
+NOISY = 0.01
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a run.
+
+    Attributes:
+        rule: name of the rule.
+        severity: "info" never fails a check.
+        sentence: what was found, numbers included.
+        advice: what to do.
+        matrices: names of those concerned.
+    """
+
+    rule: str
+    severity: Severity
+    sentence: str
+    advice: str
+    matrices: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self)
+
+
+def check(run: xr.DataTree) -> list[Finding]:
+    """All findings of a run, the most severe first.
+
+    Raises:
+        ValueError: the run has no records.
+    """
+    update = records(run, "update").load() if "update" in run.children else None
+    geometry = records(run, "geometry").load() if "geometry" in run.children else None
+    if update is None and geometry is None:
+        raise ValueError("run: no records yet; record at least one step")
+    found: list[Finding] = list(_recording_errors(run))
+    if update is not None:
+        for rule in _UPDATE_RULES:
+            found += rule(update)
+        found += _off_target(run)
+    if geometry is not None:
+        for rule in _GEOMETRY_RULES:
+            found += rule(geometry)
+    return sorted(found, key=lambda finding: -SEVERITIES.index(finding.severity))
+
+
+def _recording_errors(run: xr.DataTree) -> Iterator[Finding]:
+    if errors := run.attrs.get("errors", 0):
+        yield Finding(
+            "recording_errors",
+            "warning",
+            f"Recording failed {errors} times; those records are incomplete.",
+            "See the training's log for the first failure.",
+        )
+
+
+def _off_target(run: xr.DataTree) -> Iterator[Finding]:
+    study = rms_alignment.study(run)
+    known = np.isfinite(study["residual"].values)
+    # A single record may be an outlier; half of a matrix's records are a scaling.
+    share = study["off_target"].values.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
+    for optimizer in np.unique(study["optimizer"].values):
+        own = (study["optimizer"].values == optimizer) & (share > 0.5)
+        if own.any():
+            factor = float(np.nanmedian(study["alignment"].values[:, own]))
+            yield Finding(
+                "rms_off_target", "error",
+                f"{optimizer}: the updates of {own.sum()} matrices are {factor:.3g} times their target size, outside what their residual explains.",
+                "Look for a scaling that is missing or applied twice: 0.2, √max(rows, cols), √(rows/cols).", _names(study, own),
+            )  # fmt: skip
+    rms = {str(o): float(study["to_adamw"].where(study["optimizer"] == o).median()) for o in np.unique(study["optimizer"].values)}
+    orthogonal = {str(o) for o in study["optimizer"].values[known.any(axis=0)]}
+    for optimizer in sorted(orthogonal):
+        if not 0.7 < rms[optimizer] < 1.5 and len(rms) > len(orthogonal):
+            yield Finding(
+                "rms_not_matched", "info",
+                f"{optimizer}: update RMS per learning rate is {rms[optimizer]:.2f} of AdamW's usual 0.2, so its learning rate is on another scale.",
+                "To share a learning rate with AdamW, use adjust_lr_fn='match_rms_adamw'.",
+            )  # fmt: skip
+
+
+def _not_finite(update: xr.Dataset) -> Iterator[Finding]:
+    recorded = np.isfinite(update["lr"].values)
+    bad = recorded & ~(np.isfinite(update["update_rms"].values) & np.isfinite(update["grad_rms"].values))
+    if bad.any():
+        steps = update["step"].values[bad.any(axis=1)]
+        yield Finding(
+            "not_finite", "error", f"NaN or infinity in the gradient or the update of {bad.any(axis=0).sum()} matrices, first at step {steps[0]}.",
+            "Find the first step with a non-finite loss; lower the learning rate or clip gradients.", _names(update, bad.any(axis=0)),
+        )  # fmt: skip
+
+
+def _dead(update: xr.Dataset) -> Iterator[Finding]:
+    recorded = np.isfinite(update["update_rms"].values)
+    dead = recorded.any(axis=0) & ~((update["update_rms"].values != 0) & recorded).any(axis=0)
+    if dead.any():
+        yield Finding(
+            "dead", "warning", f"{dead.sum()} matrices did not move in any record.",
+            "Check that they take part in the loss, and that the learning rate is not zero.", _names(update, dead),
+        )  # fmt: skip
+
+
+def _noisy(update: xr.Dataset) -> Iterator[Finding]:
+    noise = update["update_noise"].where(np.isfinite(update["update_noise"])).median("step").values
+    noisy = noise > NOISY
+    if noisy.any():
+        yield Finding(
+            "update_rounded", "warning",
+            f"Weights of {noisy.sum()} matrices are stored so coarsely that an update as read back is {np.nanmax(noise):.0%} rounding noise.",
+            "Keep float32 master weights; achieved residual and alignment are left out for these matrices.", _names(update, noisy),
+        )  # fmt: skip
+
+
+def _single_row(geometry: xr.Dataset) -> Iterator[Finding]:
+    single = np.minimum(geometry["rows"].values, geometry["cols"].values) == 1
+    if single.any():
+        yield Finding(
+            "single_row", "info", f"{single.sum()} matrices have a single row or column: one singular value, κ = 1 by definition.",
+            "Leave them to AdamW; orthogonalising a vector only normalises it.", _names(geometry, single),
+        )  # fmt: skip
+
+
+def _zero_input(geometry: xr.Dataset) -> Iterator[Finding]:
+    zero = (geometry["fro_norm"].values == 0).any(axis=0)
+    if zero.any():
+        yield Finding(
+            "zero_input", "warning", f"The NS input (or momentum) of {zero.sum()} matrices was all zeros in some record; it has no spectrum.",
+            "Check that these matrices receive gradients.", _names(geometry, zero),
+        )  # fmt: skip
+
+
+def _bounded(geometry: xr.Dataset) -> Iterator[Finding]:
+    recorded = np.isfinite(geometry["condition_number"].values)
+    floors = geometry["condition_is_floor"].values & recorded
+    if floors.any():
+        yield Finding(
+            "condition_bounded", "info",
+            f"In {floors.sum() / recorded.sum():.0%} of the snapshots κ is only known to be at least the recorded value: the smallest "
+            "singular value lies under the rounding noise of the input.",
+            "Nothing, unless it persists after the first steps; then the matrix is rank-deficient.", _names(geometry, floors.any(axis=0)),
+        )  # fmt: skip
+
+
+def _near_eps(geometry: xr.Dataset) -> Iterator[Finding]:
+    for i, schedule in enumerate(ns_schedules(geometry)):
+        ratio = geometry["fro_norm"].where(geometry["ns_schedule"] == i).values / schedule.eps if schedule.eps else np.array([np.inf])
+        small = (ratio > 0) & (ratio < NEAR_EPS)
+        if small.any():
+            yield Finding(
+                "norm_near_eps", "warning", f"‖M‖_F falls to {ratio[small].min():.3g} times the optimizer's eps ({schedule.eps:g}), where eps shrinks the update.",
+                "Lower eps (1e-15 is safe in float32), or scale the loss.", _names(geometry, small.any(axis=0)),
+            )  # fmt: skip
+
+
+def _no_steps(geometry: xr.Dataset) -> Iterator[Finding]:
+    for i, schedule in enumerate(ns_schedules(geometry)):
+        own = np.asarray((geometry["ns_schedule"].values == i).any(axis=0))
+        if not schedule.coefficients and own.any():
+            yield Finding(
+                "no_ns_steps", "error", f"{own.sum()} matrices are not orthogonalised: zero Newton–Schulz steps.",
+                "Set ns_steps to at least 3.", _names(geometry, own),
+            )  # fmt: skip
+
+
+_UPDATE_RULES: tuple[Callable[[xr.Dataset], Iterator[Finding]], ...] = (_not_finite, _dead, _noisy)
+_GEOMETRY_RULES: tuple[Callable[[xr.Dataset], Iterator[Finding]], ...] = (_no_steps, _near_eps, _zero_input, _single_row, _bounded)
+
+
+def _names(dataset: xr.Dataset, chosen: ArrayLike) -> tuple[str, ...]:
+    return tuple(str(name) for name in dataset["name"].values[np.asarray(chosen)])

@@ -1,0 +1,61 @@
+"""What is in a run, in plain values."""
+
+from typing import Any
+
+import numpy as np
+import xarray as xr
+
+from .run import operators_of, records
+
+
+def describe(run: xr.DataTree) -> dict[str, Any]:
+    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took."""
+    groups = {}
+    for name in sorted(run.children):
+        group = run[name].to_dataset()
+        steps = np.asarray(group["step"].values)
+        groups[name] = {
+            "records": len(steps),
+            "first_step": int(steps[0]) if len(steps) else None,
+            "last_step": int(steps[-1]) if len(steps) else None,
+            "variables": sorted(str(variable) for variable in group.data_vars),
+        }
+    scalars = run["scalars"].to_dataset().load() if groups.get("scalars", {}).get("records") else xr.Dataset()
+    own = {"overhead_seconds", "overhead_cpu_seconds", "elapsed_seconds"}
+    last = {}
+    for name in sorted(set(map(str, scalars.data_vars)) - own):
+        values = scalars[name].values[np.isfinite(scalars[name].values)]
+        if len(values):
+            last[name] = float(values[-1])
+    return {
+        "created": run.attrs.get("created"),
+        "versions": run.attrs.get("versions", {}),
+        "optimizers": run.attrs.get("optimizers", []),
+        "groups": groups,
+        "operators": _operators(run),
+        "last_scalars": last,
+        "overhead": float(scalars["overhead_seconds"][-1] / scalars["elapsed_seconds"][-1])
+        if own <= set(map(str, scalars.data_vars))
+        else None,
+    }
+
+
+def _operators(run: xr.DataTree) -> list[dict[str, Any]]:
+    group = next((g for g in ("update", "geometry") if g in run.children and run[g].sizes.get("step")), None)
+    if group is None:
+        return []
+    dataset = records(run, group)
+    described = []
+    for operator in operators_of(dataset):
+        own = dataset["operator"].values == operator
+        shapes = dict.fromkeys(f"{m}×{n}" for m, n in zip(dataset["rows"].values[own], dataset["cols"].values[own], strict=True))
+        layers = sorted({int(layer) for layer in dataset["layer"].values[own] if layer >= 0})
+        described.append(
+            {
+                "operator": operator,
+                "matrices": int(own.sum()),
+                "shapes": ", ".join(shapes),
+                "layers": f"{layers[0]}–{layers[-1]}" if layers else "",
+            }
+        )
+    return described

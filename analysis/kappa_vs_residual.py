@@ -1,0 +1,92 @@
+"""Does the condition number tell how well a matrix is orthogonalised? (AMO, Fig. 3a, 7, 11)"""
+
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+
+from .figures import axes, finish
+from .run import operators_of, orthogonalised, own_residual
+from .shape_null import null_log10_condition
+
+
+def study(run: xr.DataTree) -> xr.Dataset:
+    """Correlation of log10 κ of the NS input with the residual ε̃ it ends with, over all recorded (step, matrix) pairs.
+
+    Variables: `log10_kappa`, `residual` (predicted Gram residual at the steps in force), `residual_achieved`, `is_floor`,
+    `log10_spread` (log10 σ_1/σ_{.95r}, a better predictor than κ), `log10_kappa_excess` (κ over its shape-only null), all
+    (step, matrix); per predictor Pearson's and Spearman's r over pairs whose κ is measured, not a floor; Pearson's r
+    within each operator.
+
+    Raises:
+        ValueError: no orthogonalised matrix in the run.
+    """
+    geometry = orthogonalised(run)
+    shape = [null_log10_condition(int(m), int(n)) for m, n in zip(geometry["rows"].values, geometry["cols"].values, strict=True)]
+    log_kappa = geometry["condition_number"].copy(data=np.log10(geometry["condition_number"].values))
+    points = xr.Dataset(
+        {
+            "log10_kappa": log_kappa,
+            "log10_kappa_excess": log_kappa - xr.DataArray(shape, dims="matrix"),
+            "log10_spread": _log10_spread(geometry),
+            "residual": own_residual(geometry),
+            "residual_achieved": geometry["ns_residual_achieved"],
+            "is_floor": geometry["condition_is_floor"],
+        }
+    )
+    predictors = ["log10_kappa", "log10_kappa_excess", "log10_spread"]
+    measured = ~points["is_floor"].values
+    residual = np.where(measured, points["residual"].values, np.nan)
+    points["pearson"] = ("predictor", [_correlation(pearsonr, points[p].values, residual) for p in predictors])
+    points["spearman"] = ("predictor", [_correlation(spearmanr, points[p].values, residual) for p in predictors])
+    operators = operators_of(geometry)
+    within = [
+        _correlation(pearsonr, log_kappa.values[:, own], residual[:, own]) for own in (geometry["operator"].values == o for o in operators)
+    ]
+    points["pearson_within_operator"] = ("of_operator", within)
+    points["pairs"] = int(np.isfinite(residual).sum())
+    points["floors"] = int(points["is_floor"].sum())
+    return points.assign_coords(predictor=predictors, of_operator=operators)
+
+
+def plot(dataset: xr.Dataset) -> Figure:
+    """Scatter of residual over κ, colour by layer; triangles where κ is only known to be at least that."""
+    table = dataset[["log10_kappa", "residual", "is_floor"]].to_dataframe().dropna().reset_index()
+    table["condition number κ"] = 10 ** table["log10_kappa"]
+    table["κ is"] = np.where(table["is_floor"], "at least", "measured")
+    figure, (ax,) = axes(width=7.2)
+    sns.scatterplot(
+        table, x="condition number κ", y="residual", hue="layer", style="κ is", markers={"measured": "o", "at least": ">"},
+        palette="viridis", ax=ax, s=22, linewidth=0.2, edgecolor="white",
+    )  # fmt: skip
+    r = float(dataset["pearson"].sel(predictor="log10_kappa"))
+    finish(ax, title=f"Residual against condition number, {len(table)} matrix snapshots, Pearson r = {r:.2f}",
+           x="condition number κ of the NS input", y="predicted Gram residual ε̃", log_x=True)  # fmt: skip
+    return figure
+
+
+def summary(dataset: xr.Dataset) -> str:
+    """The result in a sentence."""
+    r = {str(p): float(dataset["pearson"].sel(predictor=p)) for p in dataset["predictor"].values}
+    return (
+        f"log10 κ and the residual correlate with r = {r['log10_kappa']:.2f} over {int(dataset['pairs'])} snapshots "
+        f"({int(dataset['floors'])} with κ only bounded left out); {r['log10_kappa_excess']:.2f} once each shape's own κ is taken off, "
+        f"and {r['log10_spread']:.2f} for σ_1/σ_.95r in place of κ."
+    )
+
+
+def _log10_spread(geometry: xr.Dataset) -> xr.DataArray:
+    """log10 σ_1/σ_{.95r}, from the stored singular values: linear in log σ at level 0.05."""
+    logs = np.log10(np.maximum(geometry["sigma_quantile"].values.astype(np.float64), 1e-30))
+    levels = geometry["quantile_level"].values
+    low = np.stack([[np.interp(0.05, levels[j], logs[t, j]) for j in range(logs.shape[1])] for t in range(logs.shape[0])])
+    return xr.DataArray(logs[..., -1] - low, dims=("step", "matrix"))
+
+
+def _correlation(kind: object, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    both = np.isfinite(x) & np.isfinite(y)
+    if both.sum() < 3 or np.ptp(x[both]) == 0 or np.ptp(y[both]) == 0:
+        return float("nan")
+    return float(kind(x[both], y[both]).statistic)  # type: ignore[operator]

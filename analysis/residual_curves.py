@@ -1,0 +1,115 @@
+"""How many Newton–Schulz steps does each operator need? Residual curves from recorded spectra, for any coefficients."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from ..diagnostics.newton_schulz import gram_residual, ns_map
+from ..diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
+from ..diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from ..diagnostics.spectrum_sketch import unsketch
+from .figures import axes, finish, operator_palette
+from .run import operators_of, orthogonalised
+
+STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
+
+# Family name → coefficients of a schedule of k steps.
+SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
+    "matched": matched_coefficients,
+    "jordan": lambda k: repeat_last(FAMILIES["jordan"].coefficients, k),
+    "polar_express": lambda k: repeat_last(FAMILIES["polar_express"].coefficients, k),
+}
+
+
+def residual_of_records(geometry: xr.Dataset, coefficients: Coefficients) -> NDArray[np.float64]:
+    """Gram residual under `coefficients` of every recorded spectrum, from the stored singular values, shape (step, matrix)."""
+    stored = geometry["sigma_quantile"].values
+    ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
+    residual = np.full(stored.shape[:2], np.nan)
+    for rank in np.unique(ranks):
+        own = ranks == rank
+        residual[:, own] = gram_residual(ns_map(unsketch(stored[:, own], int(rank)), coefficients))
+    return residual
+
+
+def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str] = tuple(SCHEDULES)) -> xr.Dataset:
+    """Mean residual R_g(k) per operator g, for schedules of 3 to 8 steps of each family.
+
+    "matched" is designed anew for every k; the others are the first k steps of their list. Residuals follow from the
+    recorded spectra by the scalar recurrence; no training is run again.
+
+    Args:
+        run: as from `open_run`.
+        window: steps to average over, both ends included; by default all.
+        families: of "matched", "jordan", "polar_express".
+
+    Returns:
+        `residual` (family, operator, k): mean over the operator's matrices and the window; `convex` (family, operator):
+        whether each further step gains no more than the one before; `snapshots`.
+
+    Raises:
+        ValueError: no orthogonalised matrix, or no record in the window.
+    """
+    geometry = orthogonalised(run)[["sigma_quantile"]].sel(step=window or slice(None)).load()
+    if not geometry.sizes["step"]:
+        raise ValueError(f"window: no record between steps {window.start} and {window.stop}" if window else "run: no record")
+    operators = operators_of(geometry)
+    label = geometry["operator"].values
+    mean = np.full((len(families), len(operators), len(STEPS)), np.nan)
+    for f, family in enumerate(families):
+        for i, k in enumerate(STEPS):
+            residual = residual_of_records(geometry, SCHEDULES[family](k))
+            for g, operator in enumerate(operators):
+                own = residual[:, label == operator]
+                mean[f, g, i] = np.nanmean(own) if np.isfinite(own).any() else np.nan
+    gains = -np.diff(mean, axis=-1)
+    return xr.Dataset(
+        {
+            "residual": (("family", "operator", "k"), mean),
+            "convex": (("family", "operator"), (np.diff(gains, axis=-1) <= 1e-9).all(axis=-1) & (gains >= 0).all(axis=-1)),
+            "snapshots": geometry.sizes["step"],
+        },
+        coords={"family": list(families), "operator": operators, "k": list(STEPS)},
+        attrs={"first_step": int(geometry["step"].values[0]), "last_step": int(geometry["step"].values[-1])},
+    )
+
+
+def plot(dataset: xr.Dataset) -> Figure:
+    """One panel per family, one line per operator."""
+    operators = [str(o) for o in dataset["operator"].values]
+    families = [str(f) for f in dataset["family"].values]
+    figure, panels = axes(len(families), width=4.6)
+    for ax, family in zip(panels, families, strict=True):
+        table = dataset["residual"].sel(family=family).to_dataframe().reset_index()
+        sns.lineplot(
+            table,
+            x="k",
+            y="residual",
+            hue="operator",
+            palette=operator_palette(operators),
+            hue_order=operators,
+            marker="o",
+            ax=ax,
+            legend=ax is panels[-1],
+            errorbar=None,
+        )
+        ax.set_ylim(0, float(dataset["residual"].max()) * 1.05)
+        design = "one design per step count" if family == "matched" else "first k steps of the list"
+        finish(ax, title=f"{family}: {design}", x="Newton–Schulz steps k", y="mean Gram residual ε̃" if ax is panels[0] else "")
+    return figure
+
+
+def summary(dataset: xr.Dataset) -> str:
+    """The result in a sentence."""
+    at_five = dataset["residual"].sel(k=5)
+    hardest = at_five.isel(family=0).to_series().idxmax()
+    values = ", ".join(f"{f!s} {float(at_five.sel(family=f).mean()):.3f}" for f in dataset["family"].values)
+    convex = int(dataset["convex"].isel(family=0).sum())
+    return (
+        f"Mean residual after 5 steps: {values}. Hardest operator: {hardest}. {convex} of {dataset.sizes['operator']} curves are convex "
+        f"({dataset['family'].values[0]!s}), so a greedy allocation {'is exact where costs are equal' if convex == dataset.sizes['operator'] else 'may fail'}."
+    )

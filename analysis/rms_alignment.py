@@ -1,0 +1,133 @@
+"""Are update sizes what they are meant to be? (AdaMuon Eq. 9–10, Moonlight arXiv 2502.16982)
+
+With ΔW = −η·s·O and O of rank r, a = RMS(ΔW/η)/(s/√max(m, n)) satisfies a² = mean_i o_i² for every scaling s, so that
+|a² − 1| ≤ ε̃: the residual bounds how far an update's size may lie from its target, and a size outside that bound has
+another cause (a factor missing or applied twice).
+"""
+
+import numpy as np
+import seaborn as sns
+import xarray as xr
+from matplotlib.figure import Figure
+
+from ..diagnostics.newton_schulz import ns_map
+from ..diagnostics.spectrum_sketch import unsketch
+from ..diagnostics.update_size import ADAMW_RMS
+from .figures import axes, finish, operator_palette
+from .run import ns_schedules, operators_of, own_residual, records
+
+# o below this is counted as under-lifted: an NS budget problem; the rest of a² − 1 is the coefficients' band.
+UNDER_LIFTED = 0.5
+# How far a may lie outside the bound: reading ΔW and bfloat16 arithmetic each move it by under 1 %.
+SLACK = 0.02
+
+
+def study(run: xr.DataTree) -> xr.Dataset:
+    """Update RMS per learning rate against its own target and against AdamW's 0.2.
+
+    Variables (step, matrix): `update_rms_per_lr`; `alignment` a (missing without orthogonalisation); `to_adamw` (RMS over
+    0.2, the size that lets a learning rate be shared with AdamW); `residual` ε̃ predicted for the steps in force;
+    `under_lifted` and `band`, which add up to the predicted a² − 1; `off_target`: a outside √(1 ± ε̃) by more than 2 %.
+
+    Raises:
+        ValueError: no update records.
+    """
+    update = records(run, "update").load()
+    per_lr = update["update_rms_per_lr"]
+    alignment = per_lr / update["rms_target"]
+    result = xr.Dataset({"update_rms_per_lr": per_lr, "alignment": alignment, "to_adamw": per_lr / ADAMW_RMS})
+    missing = xr.full_like(per_lr, np.nan)
+    result = result.assign(residual=missing, under_lifted=missing.copy(), band=missing.copy(), off_target=xr.zeros_like(per_lr, dtype=bool))
+    if "geometry" not in run.children or not run["geometry"].sizes.get("step"):
+        return result
+    geometry = records(run, "geometry").load()
+    rows = {name: j for j, name in enumerate(update["name"].values)}
+    here = np.array([rows[name] for name in geometry["name"].values if name in rows], dtype=np.intp)
+    geometry = geometry.isel(matrix=[j for j, name in enumerate(geometry["name"].values) if name in rows])
+    steps = np.searchsorted(update["step"].values, geometry["step"].values)
+    low, band = _split(geometry)
+    for name, values in (("residual", own_residual(geometry).values), ("under_lifted", low), ("band", band)):
+        result[name].values[np.ix_(steps, here)] = values
+    square, residual = result["alignment"] ** 2, result["residual"]
+    upper, lower = np.sqrt(1 + residual) * (1 + SLACK), np.sqrt(np.maximum(1 - residual, 0)) * (1 - SLACK)
+    result["off_target"] = (np.sqrt(square) > upper) | (np.sqrt(square) < lower)
+    return result
+
+
+def plot(dataset: xr.Dataset) -> Figure:
+    """Left: a per operator, all records. Right: update RMS per learning rate over training, with AdamW's 0.2."""
+    operators = operators_of(dataset)
+    palette = operator_palette(operators)
+    table = dataset[["alignment", "update_rms_per_lr"]].to_dataframe().reset_index()
+    aligned = table.dropna(subset=["alignment"])
+    figure, (left, right) = axes(2)
+    if len(aligned):
+        shown = [o for o in operators if o in set(aligned["operator"])]
+        sns.violinplot(
+            aligned,
+            x="operator",
+            y="alignment",
+            hue="operator",
+            order=shown,
+            hue_order=shown,
+            palette=palette,
+            cut=0,
+            inner="quartile",
+            linewidth=0.8,
+            density_norm="width",
+            legend=False,
+            ax=left,
+        )
+        left.tick_params(axis="x", rotation=40)
+    left.axhline(1, color="0.4", linewidth=0.8)
+    finish(left, title="1 = the size an exact polar factor would have", x="", y="alignment a = RMS(ΔW/lr) / target")
+    sns.lineplot(
+        table,
+        x="step",
+        y="update_rms_per_lr",
+        hue="operator",
+        style="optimizer",
+        palette=palette,
+        hue_order=operators,
+        estimator="median",
+        errorbar=None,
+        ax=right,
+    )
+    right.axhline(ADAMW_RMS, color="0.4", linestyle=":", linewidth=1)
+    finish(
+        right,
+        title="Median per operator; dotted: 0.2, AdamW's usual size",
+        x="optimizer step",
+        y="update RMS per learning rate",
+        log_y=True,
+    )
+    return figure
+
+
+def summary(dataset: xr.Dataset) -> str:
+    """The result in a sentence."""
+    per_optimizer = [
+        f"{o!s} {float(dataset['to_adamw'].where(dataset['optimizer'] == o).median()):.2f}" for o in np.unique(dataset["optimizer"].values)
+    ]
+    text = f"Update RMS per learning rate over AdamW's 0.2, median: {', '.join(per_optimizer)}."
+    known = int(np.isfinite(dataset["residual"].values).sum())
+    if known:
+        a = float(dataset["alignment"].median())
+        text += f" Orthogonalised updates have {a:.2f} times the size of an exact polar factor; {int(dataset['off_target'].sum())} of {known} lie outside what their residual explains."
+    return text
+
+
+def _split(geometry: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
+    """Predicted a² − 1 = mean(o² − 1), split into values with o < 0.5 and the rest; each (step, matrix)."""
+    stored, index = geometry["sigma_quantile"].values, geometry["ns_schedule"].values
+    ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
+    low, band = np.full(index.shape, np.nan), np.full(index.shape, np.nan)
+    for i, schedule in enumerate(ns_schedules(geometry)):
+        for rank in np.unique(ranks):
+            own = ranks == rank
+            o = ns_map(unsketch(stored[:, own], int(rank)), schedule.coefficients)
+            excess, under = o * o - 1, o < UNDER_LIFTED
+            chosen = index[:, own] == i
+            low[:, own] = np.where(chosen, np.where(under, excess, 0).mean(axis=-1), low[:, own])
+            band[:, own] = np.where(chosen, np.where(under, 0, excess).mean(axis=-1), band[:, own])
+    return low, band

@@ -1,0 +1,111 @@
+"""Opening a run: only committed records, read lazily."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+
+from ..diagnostics.ns_families import Coefficients
+from ..diagnostics.operators import ordered
+
+NEWEST_SCHEMA = 1
+
+
+def open_run(path: str | Path) -> xr.DataTree:
+    """The run at `path`: groups `geometry`, `update` and `scalars`, as far as they were recorded.
+
+    Arrays are read when used. A run that is still being written, or whose writer was killed, shows its committed records;
+    open it again to see newer ones.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is no Optiscope run, or one of a newer schema.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
+    try:
+        root = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
+        schema = root["attributes"]["optiscope_schema"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"run: {path} is not an Optiscope run; give the folder that was passed to `attach`") from None
+    if not isinstance(schema, int) or schema > NEWEST_SCHEMA:
+        raise ValueError(f"run: {path} has schema {schema!r}, this version reads up to {NEWEST_SCHEMA}; upgrade optiscope")
+    if "consolidated_metadata" not in root:
+        # Its writer was killed before the first commit.
+        return xr.DataTree(xr.Dataset(attrs=root["attributes"]))
+    return xr.open_datatree(path, engine="zarr", chunks=None)
+
+
+def records(run: xr.DataTree, group: str) -> xr.Dataset:
+    """One group of a run, names as plain strings.
+
+    Raises:
+        ValueError: the run has no records of that group.
+    """
+    dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
+    if not dataset.sizes.get("step"):
+        raise ValueError(f"run: no {group} records yet; record at least one step with measure including {group!r}")
+    # Zarr gives NumPy's variable-width strings, which few functions take.
+    texts = {name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str)) for name in ("name", "operator", "optimizer")}
+    return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+
+
+@dataclass(frozen=True)
+class NsSchedule:
+    """A Newton–Schulz schedule that was in force during a run."""
+
+    coefficients: Coefficients
+    eps: float
+
+
+def ns_schedules(geometry: xr.Dataset) -> list[NsSchedule]:
+    """The schedules that the variable `ns_schedule` points to."""
+    return [
+        NsSchedule(tuple((a, b, c) for a, b, c in entry["coefficients"]), entry["eps"]) for entry in geometry.attrs.get("ns_schedules", [])
+    ]
+
+
+def orthogonalised(run: xr.DataTree) -> xr.Dataset:
+    """The geometry of those matrices that were orthogonalised in some record.
+
+    Raises:
+        ValueError: there are none.
+    """
+    geometry = records(run, "geometry")
+    used = (geometry["ns_schedule"] >= 0).any("step").values
+    if not used.any():
+        raise ValueError("run: no optimizer in it orthogonalises (Muon does), so there is no Newton–Schulz residual to study")
+    return geometry.isel(matrix=np.flatnonzero(used))
+
+
+def own_residual(geometry: xr.Dataset) -> xr.DataArray:
+    """Predicted Gram residual at the number of steps that was in force, dimensions (step, matrix); missing where not recorded."""
+    schedules = ns_schedules(geometry)
+    curve, index = geometry["ns_residual"].values, geometry["ns_schedule"].values
+    residual = np.full(index.shape, np.nan)
+    for i, schedule in enumerate(schedules):
+        last = min(len(schedule.coefficients), curve.shape[-1] - 1)
+        residual = np.where(index == i, curve[..., last], residual)
+    return xr.DataArray(residual, dims=("step", "matrix"), coords=geometry["ns_schedule"].coords)
+
+
+def operators_of(dataset: xr.Dataset) -> list[str]:
+    """The operators of a dataset, in the table's order."""
+    return ordered(dataset["operator"].values.tolist())
+
+
+def median_by(values: xr.DataArray, labels: Any, order: Sequence[Any], quantile: float = 0.5) -> NDArray[np.float64]:
+    """Quantile over the matrices of each label, missing values left out; `values` (step, matrix) → shape (step, len(order))."""
+    labels = np.asarray(labels)
+    with warnings.catch_warnings():
+        # A step at which no matrix of a label was recorded stays missing.
+        warnings.simplefilter("ignore", RuntimeWarning)
+        columns = [np.nanquantile(values.values[:, labels == label], quantile, axis=1) for label in order]
+    return np.stack(columns, axis=1)
