@@ -1,0 +1,29 @@
+# Everything runs in .venv, which the first target makes. Needs Python 3.11 or newer and make.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test check clean
+
+demo: .venv/installed
+	$(BIN)/diag demo --overwrite
+
+# One thread per operation: on few cores, thread pools that wait for each other cost more than they give.
+test: .venv/installed
+	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Lint, format, and a strict type check of the four folders. Type checkers follow links that spell the namespace out.
+check: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	mkdir -p build/ns/optiscope
+	for folder in diagnostics hooks analysis cli examples; do ln -sfn ../../../$$folder build/ns/optiscope/$$folder; done
+	$(BIN)/mypy -p optiscope.diagnostics -p optiscope.hooks -p optiscope.analysis -p optiscope.cli
+
+clean:
+	rm -rf .venv build demo.zarr demo-analysis demo-schedule.json
+
+# The constraints keep torch at the version they were resolved with; a range would fetch its newest accelerator build.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@

@@ -1,0 +1,5 @@
+"""The command line: `diag`."""
+
+from .app import app
+
+__all__ = ["app"]

@@ -1,0 +1,61 @@
+"""The application: its commands, and how errors are told."""
+
+import functools
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+P = ParamSpec("P")
+
+app = typer.Typer(
+    name="diag",
+    help="See what an optimizer really did in a recorded run, and derive Newton–Schulz schedules from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+CLEAN, FINDINGS, FAILED = 0, 1, 2  # exit codes
+
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON on standard output.")]
+
+_debug = False
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Options before the command."""
+    global _debug
+    _debug = debug
+
+
+def command(function: Callable[P, None]) -> Callable[P, None]:
+    """Register a command; an error becomes one sentence on standard error and exit code 2."""
+
+    @functools.wraps(function)
+    def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            function(*args, **kwargs)
+        except (typer.Exit, KeyboardInterrupt, BrokenPipeError):
+            raise
+        except (ValueError, TypeError, OSError, RuntimeError) as error:
+            if _debug:
+                traceback.print_exc()
+            print(f"diag: {error}", file=sys.stderr)
+            raise typer.Exit(FAILED) from None
+
+    app.command(function.__name__)(reporting)
+    return reporting
+
+
+def print_json(result: Any) -> None:
+    """One JSON document on standard output."""
+    print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+
+
+# Importing a module of commands registers them.
+from . import demo, run  # noqa: E402, F401

@@ -1,0 +1,209 @@
+"""Commands that read a run: info, analyze, schedule, check."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from .app import CLEAN, FINDINGS, JsonOption, command, print_json
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ..diagnostics.schedule import Schedule
+
+RunArgument = Annotated[Path, typer.Argument(help="The run's folder, as passed to attach.", metavar="RUN.zarr", show_default=False)]
+
+
+@command
+def info(run: RunArgument, as_json: JsonOption = False) -> None:
+    """Tell what is in a run."""
+    from ..analysis import open_run
+    from ..analysis.describe import describe
+
+    described = describe(open_run(run))
+    if as_json:
+        print_json(described)
+        return
+    say(run, f"begun {described['created']}")
+    for optimizer in described["optimizers"]:
+        say(optimizer["label"], f"{optimizer['class']}; geometry describes the {optimizer['spectrum_of']}")
+    for group, records in described["groups"].items():
+        say(
+            group,
+            f"{records['records']} records" + (f", steps {records['first_step']} to {records['last_step']}" if records["records"] else ""),
+        )
+    if described["operators"]:
+        console().print(
+            _table(
+                ("operator", "matrices", "shapes", "layers"),
+                [(o["operator"], o["matrices"], o["shapes"], o["layers"]) for o in described["operators"]],
+            )
+        )
+    for name, value in described["last_scalars"].items():
+        say(f"last {name}", f"{value:.6g}")
+    if described["overhead"] is not None:
+        say("recording", f"took {described['overhead']:.2%} of the wall time")
+
+
+@command
+def analyze(
+    run: RunArgument,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Folder for tables and figures; by default RUN-analysis.", show_default=False)
+    ] = None,
+    study: Annotated[list[str] | None, typer.Option(help="Only this study; may be given several times.", show_default=False)] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write tables and figures of every study and say what they mean."""
+    from ..analysis import open_run
+
+    result = analyse_into(open_run(run), output or sibling(run, "-analysis"), study)
+    if as_json:
+        print_json(result)
+        return
+    print_analysis(result)
+
+
+@command
+def schedule(
+    run: RunArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the schedule.")] = Path("schedule.json"),
+    budget: Annotated[int, typer.Option(help="Steps per matrix of the uniform baseline whose FLOPs may be spent (3 to 8).")] = 5,
+    rule: Annotated[str, typer.Option(help="mean, mean-uncapped, minimax or uniform.")] = "mean",
+    family: Annotated[str, typer.Option(help="matched (one design per step count), jordan or polar_express.")] = "matched",
+    window: Annotated[
+        str | None,
+        typer.Option(
+            help="Steps to average over, FIRST:LAST; by default 1 % of the run after warm-up, at least 8 records.", show_default=False
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Derive Newton–Schulz steps and coefficients per operator."""
+    from ..analysis import derive_schedule, open_run
+
+    found = derive_schedule(open_run(run), budget=budget, rule=rule, family=family, window=parse_window(window))
+    found.save(output)
+    if as_json:
+        print(found.to_json(), end="")
+        return
+    print_schedule(found, output)
+
+
+@command
+def check(
+    run: RunArgument,
+    fail_on: Annotated[Literal["info", "warning", "error"], typer.Option(help="Least severity that makes the exit code 1.")] = "warning",
+    as_json: JsonOption = False,
+) -> None:
+    """Check update sizes and hazards: exit code 0 clean, 1 findings, 2 unreadable."""
+    from ..analysis import check as find
+    from ..analysis import open_run
+    from ..analysis.checks import SEVERITIES
+
+    findings = find(open_run(run))
+    failing = [f for f in findings if SEVERITIES.index(f.severity) >= SEVERITIES.index(fail_on)]
+    if as_json:
+        print_json({"findings": [f.as_dict() for f in findings], "failing": len(failing)})
+    else:
+        _print_findings([f.as_dict() for f in findings])
+    raise typer.Exit(FINDINGS if failing else CLEAN)
+
+
+def analyse_into(run: "xr.DataTree", folder: Path, only: list[str] | None = None) -> dict[str, Any]:
+    """Run studies with progress on standard error; the report's content."""
+    from rich.progress import track
+
+    from ..analysis import STUDIES
+    from ..analysis.report_folder import analyse_study, finish_report
+
+    if unknown := set(only or ()) - set(STUDIES):
+        raise ValueError(f"--study: {', '.join(sorted(unknown))} is none of {', '.join(STUDIES)}")
+    said = {
+        name: analyse_study(run, name, folder, required=only is not None)
+        for name in track(only or STUDIES, description="analysing", console=console(stderr=True), transient=True)
+    }
+    return finish_report(run, folder, said)
+
+
+def print_analysis(result: dict[str, Any]) -> None:
+    """Every study's sentence, the findings, and where the files are."""
+    for name, said in result["studies"].items():
+        say(name, said["summary"])
+    _print_findings(result["findings"])
+    say("figures and tables", result["folder"])
+
+
+def print_schedule(found: "Schedule", path: Path) -> None:
+    """The schedule as a table, and what it gains."""
+    rows = [
+        (
+            operator,
+            len(entry.matrices),
+            entry.steps,
+            f"{entry.baseline_residual:.3f}",
+            f"{entry.predicted_residual:.3f}",
+            f"{entry.cost / found.budget['cost']:.0%}",
+        )
+        for operator, entry in found.operators.items()
+    ]
+    uniform = f"{found.budget['mean_steps']} steps"
+    console().print(_table(("operator", "matrices", "NS steps", f"residual at {uniform}", "residual", "share of FLOPs"), rows))
+    objective, provenance = found.objective, found.provenance
+    say(
+        "predicted mean residual",
+        f"{objective['in_force_mean_residual']:.3f} with what was in force, {objective['baseline_mean_residual']:.3f} with {uniform} of "
+        f"{provenance['family']} coefficients for all, {objective['mean_residual']:.3f} with this schedule; worst operator "
+        f"{objective['baseline_max_residual']:.3f} and {objective['max_residual']:.3f}; FLOPs {found.budget['cost'] / found.budget['limit']:.1%} of the budget",
+    )
+    say("observed", f"{provenance['snapshots']} records, steps {provenance['window'][0]} to {provenance['window'][1]}")
+    say("schedule", f"{path}. A residual measures geometry; whether the loss gains by it, a training must tell.")
+
+
+def sibling(run: Path, suffix: str) -> Path:
+    """A path beside the run: run.zarr → run-analysis."""
+    return run.with_name(run.name.removesuffix(".zarr") + suffix)
+
+
+def parse_window(text: str | None) -> slice | None:
+    """FIRST:LAST as a slice of steps, both included."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (first, last)):
+        raise ValueError(f"--window: expected FIRST:LAST in optimizer steps, for example 20:100, got {text!r}")
+    return slice(int(first) if first else None, int(last) if last else None)
+
+
+def say(topic: object, text: str) -> None:
+    """One line: a topic in bold, and a sentence. Names and texts of a run are printed as they are, never as markup."""
+    from rich.markup import escape
+
+    console().print(f"[bold]{escape(str(topic))}[/bold]: {escape(text)}")
+
+
+def console(stderr: bool = False) -> Any:
+    """A terminal that colours nothing by itself and leaves line breaks to the reader."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def _print_findings(findings: list[dict[str, Any]]) -> None:
+    if not findings:
+        say("findings", "none")
+    for finding in findings:
+        names = finding["matrices"]
+        concerned = f" ({', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})" if names else ""
+        say(f"{finding['severity']} {finding['rule']}", f"{finding['sentence']}{concerned} {finding['advice']}")
+
+
+def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(*header, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    return table

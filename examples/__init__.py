@@ -1,0 +1,1 @@
+"""Runnable examples; `diag demo` runs `byte_llama`."""
