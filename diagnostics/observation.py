@@ -68,7 +68,9 @@ class Observation:
     @cached_property
     def update(self) -> Floats:
         """The update per learning rate, decoupled decay taken out."""
-        return update_without_decay(self.weight_before.astype(np.float64), self.weight_after.astype(np.float64), self.lr, self.decoupled_decay)
+        return update_without_decay(
+            self.weight_before.astype(np.float64), self.weight_after.astype(np.float64), self.lr, self.decoupled_decay
+        )
 
     @cached_property
     def update_noise(self) -> float:
@@ -76,6 +78,11 @@ class Observation:
         return reading_noise(rms(self.weight_before), rms(self.applied), self.weight_roundoff)
 
 
+# A run that diverges is data: inf and NaN come out, and no warning appears in somebody's training loop.
+_quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+
+
+@_quietly
 def measure_update(seen: Observation) -> Measured:
     """The quantities of the group `update` (see the catalogue for each definition)."""
     update_rms, weight_rms = rms(seen.applied), rms(seen.weight_before)
@@ -93,6 +100,7 @@ def measure_update(seen: Observation) -> Measured:
     }
 
 
+@_quietly
 def measure_geometry(seen: Observation) -> Measured:
     """The quantities of the group `geometry` but `ns_schedule`; only `fro_norm` where the NS input is zero or not finite."""
     assert seen.ns_input is not None

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -78,27 +79,32 @@ class Schedule:
             FileNotFoundError: no such file.
             ValueError: not a schedule file, a newer version of it, or one that contradicts itself.
         """
-        text = Path(path).read_text(encoding="utf-8")
+        content = Path(path).read_bytes()
         try:
-            document = json.loads(text)
+            document = json.loads(content)
             if document["format"] != FORMAT:
                 raise KeyError("format")
             version = int(document["version"])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError):
             raise ValueError(f"{path}: expected a schedule file written by `diag schedule`, got something else") from None
         if version > VERSION:
             raise ValueError(f"{path}: schedule version {version} is newer than this software reads ({VERSION}); upgrade optiscope")
         try:
             operators = {name: _operator(entry) for name, entry in document["operators"].items()}
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"{path}: the schedule's operators are malformed ({error!r}); derive it again with `diag schedule`") from None
-        return cls(operators, document.get("budget", {}), document.get("objective", {}), document.get("provenance", {}))
+            budget, objective, provenance = (dict(document.get(part, {})) for part in ("budget", "objective", "provenance"))
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{path}: the schedule is malformed ({error!r}); derive it again with `diag schedule`") from None
+        return cls(operators, budget, objective, provenance)
 
 
 def _operator(entry: Mapping[str, Any]) -> OperatorSchedule:
     coefficients = tuple((float(a), float(b), float(c)) for a, b, c in entry["coefficients"])
     if len(coefficients) != entry["steps"]:
         raise ValueError(f"{entry['steps']} steps but {len(coefficients)} coefficient triples")
+    if not all(isfinite(value) for triple in coefficients for value in triple):
+        raise ValueError("coefficients that are not finite numbers")
+    if not isinstance(entry["matrices"], list) or not all(isinstance(name, str) for name in entry["matrices"]):
+        raise TypeError("matrices that are not a list of names")
     return OperatorSchedule(
         coefficients, tuple(entry["matrices"]), float(entry["predicted_residual"]),
         float(entry["baseline_residual"]), int(entry["cost"]),
