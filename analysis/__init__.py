@@ -18,12 +18,13 @@ if TYPE_CHECKING:
         shallow_vs_deep,
     )
     from .checks import Finding, check
-    from .derive_schedule import derive_schedule
     from .run import open_run
+    from .scheduling import derive_schedule
 
 STUDIES = ("kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment")
 
-_HOME = {"open_run": "run", "derive_schedule": "derive_schedule", "check": "checks", "Finding": "checks"}
+# No name here is also a module's: importing that module would bind it in place of the function.
+_HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "checks", "Finding": "checks"}
 
 __all__ = [
     "STUDIES", "Finding", "allocation", "check", "derive_schedule", "kappa_by_layer", "kappa_by_operator",
@@ -38,6 +39,5 @@ def __getattr__(name: str) -> Any:
         value = import_module(f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    # A submodule of the same name may have been bound by the import; the public name wins.
     globals()[name] = value
     return value

@@ -11,6 +11,7 @@ monotone), so greedy rules fail and the programme is solved exactly.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -62,7 +63,7 @@ def problem(residual: ArrayLike, steps: Sequence[int], cost: ArrayLike, weight: 
     """Check and normalise the parts of an allocation problem. Residuals are rounded to 1e-9, so that ties are ties.
 
     Raises:
-        ValueError: shapes that do not match, residuals that are not finite, costs below 1, or a baseline not on offer.
+        ValueError: shapes that do not match, residuals that are not finite, costs below 1, steps out of order, or a baseline not on offer.
     """
     r, c, w = np.asarray(residual, np.float64), np.asarray(cost, np.int64), np.asarray(weight, np.float64)
     if r.shape != (len(c), len(steps)) or w.shape != c.shape or not len(c):
@@ -71,8 +72,11 @@ def problem(residual: ArrayLike, steps: Sequence[int], cost: ArrayLike, weight: 
         )
     if not np.isfinite(r).all():
         raise ValueError("residual: expected finite residuals; leave out groups that were not recorded")
-    if (c < 1).any() or (w <= 0).any():
+    # Not `w <= 0`: NaN would pass.
+    if not ((c >= 1).all() and (w > 0).all()):
         raise ValueError("cost, weight: expected positive numbers")
+    if any(later <= earlier for earlier, later in pairwise(steps)):
+        raise ValueError(f"steps: expected ascending step counts, got {list(steps)}")
     if baseline not in steps:
         raise ValueError(f"baseline: expected one of the step counts {list(steps)}, got {baseline}")
     return Problem(np.round(r, 9), tuple(steps), c, w / w.sum(), baseline)

@@ -47,18 +47,16 @@ def check(run: xr.DataTree) -> list[Finding]:
     Raises:
         ValueError: the run has no records.
     """
-    update = records(run, "update").load() if "update" in run.children else None
-    geometry = records(run, "geometry").load() if "geometry" in run.children else None
-    if update is None and geometry is None:
+    recorded = [group for group in ("update", "geometry") if group in run.children and run[group].sizes.get("step")]
+    if not recorded:
         raise ValueError("run: no records yet; record at least one step")
     found: list[Finding] = list(_recording_errors(run))
-    if update is not None:
-        for rule in _UPDATE_RULES:
-            found += rule(update)
+    for group in recorded:
+        dataset = records(run, group).load()
+        for rule in _RULES[group]:
+            found += rule(dataset)
+    if "update" in recorded:
         found += _off_target(run)
-    if geometry is not None:
-        for rule in _GEOMETRY_RULES:
-            found += rule(geometry)
     return sorted(found, key=lambda finding: -SEVERITIES.index(finding.severity))
 
 
@@ -67,7 +65,7 @@ def _recording_errors(run: xr.DataTree) -> Iterator[Finding]:
         yield Finding(
             "recording_errors",
             "warning",
-            f"Recording failed {errors} times; those records are incomplete.",
+            f"Recording failed {errors} time{'' if errors == 1 else 's'}; those records are incomplete.",
             "See the training's log for the first failure.",
         )
 
@@ -77,19 +75,22 @@ def _off_target(run: xr.DataTree) -> Iterator[Finding]:
     known = np.isfinite(study["residual"].values)
     # A single record may be an outlier; half of a matrix's records are a scaling.
     share = study["off_target"].values.sum(axis=0) / np.maximum(known.sum(axis=0), 1)
-    for optimizer in np.unique(study["optimizer"].values):
+    rms: dict[str, float] = {}
+    off_target = set()
+    for optimizer in map(str, np.unique(study["optimizer"].values)):
+        rms[optimizer] = float(study["to_adamw"].where((study["optimizer"] == optimizer) & (study["to_adamw"] > 0)).median())
         own = (study["optimizer"].values == optimizer) & (share > 0.5)
         if own.any():
+            off_target.add(optimizer)
             factor = float(np.nanmedian(study["alignment"].values[:, own]))
             yield Finding(
                 "rms_off_target", "error",
-                f"{optimizer}: the updates of {own.sum()} matrices are {factor:.3g} times their target size, outside what their residual explains.",
+                f"{optimizer}: the updates of {_count(own)} are {factor:.3g} times their target size, outside what their residual explains.",
                 "Look for a scaling that is missing or applied twice: 0.2, √max(rows, cols), √(rows/cols).", _names(study, own),
             )  # fmt: skip
-    rms = {str(o): float(study["to_adamw"].where(study["optimizer"] == o).median()) for o in np.unique(study["optimizer"].values)}
     orthogonal = {str(o) for o in study["optimizer"].values[known.any(axis=0)]}
-    for optimizer in sorted(orthogonal):
-        if not 0.7 < rms[optimizer] < 1.5 and len(rms) > len(orthogonal):
+    for optimizer in sorted(orthogonal - off_target):
+        if (rms[optimizer] <= 0.7 or rms[optimizer] >= 1.5) and len(rms) > len(orthogonal):
             yield Finding(
                 "rms_not_matched", "info",
                 f"{optimizer}: update RMS per learning rate is {rms[optimizer]:.2f} of AdamW's usual 0.2, so its learning rate is on another scale.",
@@ -103,7 +104,7 @@ def _not_finite(update: xr.Dataset) -> Iterator[Finding]:
     if bad.any():
         steps = update["step"].values[bad.any(axis=1)]
         yield Finding(
-            "not_finite", "error", f"NaN or infinity in the gradient or the update of {bad.any(axis=0).sum()} matrices, first at step {steps[0]}.",
+            "not_finite", "error", f"NaN or infinity in the gradient or the update of {_count(bad.any(axis=0))}, first at step {steps[0]}.",
             "Find the first step with a non-finite loss; lower the learning rate or clip gradients.", _names(update, bad.any(axis=0)),
         )  # fmt: skip
 
@@ -113,7 +114,7 @@ def _dead(update: xr.Dataset) -> Iterator[Finding]:
     dead = recorded.any(axis=0) & ~((update["update_rms"].values != 0) & recorded).any(axis=0)
     if dead.any():
         yield Finding(
-            "dead", "warning", f"{dead.sum()} matrices did not move in any record.",
+            "dead", "warning", f"{_count(dead)} did not move in any record.",
             "Check that they take part in the loss, and that the learning rate is not zero.", _names(update, dead),
         )  # fmt: skip
 
@@ -124,8 +125,8 @@ def _noisy(update: xr.Dataset) -> Iterator[Finding]:
     if noisy.any():
         yield Finding(
             "update_rounded", "warning",
-            f"Weights of {noisy.sum()} matrices are stored so coarsely that an update as read back is {np.nanmax(noise):.0%} rounding noise.",
-            "Keep float32 master weights; achieved residual and alignment are left out for these matrices.", _names(update, noisy),
+            f"Weights of {_count(noisy)} are stored so coarsely that rounding noise is up to {np.nanmax(noise):.0%} of an update as read back.",
+            "Keep float32 master weights; sizes, achieved residual and alignment cannot be read back from these weights.", _names(update, noisy),
         )  # fmt: skip
 
 
@@ -133,7 +134,7 @@ def _single_row(geometry: xr.Dataset) -> Iterator[Finding]:
     single = np.minimum(geometry["rows"].values, geometry["cols"].values) == 1
     if single.any():
         yield Finding(
-            "single_row", "info", f"{single.sum()} matrices have a single row or column: one singular value, κ = 1 by definition.",
+            "single_row", "info", f"{_count(single)} with a single row or column: one singular value, κ = 1 by definition.",
             "Leave them to AdamW; orthogonalising a vector only normalises it.", _names(geometry, single),
         )  # fmt: skip
 
@@ -142,7 +143,7 @@ def _zero_input(geometry: xr.Dataset) -> Iterator[Finding]:
     zero = (geometry["fro_norm"].values == 0).any(axis=0)
     if zero.any():
         yield Finding(
-            "zero_input", "warning", f"The NS input (or momentum) of {zero.sum()} matrices was all zeros in some record; it has no spectrum.",
+            "zero_input", "warning", f"The NS input (or momentum) of {_count(zero)} was all zeros in some record; it has no spectrum.",
             "Check that these matrices receive gradients.", _names(geometry, zero),
         )  # fmt: skip
 
@@ -175,13 +176,20 @@ def _no_steps(geometry: xr.Dataset) -> Iterator[Finding]:
         own = np.asarray((geometry["ns_schedule"].values == i).any(axis=0))
         if not schedule.coefficients and own.any():
             yield Finding(
-                "no_ns_steps", "error", f"{own.sum()} matrices are not orthogonalised: zero Newton–Schulz steps.",
+                "no_ns_steps", "error", f"{_count(own)} not orthogonalised: zero Newton–Schulz steps.",
                 "Set ns_steps to at least 3.", _names(geometry, own),
             )  # fmt: skip
 
 
-_UPDATE_RULES: tuple[Callable[[xr.Dataset], Iterator[Finding]], ...] = (_not_finite, _dead, _noisy)
-_GEOMETRY_RULES: tuple[Callable[[xr.Dataset], Iterator[Finding]], ...] = (_no_steps, _near_eps, _zero_input, _single_row, _bounded)
+_RULES: dict[str, tuple[Callable[[xr.Dataset], Iterator[Finding]], ...]] = {
+    "update": (_not_finite, _dead, _noisy),
+    "geometry": (_no_steps, _near_eps, _zero_input, _single_row, _bounded),
+}
+
+
+def _count(chosen: ArrayLike) -> str:
+    number = int(np.sum(chosen))
+    return "1 matrix" if number == 1 else f"{number} matrices"
 
 
 def _names(dataset: xr.Dataset, chosen: ArrayLike) -> tuple[str, ...]:

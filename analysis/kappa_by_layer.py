@@ -6,26 +6,26 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from .figures import axes, finish
-from .run import median_by, records
+from .run import median_by, spectra
 
 SNAPSHOTS = 4
 
 
 def study(run: xr.DataTree) -> xr.Dataset:
-    """Median κ per layer at four recorded steps, evenly spread from the first to the last.
+    """Median κ per layer at four recorded steps, evenly spread over those that have one.
 
     Variables: `median`, `lower`, `upper` (quartiles over the layer's matrices), dimensions (step, layer).
 
     Raises:
         ValueError: no geometry in the run, or no layer index in any matrix's name.
     """
-    geometry = records(run, "geometry")
-    chosen = np.unique(np.linspace(0, geometry.sizes["step"] - 1, SNAPSHOTS).round().astype(int))
-    geometry = geometry[["condition_number"]].isel(step=chosen).load()
+    geometry = spectra(run)[["condition_number"]].load()
     label = geometry["layer"].values
     layers = sorted({int(layer) for layer in label if layer >= 0})
-    if not layers:
-        raise ValueError("run: no matrix's name holds a layer index, so there is no depth profile")
+    known = np.flatnonzero(np.isfinite(geometry["condition_number"].values[:, label >= 0]).any(axis=1))
+    if not len(known):
+        raise ValueError("run: no matrix with a spectrum holds a layer index in its name, so there is no depth profile")
+    geometry = geometry.isel(step=np.unique(known[np.linspace(0, len(known) - 1, SNAPSHOTS).round().astype(int)]))
     quartiles = {
         name: (("step", "layer"), median_by(geometry["condition_number"], label, layers, q))
         for name, q in (("lower", 0.25), ("median", 0.5), ("upper", 0.75))

@@ -6,7 +6,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from .figures import axes, finish, operator_palette
-from .run import median_by, operators_of, records
+from .run import median_by, operators_of, spectra
 from .shape_null import null_log10_condition
 
 
@@ -20,7 +20,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     Raises:
         ValueError: no geometry in the run.
     """
-    geometry = records(run, "geometry").load()
+    geometry = spectra(run).load()
     operators = operators_of(geometry)
     label = geometry["operator"].values
     null = np.array([null_log10_condition(int(m), int(n)) for m, n in zip(geometry["rows"].values, geometry["cols"].values, strict=True)])
@@ -29,13 +29,16 @@ def study(run: xr.DataTree) -> xr.Dataset:
         name: (("step", "operator"), median_by(kappa, label, operators, q))
         for name, q in (("lower", 0.25), ("median", 0.5), ("upper", 0.75))
     }
+    recorded = np.isfinite(kappa.values)
+    floors = (geometry["condition_is_floor"].values & recorded).sum(axis=0)
+    floor_share = [floors[label == o].sum() / max(recorded[:, label == o].sum(), 1) for o in operators]
     excess = median_by(kappa.copy(data=np.log10(kappa.values) - null), label, operators)
     return xr.Dataset(
         {
             **quartiles,
             "excess": (("step", "operator"), excess),
             "null": ("operator", [10 ** float(np.median(null[label == o])) for o in operators]),
-            "floor_share": ("operator", [float(geometry["condition_is_floor"].values[:, label == o].mean()) for o in operators]),
+            "floor_share": ("operator", floor_share),
         },
         coords={"step": geometry["step"].values, "operator": operators},
     )
@@ -69,14 +72,10 @@ def summary(dataset: xr.Dataset) -> str:
     """The result in a sentence."""
     overall = dataset["median"].median("step").to_series().dropna().sort_values()
     excess = dataset["excess"].median("step").to_series().dropna().sort_values()
-    if overall.empty:
-        return "No condition number was recorded."
-    agreement = (
-        np.corrcoef(np.log10(overall.values), np.log10(dataset["null"].sel(operator=overall.index.tolist()).values))[0, 1]
-        if len(overall) > 2
-        else np.nan
-    )
-    shape = "" if np.isnan(agreement) else f" Shape alone correlates {agreement:.2f} with that ranking."
+    found, null = np.log10(overall.values), np.log10(dataset["null"].sel(operator=overall.index.tolist()).values)
+    # Where all shapes are the same there is nothing that could correlate.
+    comparable = len(overall) > 2 and min(np.ptp(found), np.ptp(null)) > 1e-6
+    shape = f" Shape alone correlates {np.corrcoef(found, null)[0, 1]:.2f} with that ranking." if comparable else ""
     return (
         f"Hardest operator by median κ: {overall.index[-1]} ({overall.iloc[-1]:.3g}), easiest: {overall.index[0]} ({overall.iloc[0]:.3g}). "
         f"Above what its shape explains, {excess.index[-1]} is hardest ({excess.iloc[-1]:+.1f} decades).{shape}"

@@ -25,7 +25,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     """
     geometry = orthogonalised(run)
     shape = [null_log10_condition(int(m), int(n)) for m, n in zip(geometry["rows"].values, geometry["cols"].values, strict=True)]
-    log_kappa = geometry["condition_number"].copy(data=np.log10(geometry["condition_number"].values))
+    log_kappa = geometry["condition_number"].drop_attrs().copy(data=np.log10(geometry["condition_number"].values))
     points = xr.Dataset(
         {
             "log10_kappa": log_kappa,
@@ -62,13 +62,16 @@ def plot(dataset: xr.Dataset) -> Figure:
         palette="viridis", ax=ax, s=22, linewidth=0.2, edgecolor="white",
     )  # fmt: skip
     r = float(dataset["pearson"].sel(predictor="log10_kappa"))
-    finish(ax, title=f"Residual against condition number, {len(table)} matrix snapshots, Pearson r = {r:.2f}",
+    correlation = f", Pearson r = {r:.2f}" if np.isfinite(r) else ""
+    finish(ax, title=f"Residual against condition number, {len(table)} matrix snapshots{correlation}",
            x="condition number κ of the NS input", y="predicted Gram residual ε̃", log_x=True)  # fmt: skip
     return figure
 
 
 def summary(dataset: xr.Dataset) -> str:
     """The result in a sentence."""
+    if not np.isfinite(dataset["pearson"].sel(predictor="log10_kappa")):
+        return f"Too few snapshots with a measured κ to correlate it with the residual: {int(dataset['pairs'])}, and {int(dataset['floors'])} with κ only bounded."
     r = {str(p): float(dataset["pearson"].sel(predictor=p)) for p in dataset["predictor"].values}
     return (
         f"log10 κ and the residual correlate with r = {r['log10_kappa']:.2f} over {int(dataset['pairs'])} snapshots "

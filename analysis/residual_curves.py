@@ -49,14 +49,19 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
 
     Returns:
         `residual` (family, operator, k): mean over the operator's matrices and the window; `convex` (family, operator):
-        whether each further step gains no more than the one before; `snapshots`.
+        whether each further step gains no more than the one before; `snapshots`. Operators without a
+        spectrum in the window are left out.
 
     Raises:
-        ValueError: no orthogonalised matrix, or no record in the window.
+        ValueError: no orthogonalised matrix, or no spectrum in the window.
     """
-    geometry = orthogonalised(run)[["sigma_quantile"]].sel(step=window or slice(None)).load()
-    if not geometry.sizes["step"]:
-        raise ValueError(f"window: no record between steps {window.start} and {window.stop}" if window else "run: no record")
+    everything = orthogonalised(run)[["sigma_quantile"]]
+    geometry = everything.sel(step=window or slice(None)).load()
+    seen = np.isfinite(geometry["sigma_quantile"].values).all(axis=-1).any(axis=0)
+    if not seen.any():
+        first, last = (int(everything["step"].values[i]) for i in (0, -1))
+        raise ValueError(f"window: no spectrum recorded in that range of steps; the run's records go from {first} to {last}")
+    geometry = geometry.isel(matrix=np.flatnonzero(seen))
     operators = operators_of(geometry)
     label = geometry["operator"].values
     mean = np.full((len(families), len(operators), len(STEPS)), np.nan)
@@ -64,8 +69,7 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
         for i, k in enumerate(STEPS):
             residual = residual_of_records(geometry, SCHEDULES[family](k))
             for g, operator in enumerate(operators):
-                own = residual[:, label == operator]
-                mean[f, g, i] = np.nanmean(own) if np.isfinite(own).any() else np.nan
+                mean[f, g, i] = np.nanmean(residual[:, label == operator])
     gains = -np.diff(mean, axis=-1)
     return xr.Dataset(
         {

@@ -11,6 +11,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ..diagnostics.newton_schulz import ns_map
+from ..diagnostics.observation import READABLE_NOISE
 from ..diagnostics.spectrum_sketch import unsketch
 from ..diagnostics.update_size import ADAMW_RMS
 from .figures import axes, finish, operator_palette
@@ -27,13 +28,15 @@ def study(run: xr.DataTree) -> xr.Dataset:
 
     Variables (step, matrix): `update_rms_per_lr`; `alignment` a (missing without orthogonalisation); `to_adamw` (RMS over
     0.2, the size that lets a learning rate be shared with AdamW); `residual` ε̃ predicted for the steps in force;
-    `under_lifted` and `band`, which add up to the predicted a² − 1; `off_target`: a outside √(1 ± ε̃) by more than 2 %.
+    `under_lifted` and `band`, which add up to the predicted a² − 1; `off_target`: a outside √(1 ± ε̃) by more than 2 %,
+    where the update could be read back (rounding noise up to 0.01).
 
     Raises:
         ValueError: no update records.
     """
     update = records(run, "update").load()
-    per_lr = update["update_rms_per_lr"]
+    # Without its texts, which would go on to what is computed from it.
+    per_lr = update["update_rms_per_lr"].drop_attrs()
     alignment = per_lr / update["rms_target"]
     result = xr.Dataset({"update_rms_per_lr": per_lr, "alignment": alignment, "to_adamw": per_lr / ADAMW_RMS})
     missing = xr.full_like(per_lr, np.nan)
@@ -41,16 +44,17 @@ def study(run: xr.DataTree) -> xr.Dataset:
     if "geometry" not in run.children or not run["geometry"].sizes.get("step"):
         return result
     geometry = records(run, "geometry").load()
-    rows = {name: j for j, name in enumerate(update["name"].values)}
-    here = np.array([rows[name] for name in geometry["name"].values if name in rows], dtype=np.intp)
-    geometry = geometry.isel(matrix=[j for j, name in enumerate(geometry["name"].values) if name in rows])
-    steps = np.searchsorted(update["step"].values, geometry["step"].values)
+    # A run may have been continued with other groups: only records and matrices that both groups have.
+    _, steps, steps_there = np.intersect1d(update["step"].values, geometry["step"].values, return_indices=True)
+    _, here, there = np.intersect1d(update["name"].values, geometry["name"].values, return_indices=True)
+    geometry = geometry.isel(step=steps_there, matrix=there)
     low, band = _split(geometry)
     for name, values in (("residual", own_residual(geometry).values), ("under_lifted", low), ("band", band)):
         result[name].values[np.ix_(steps, here)] = values
     square, residual = result["alignment"] ** 2, result["residual"]
     upper, lower = np.sqrt(1 + residual) * (1 + SLACK), np.sqrt(np.maximum(1 - residual, 0)) * (1 - SLACK)
-    result["off_target"] = (np.sqrt(square) > upper) | (np.sqrt(square) < lower)
+    readable = update["update_noise"].drop_attrs() <= READABLE_NOISE
+    result["off_target"] = readable & ((np.sqrt(square) > upper) | (np.sqrt(square) < lower))
     return result
 
 
@@ -106,9 +110,10 @@ def plot(dataset: xr.Dataset) -> Figure:
 
 def summary(dataset: xr.Dataset) -> str:
     """The result in a sentence."""
-    per_optimizer = [
-        f"{o!s} {float(dataset['to_adamw'].where(dataset['optimizer'] == o).median()):.2f}" for o in np.unique(dataset["optimizer"].values)
-    ]
+    median = {str(o): float(dataset["to_adamw"].where(dataset["optimizer"] == o).median()) for o in np.unique(dataset["optimizer"].values)}
+    per_optimizer = [f"{o} {m:.2f}" for o, m in median.items() if np.isfinite(m)]
+    if not per_optimizer:
+        return "No update in this run is finite."
     text = f"Update RMS per learning rate over AdamW's 0.2, median: {', '.join(per_optimizer)}."
     known = int(np.isfinite(dataset["residual"].values).sum())
     if known:

@@ -72,13 +72,25 @@ def ns_schedules(geometry: xr.Dataset) -> list[NsSchedule]:
     ]
 
 
+def spectra(run: xr.DataTree) -> xr.Dataset:
+    """The group `geometry` of a run that holds at least one spectrum.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    geometry = records(run, "geometry")
+    if not np.isfinite(geometry["condition_number"].values).any():
+        raise ValueError("run: every recorded NS input is zero or not finite, so there is no spectrum to study; see `diag check`")
+    return geometry
+
+
 def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     """The geometry of those matrices that were orthogonalised in some record.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are none, or none has a spectrum.
     """
-    geometry = records(run, "geometry")
+    geometry = spectra(run)
     used = (geometry["ns_schedule"] >= 0).any("step").values
     if not used.any():
         raise ValueError("run: no optimizer in it orthogonalises (Muon does), so there is no Newton–Schulz residual to study")

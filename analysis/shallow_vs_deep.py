@@ -6,9 +6,10 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from .figures import axes, finish, operator_palette
-from .run import median_by, operators_of, records
+from .run import median_by, operators_of, spectra
 
 
 def study(run: xr.DataTree, operators: Sequence[str] | None = None) -> xr.Dataset:
@@ -22,25 +23,30 @@ def study(run: xr.DataTree, operators: Sequence[str] | None = None) -> xr.Datase
         `median` (step, depth, operator), depth being "shallow" or "deep".
 
     Raises:
-        ValueError: no geometry, fewer than two layers, or an operator that the run does not have.
+        ValueError: no spectra, none of an operator in both thirds, or an operator of which that holds.
     """
-    geometry = records(run, "geometry")[["condition_number"]].load()
+    geometry = spectra(run)[["condition_number"]].load()
     layer, label = geometry["layer"].values, geometry["operator"].values
-    in_layers = [o for o in operators_of(geometry) if (layer[label == o] >= 0).any()]
-    if layer.max() < 1 or not in_layers:
-        raise ValueError("run: fewer than two layers found in the matrices' names, so shallow and deep cannot be compared")
-    if operators is None:
-        overall = [float(np.nanmedian(geometry["condition_number"].values[:, label == o])) for o in in_layers]
-        operators = list(dict.fromkeys([in_layers[int(np.nanargmax(overall))], in_layers[int(np.nanargmin(overall))]]))
-    if missing := set(operators) - set(in_layers):
-        raise ValueError(f"operators: {', '.join(sorted(missing))} not in this run; it has {', '.join(in_layers)}")
     third = max(1, (int(layer.max()) + 1) // 3)
     depth = np.where((layer >= 0) & (layer < third), "shallow", np.where(layer > layer.max() - third, "deep", "middle"))
     keys = np.array([f"{d} {o}" for d, o in zip(depth, label, strict=True)])
     depths = ("shallow", "deep")
-    medians = [median_by(geometry["condition_number"], keys, [f"{d} {o}" for o in operators]) for d in depths]
+
+    def medians(chosen: Sequence[str]) -> NDArray[np.float64]:
+        return np.stack([median_by(geometry["condition_number"], keys, [f"{d} {o}" for o in chosen]) for d in depths], axis=1)
+
+    present = operators_of(geometry)
+    known = np.asarray(np.isfinite(medians(present)).all(axis=1).any(axis=0))
+    comparable = [o for o, both in zip(present, known, strict=True) if both]
+    if not comparable:
+        raise ValueError("run: no operator has spectra both in shallow and in deep layers (layers are found by the matrices' names)")
+    if operators is None:
+        overall = [float(np.nanmedian(geometry["condition_number"].values[:, label == o])) for o in comparable]
+        operators = list(dict.fromkeys([comparable[int(np.argmax(overall))], comparable[int(np.argmin(overall))]]))
+    if missing := set(operators) - set(comparable):
+        raise ValueError(f"operators: {', '.join(sorted(missing))} not in shallow and deep layers of this run; {', '.join(comparable)} are")
     return xr.Dataset(
-        {"median": (("step", "depth", "operator"), np.stack(medians, axis=1))},
+        {"median": (("step", "depth", "operator"), medians(operators))},
         coords={"step": geometry["step"].values, "depth": list(depths), "operator": list(operators)},
         attrs={"layers_per_third": third},
     )

@@ -45,11 +45,20 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
         except (ValueError, TypeError, OSError, RuntimeError) as error:
             if _debug:
                 traceback.print_exc()
-            print(f"diag: {error}", file=sys.stderr)
+            print(f"diag: {inert(' '.join(str(error).split()))}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     app.command(function.__name__)(reporting)
     return reporting
+
+
+def inert(text: object) -> str:
+    r"""The text with what would steer a terminal (escape sequences, line breaks, reversed writing) spelled out.
+
+    >>> inert("κ\x1b[2J")
+    'κ\\x1b[2J'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def print_json(result: Any) -> None:

@@ -36,7 +36,8 @@ def demo(
         TextColumn("loss {task.fields[loss]:.2f} nats/byte"),
         TimeElapsedColumn(),
     )
-    with Progress(*columns, console=console(stderr=True), transient=True) as progress:
+    terminal = console(stderr=True)
+    with Progress(*columns, console=terminal, transient=True, disable=not terminal.is_terminal) as progress:
         task = progress.add_task("training", total=config.steps, loss=float("nan"))
         before, after = train(output, config, lambda step, loss: progress.update(task, completed=step, loss=loss))
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .app import CLEAN, FINDINGS, JsonOption, command, print_json
+from .app import CLEAN, FINDINGS, JsonOption, command, inert, print_json
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,11 +34,9 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
             f"{records['records']} records" + (f", steps {records['first_step']} to {records['last_step']}" if records["records"] else ""),
         )
     if described["operators"]:
-        console().print(
-            _table(
-                ("operator", "matrices", "shapes", "layers"),
-                [(o["operator"], o["matrices"], o["shapes"], o["layers"]) for o in described["operators"]],
-            )
+        _print_table(
+            ("operator", "matrices", "shapes", "layers"),
+            [(o["operator"], o["matrices"], o["shapes"], o["layers"]) for o in described["operators"]],
         )
     for name, value in described["last_scalars"].items():
         say(f"last {name}", f"{value:.6g}")
@@ -120,9 +118,10 @@ def analyse_into(run: "xr.DataTree", folder: Path, only: list[str] | None = None
 
     if unknown := set(only or ()) - set(STUDIES):
         raise ValueError(f"--study: {', '.join(sorted(unknown))} is none of {', '.join(STUDIES)}")
+    terminal = console(stderr=True)
     said = {
         name: analyse_study(run, name, folder, required=only is not None)
-        for name in track(only or STUDIES, description="analysing", console=console(stderr=True), transient=True)
+        for name in track(only or STUDIES, "analysing", console=terminal, transient=True, disable=not terminal.is_terminal)
     }
     return finish_report(run, folder, said)
 
@@ -149,7 +148,7 @@ def print_schedule(found: "Schedule", path: Path) -> None:
         for operator, entry in found.operators.items()
     ]
     uniform = f"{found.budget['mean_steps']} steps"
-    console().print(_table(("operator", "matrices", "NS steps", f"residual at {uniform}", "residual", "share of FLOPs"), rows))
+    _print_table(("operator", "matrices", "NS steps", f"residual at {uniform}", "residual", "share of FLOPs"), rows)
     objective, provenance = found.objective, found.provenance
     say(
         "predicted mean residual",
@@ -163,6 +162,8 @@ def print_schedule(found: "Schedule", path: Path) -> None:
 
 def sibling(run: Path, suffix: str) -> Path:
     """A path beside the run: run.zarr → run-analysis."""
+    # From inside the run its path is ".", which has no name.
+    run = run.resolve() if run.name in ("", "..") else run
     return run.with_name(run.name.removesuffix(".zarr") + suffix)
 
 
@@ -178,9 +179,9 @@ def parse_window(text: str | None) -> slice | None:
 
 def say(topic: object, text: str) -> None:
     """One line: a topic in bold, and a sentence. Names and texts of a run are printed as they are, never as markup."""
-    from rich.markup import escape
+    from rich.text import Text
 
-    console().print(f"[bold]{escape(str(topic))}[/bold]: {escape(text)}")
+    console().print(Text.assemble((inert(topic), "bold"), ": ", inert(text)))
 
 
 def console(stderr: bool = False) -> Any:
@@ -199,11 +200,14 @@ def _print_findings(findings: list[dict[str, Any]]) -> None:
         say(f"{finding['severity']} {finding['rule']}", f"{finding['sentence']}{concerned} {finding['advice']}")
 
 
-def _table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> Any:
+def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(*header, box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
     for row in rows:
-        table.add_row(*(Text(str(cell)) for cell in row))
-    return table
+        table.add_row(*(Text(inert(cell)) for cell in row))
+    # What is too wide goes on below, where soft wrapping would cut it.
+    console().print(table, soft_wrap=False)

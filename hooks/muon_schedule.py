@@ -57,13 +57,16 @@ def apply_schedule(
 
     Raises:
         TypeError: not a `torch.optim.Muon`.
-        ValueError: no matrix of the optimizer is in the schedule, or a scheduler exists that was not passed.
+        ValueError: no matrix of the optimizer is in the schedule, an operator has no step, or a scheduler exists that was
+            not passed.
         RuntimeError: this version of torch does not run the function that would be replaced.
     """
     if not isinstance(optimizer, Muon):
         raise TypeError(f"optimizer: a schedule can be applied to torch.optim.Muon, got {type(optimizer).__name__}")
     if "_zeropower_via_newtonschulz" not in torch_muon._single_tensor_muon.__code__.co_names:
         raise RuntimeError(f"torch {torch.__version__}: its Muon takes no coefficients per step here; use torch 2.9 to 2.13")
+    if empty := [name for name, entry in schedule.operators.items() if not entry.coefficients]:
+        raise ValueError(f"schedule: {', '.join(empty)}: expected at least one Newton–Schulz step, got none")
     # Each once, and not those of the other optimizers of a training, whose groups are not split.
     schedulers = list({id(s): s for s in _flatten(lr_schedulers) if s.optimizer is optimizer}.values())
     names = {id(p): clean_name(name) for name, p in model.named_parameters()}
@@ -78,7 +81,9 @@ def apply_schedule(
     split = [_split(group, operator_of) for group in optimizer.param_groups]
     counts = _counts(split)
     if not counts:
-        raise ValueError(f"schedule: none of the optimizer's matrices is one of its operators ({', '.join(schedule.operators)}); pass the model they were recorded from")
+        raise ValueError(
+            f"schedule: none of the optimizer's matrices is one of its operators ({', '.join(schedule.operators)}); pass the model they were recorded from"
+        )
     if max(map(len, split)) > 1:
         _extend_schedulers(optimizer, schedulers, [len(parts) for parts in split])
     optimizer.param_groups[:] = [part for parts in split for part in parts]
@@ -149,7 +154,9 @@ def _flatten(schedulers: Iterable[Any]) -> list[Any]:
 def _extend_schedulers(optimizer: Muon, schedulers: list[Any], parts: list[int]) -> None:
     """Repeat every per-group list of the schedulers for the groups that each group is split into."""
     if not schedulers and hasattr(optimizer.step, "_wrapped_by_lr_sched"):
-        raise ValueError("lr_schedulers: this optimizer already has a learning-rate scheduler; pass it, or apply the schedule before building it")
+        raise ValueError(
+            "lr_schedulers: this optimizer already has a learning-rate scheduler; pass it, or apply the schedule before building it"
+        )
     for scheduler in schedulers:
         for key, value in list(vars(scheduler).items()):
             if key in _PER_GROUP and isinstance(value, list):

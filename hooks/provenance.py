@@ -29,9 +29,7 @@ def describe_optimizers(optimizers: Mapping[str, Optimizer]) -> list[dict[str, A
             "class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
             "known": adapter_for(optimizer) is not UNKNOWN,
             "spectrum_of": adapter_for(optimizer).spectrum_of,
-            "groups": [
-                {key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups
-            ],
+            "groups": [{key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
         }
         for label, optimizer in optimizers.items()
     ]

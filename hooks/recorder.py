@@ -98,17 +98,20 @@ def attach(
         raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
     cadence = Cadence(every, overhead)
     matrices = find_matrices(labelled, model, operators)
-    if not matrices:
-        raise ValueError(
-            f"optimizers: {', '.join(labelled)} hold no weight matrix (a parameter with two or more dimensions), so nothing can be recorded"
-        )
     rows = {"geometry": [m for m in matrices if m.geometry], "update": matrices}
     rows = {group: found for group, found in rows.items() if group in measure and found}
+    if not rows:
+        raise ValueError(
+            f"optimizers: {', '.join(labelled)} hold no weight matrix (a parameter with two or more dimensions) to record "
+            f"{' and '.join(measure)} of, so nothing can be recorded"
+        )
     writer = Writer(store, {**describe_software(), "optimizers": describe_optimizers(labelled)})
     lay_out(writer, rows)
     first_step = writer.last_step if first_step is None else first_step
     if first_step < writer.last_step:
-        raise ValueError(f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store")
+        raise ValueError(
+            f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
+        )
     cadence.start(first_step)
     watched = [Watched(label, o, [m for m in matrices if m.optimizer == label], first_step) for label, o in labelled.items()]
     return Recorder(watched, rows, writer, cadence, first_step, raise_errors=on_error == "raise")
@@ -156,7 +159,14 @@ class Recorder:
     """
 
     def __init__(
-        self, watched: list[Watched], rows: dict[str, list[Matrix]], writer: Writer, cadence: Cadence, first_step: int, *, raise_errors: bool
+        self,
+        watched: list[Watched],
+        rows: dict[str, list[Matrix]],
+        writer: Writer,
+        cadence: Cadence,
+        first_step: int,
+        *,
+        raise_errors: bool,
     ) -> None:
         self.step = first_step
         self.errors = 0
@@ -355,11 +365,15 @@ class Recorder:
 
     def _end_scalars(self) -> None:
         scalars, self._scalars = self._scalars, {}
-        for name in scalars:
-            if not self._writer.has("scalars", name):
-                create_scalar(self._writer, name)
         if scalars:
             self._writer.append("scalars", self._scalars_step, {name: np.float64(value) for name, value in scalars.items()})
+        for name in scalars:
+            if not self._writer.has("scalars", name):
+                self._create_scalar(name)
+
+    @_guarded
+    def _create_scalar(self, name: str) -> None:
+        create_scalar(self._writer, name)
 
     def _flush_if_due(self) -> None:
         if time.perf_counter() - self._flushed > FLUSH_SECONDS:

@@ -36,7 +36,9 @@ class Writer:
         self.path = Path(path)
         self.is_new = _nothing_committed(self.path)
         if self.is_new:
-            self._root = zarr.create_group(store=self.path, zarr_format=3, overwrite=True, attributes={"optiscope_schema": SCHEMA, **attributes})
+            self._root = zarr.create_group(
+                store=self.path, zarr_format=3, overwrite=True, attributes={"optiscope_schema": SCHEMA, **attributes}
+            )
         else:
             self._root = _open_run(self.path)
         # Attributes by group, "" the run's own: changed in memory, written by the next commit.
@@ -182,7 +184,7 @@ def _nothing_committed(path: Path) -> bool:
 def _open_run(path: Path) -> "zarr.Group":
     try:
         root = zarr.open_group(path, mode="r+", zarr_format=3)
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (FileExistsError, FileNotFoundError, NotADirectoryError, ValueError):
         raise ValueError(f"store: {path} exists and is not an Optiscope run; choose another path") from None
     schema = root.attrs.get("optiscope_schema")
     if schema != SCHEMA:

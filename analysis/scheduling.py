@@ -19,12 +19,17 @@ WINDOW_SHARE = 0.01
 
 
 def default_window(run: xr.DataTree) -> slice:
-    """From the end of learning-rate warm-up (and of the momentum's first 20 steps), 1 % of the steps and at least 8 records."""
-    steps = orthogonalised(run)["step"].values
+    """From the end of learning-rate warm-up (and of the momentum's first 20 steps), 1 % of the steps and at least 8 records.
+
+    Fewer records where the run has no more.
+    """
+    geometry = orthogonalised(run)
+    steps = geometry["step"].values
     start = min(BURN_IN, int(steps[-1]))
     if "update" in run.children and run["update"].sizes.get("step"):
         update = records(run, "update")
-        largest = update["lr"].max("matrix").values
+        # Of the orthogonalised matrices only: another optimizer may warm up differently, or not at all.
+        largest = update["lr"].isel(matrix=np.isin(update["name"].values, geometry["name"].values)).max("matrix").values
         if np.isfinite(largest).any():
             start = max(start, int(update["step"].values[np.nanargmax(largest >= 0.99 * np.nanmax(largest))]))
     inside = steps[steps >= start]
@@ -60,12 +65,7 @@ def derive_schedule(
         raise ValueError(f"budget: expected a step count of {residual_curves.STEPS[0]} to {residual_curves.STEPS[-1]}, got {budget}")
     window = default_window(run) if window is None else window
     curves = residual_curves.study(run, window, (family,))
-    measured = curves.isel(operator=np.flatnonzero(np.isfinite(curves["residual"].values).all(axis=(0, 2))))
-    if not measured.sizes["operator"]:
-        raise ValueError(
-            f"window: no spectrum recorded between steps {window.start} and {window.stop}; choose a window with records (`diag info`)"
-        )
-    operators = [str(o) for o in measured["operator"].values]
+    operators = [str(o) for o in curves["operator"].values]
     geometry = orthogonalised(run)
     names = {o: tuple(str(n) for n in geometry["name"].values[geometry["operator"].values == o]) for o in operators}
     cost = [
@@ -76,7 +76,7 @@ def derive_schedule(
         )
         for own in operators
     ]
-    given = problem(measured["residual"].values[0], residual_curves.STEPS, cost, [len(names[o]) for o in operators], budget)
+    given = problem(curves["residual"].values[0], residual_curves.STEPS, cost, [len(names[o]) for o in operators], budget)
     found, baseline = RULES[rule](given), uniform(given)
     entries = {
         o: OperatorSchedule(

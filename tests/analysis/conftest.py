@@ -1,0 +1,149 @@
+"""Built runs: the tree that `open_run` gives, made in memory from chosen spectra, so that a study's answer is known beforehand."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from optiscope.diagnostics.operators import classify, layer_index
+from optiscope.diagnostics.spectrum_sketch import sketch, sketch_levels
+
+JORDAN = (3.4445, -4.7750, 2.0315)
+
+
+def naive_output(x, coefficients):
+    """Singular values of O, the polynomial written out."""
+    for a, b, c in coefficients:
+        x = a * x + b * x**3 + c * x**5
+    return x
+
+
+@pytest.fixture(scope="session")
+def output():
+    return naive_output
+
+
+@pytest.fixture(scope="session")
+def build_run():
+    """`build_run({name: matrix, …})`, a matrix being a dict of what differs from these defaults:
+
+    sigma: singular values, descending, the same at every step, or a list with those of each step (None: not recorded);
+    shape: (r, r); optimizer: "Muon", or any other name for one that does not orthogonalise; schedule: index into
+    `schedules`; target: RMS of ΔW/lr for an exact polar factor; size: factor on the update; floor: κ is a bound;
+    update, geometry: entries of those groups that are set to something else.
+    """
+
+    def build_run(matrices, *, steps=(10, 20, 30), schedules=((JORDAN,) * 5,), eps=1e-7, lr=0.02, attrs=None):
+        steps, names = np.array(steps), list(matrices)
+        described = [_described(matrix, len(steps)) for matrix in matrices.values()]
+        text = np.dtypes.StringDType()
+        coords = {
+            "name": ("matrix", np.array(names, dtype=text)),
+            "operator": ("matrix", np.array([classify(name) for name in names], dtype=text)),
+            "layer": ("matrix", np.array([layer_index(name) for name in names], dtype="int32")),
+            "rows": ("matrix", np.array([m["shape"][0] for m in described])),
+            "cols": ("matrix", np.array([m["shape"][1] for m in described])),
+            "optimizer": ("matrix", np.array([m["optimizer"] for m in described], dtype=text)),
+            "rms_target": ("matrix", np.array([m["target"] if m["optimizer"] == "Muon" else np.nan for m in described])),
+            "step": steps,
+        }
+        levels = np.stack([sketch_levels(min(m["shape"])) for m in described])
+        cells = [[_cell(m, t, schedules, _at(lr, t)) for m in described] for t in range(len(steps))]
+        groups = {}
+        for group, dtypes in (("geometry", GEOMETRY), ("update", UPDATE)):
+            variables = {
+                name: (("step", "matrix", *extra), np.array([[cell[group][name] for cell in row] for row in cells], dtype=dtype))
+                for name, (dtype, *extra) in dtypes.items()
+            }
+            groups[group] = xr.Dataset(variables, coords=coords)
+        groups["geometry"] = groups["geometry"].assign_coords(quantile_level=(("matrix", "quantile"), levels))
+        groups["geometry"].attrs["ns_schedules"] = [{"coefficients": [list(t) for t in s], "eps": eps} for s in schedules]
+        root = {"optiscope_schema": 1, "created": "2026-01-01T00:00:00+00:00", "optimizers": [], "versions": {}, **(attrs or {})}
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=root), **groups})
+
+    return build_run
+
+
+GEOMETRY = {
+    "sigma_quantile": ("float32", "quantile"), "fro_norm": ("float64",), "condition_number": ("float64",), "condition_is_floor": ("bool",),
+    "stable_rank": ("float32",), "below_floor": ("float32",), "ns_schedule": ("int16",), "ns_residual": ("float32", "ns_step"),
+    "ns_residual_polar": ("float32", "ns_step"), "ns_residual_achieved": ("float32",), "alignment": ("float32",),
+}  # fmt: skip
+UPDATE = {
+    name: ("float32",) if name == "update_noise" else ("float64",)
+    for name in (
+        "update_rms", "update_norm", "update_rms_per_lr", "update_noise", "weight_rms", "grad_rms", "momentum_rms",
+        "update_to_weight", "lr", "weight_decay",
+    )
+}  # fmt: skip
+
+
+def _described(matrix, steps):
+    sigma = matrix["sigma"] if isinstance(matrix["sigma"], list) else [matrix["sigma"]] * steps
+    rank = len(next(s for s in [*sigma, [1.0]] if s is not None))
+    return {"shape": (rank, rank), "optimizer": "Muon", "schedule": 0, "target": 0.2, "size": 1.0, "floor": False, **matrix, "sigma": sigma}
+
+
+def _at(value, t):
+    return value[t] if isinstance(value, (list, tuple)) else value
+
+
+def _cell(m, t, schedules, lr):
+    """Everything recorded of one matrix at one step."""
+    sigma = m["sigma"][t]
+    missing = {"condition_is_floor": False, "ns_schedule": -1}
+    geometry = {name: missing.get(name, np.full(_size(extra), np.nan)) for name, (_, *extra) in GEOMETRY.items()}
+    update = dict.fromkeys(UPDATE, np.nan)
+    if sigma is None:
+        return {"geometry": geometry, "update": update}
+    sigma = np.asarray(sigma, dtype=np.float64)
+    x = sigma / np.linalg.norm(sigma)
+    geometry |= {
+        "sigma_quantile": sketch(x), "fro_norm": np.linalg.norm(sigma), "condition_number": sigma[0] / sigma[-1],
+        "condition_is_floor": m["floor"], "stable_rank": 1 / x[0] ** 2, "below_floor": 0,
+    }  # fmt: skip
+    per_lr = m["size"] * 0.2
+    if m["optimizer"] == "Muon":
+        own = schedules[_at(m["schedule"], t)]
+        steps = [own[min(k, len(own) - 1)] if own else (1.0, 0.0, 0.0) for k in range(10)]
+        o = naive_output(x, own)
+        gram = lambda o: np.sqrt(np.mean((1 - o**2) ** 2))  # noqa: E731
+        geometry |= {
+            "ns_schedule": _at(m["schedule"], t),
+            "ns_residual": [gram(naive_output(x, steps[:k])) for k in range(11)],
+            "ns_residual_polar": [np.sqrt(np.mean((1 - naive_output(x, steps[:k])) ** 2)) for k in range(11)],
+            "ns_residual_achieved": gram(o),
+            "alignment": float(sigma @ o / sigma.sum()),
+        }
+        per_lr = m["size"] * m["target"] * np.sqrt(np.mean(o**2))
+    size = np.sqrt(m["shape"][0] * m["shape"][1])
+    update |= {
+        "update_rms": lr * per_lr, "update_norm": lr * per_lr * size, "update_rms_per_lr": per_lr, "update_noise": 1e-6, "weight_rms": 0.1,
+        "grad_rms": np.linalg.norm(sigma) / size, "momentum_rms": np.linalg.norm(sigma) / size, "update_to_weight": lr * per_lr / 0.1,
+        "lr": lr, "weight_decay": 0.0,
+    }  # fmt: skip
+    return {"geometry": geometry | m.get("geometry", {}), "update": update | m.get("update", {})}
+
+
+def _size(extra):
+    return [{"quantile": 64, "ns_step": 11}[name] for name in extra]
+
+
+@pytest.fixture(scope="session")
+def model():
+    """Matrices of three layers with six random spectra each, of one square operator, one wide and one tall."""
+    rng = np.random.default_rng(1)
+    shapes = {"attn.q_proj": (16, 16), "attn.k_proj": (8, 16), "mlp.up_proj": (40, 16)}
+    return {
+        f"layers.{layer}.{operator}.weight": {
+            "shape": shape,
+            "sigma": [np.sort(10 ** -rng.uniform(0, rng.uniform(1, 4), min(shape)))[::-1] for _ in range(6)],
+        }
+        for layer in range(3)
+        for operator, shape in shapes.items()
+    }
+
+
+@pytest.fixture(scope="session")
+def model_run(build_run, model):
+    """The run of `model`, recorded at steps 10 to 60."""
+    return build_run(model, steps=range(10, 70, 10))

@@ -1,0 +1,200 @@
+"""Every command on a good run: what it prints, what it writes, how it exits."""
+
+import shutil
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from optiscope.analysis import STUDIES, derive_schedule, open_run
+from optiscope.cli import app
+from optiscope.cli.run import parse_window, sibling
+from optiscope.diagnostics import Schedule
+
+
+def test_diag_is_the_command():
+    assert entry_points(group="console_scripts")["diag"].load() is app
+
+
+def test_info_tells_what_is_in_a_run(diag, recorded):
+    result = diag("info", recorded)
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    lines = result.stdout.splitlines()
+    assert lines[0].startswith(f"{recorded}: begun 20")
+    assert "Muon: torch.optim.Muon; geometry describes the exact NS input: " in result.stdout
+    assert "geometry: 12 records, steps 1 to 12" in lines
+    # operator, matrices, shapes, layers
+    assert ["attn_q", "2", "6×6", "0–1"] in [line.split() for line in lines]
+    assert ["mlp_up", "2", "6×9", "0–1"] in [line.split() for line in lines]
+    assert ["head", "1", "6×6"] in [line.split() for line in lines]
+    assert any(line.startswith("last loss: ") for line in lines)
+    assert any(line.startswith("recording: took ") for line in lines)
+
+
+def test_info_of_a_run_without_records(diag, record, tmp_path):
+    result = diag("info", record(tmp_path / "run.zarr", steps=0))
+    assert result.exit_code == 0
+    assert "geometry: 0 records" in result.stdout.splitlines()
+
+
+def test_info_as_json(diag, recorded, strict_json):
+    result = diag("info", recorded, "--json")
+    found = strict_json(result.stdout)
+    assert result.stderr == ""
+    assert found["groups"]["update"] | {"variables": []} == {"records": 12, "first_step": 1, "last_step": 12, "variables": []}
+    assert "update_rms" in found["groups"]["update"]["variables"]
+    assert found["operators"][0] == {"operator": "attn_q", "matrices": 2, "shapes": "6×6", "layers": "0–1"}
+    assert found["versions"].keys() >= {"torch", "optiscope"}
+    assert 0 < found["overhead"] < 1
+
+
+@pytest.fixture(scope="module")
+def analysed(diag, recorded, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("analysis") / "out"
+    return folder, diag("analyze", recorded, "-o", folder)
+
+
+def test_analyze_says_a_sentence_per_study(analysed):
+    folder, result = analysed
+    assert (result.exit_code, result.stderr) == (0, "")
+    said = dict(line.split(": ", 1) for line in result.stdout.splitlines())
+    assert list(said)[: len(STUDIES)] == list(STUDIES)
+    assert said["figures and tables"] == str(folder)
+    assert "nan" not in result.stdout
+
+
+def test_analyze_writes_figures_tables_and_a_summary(analysed, strict_json):
+    folder, _ = analysed
+    summary = strict_json((folder / "summary.json").read_text(encoding="utf-8"))
+    for name in STUDIES:
+        files = summary["studies"][name]["files"]
+        assert files[0] == f"{name}.png"
+        assert (folder / files[0]).read_bytes().startswith(b"\x89PNG\r\n")
+        assert len(files) > 1
+        for table in files[1:]:
+            assert len(pd.read_csv(folder / table))
+
+
+def test_analyze_as_json_is_the_summary(diag, recorded, tmp_path, strict_json):
+    result = diag("analyze", recorded, "--study", "kappa_by_layer", "--study", "rms_alignment", "-o", tmp_path / "new" / "out", "--json")
+    assert result.stderr == ""
+    found = strict_json(result.stdout)
+    assert found == strict_json((tmp_path / "new" / "out" / "summary.json").read_text(encoding="utf-8"))
+    assert list(found["studies"]) == ["kappa_by_layer", "rms_alignment"]
+    assert len(list((tmp_path / "new" / "out").glob("*.png"))) == 2
+
+
+def test_analyze_writes_beside_the_run(diag, recorded, tmp_path, monkeypatch):
+    shutil.copytree(recorded, tmp_path / "my.zarr")
+    assert diag("analyze", tmp_path / "my.zarr", "--study", "kappa_by_layer").exit_code == 0
+    assert (tmp_path / "my-analysis" / "kappa_by_layer.png").exists()
+    # Also from inside the run, where its path has no name.
+    shutil.rmtree(tmp_path / "my-analysis")
+    monkeypatch.chdir(tmp_path / "my.zarr")
+    assert diag("analyze", ".", "--study", "kappa_by_layer").exit_code == 0
+    assert (tmp_path / "my-analysis" / "kappa_by_layer.png").exists()
+
+
+def test_analyze_skips_what_a_run_does_not_allow(diag, record, tmp_path):
+    record(tmp_path / "adam.zarr", muon=False, steps=3)
+    result = diag("analyze", tmp_path / "adam.zarr")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "residual_curves: skipped: run: no optimizer in it orthogonalises" in result.stdout
+    assert (tmp_path / "adam-analysis" / "kappa_by_operator.png").exists()
+    assert not (tmp_path / "adam-analysis" / "residual_curves.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "arguments"),
+    [
+        ([], {}),
+        (["--budget", "6", "--rule", "minimax"], {"budget": 6, "rule": "minimax"}),
+        (["--family", "jordan", "--window", "3:6"], {"family": "jordan", "window": slice(3, 6)}),
+    ],
+)
+def test_schedule_writes_what_derive_schedule_gives(diag, recorded, tmp_path, options, arguments):
+    result = diag("schedule", recorded, "-o", tmp_path / "s.json", *options)
+    assert (result.exit_code, result.stderr) == (0, "")
+    found, expected = Schedule.load(tmp_path / "s.json"), derive_schedule(open_run(recorded), **arguments)
+    assert (found.operators, found.budget, found.objective) == (expected.operators, expected.budget, expected.objective)
+    # As a table: the steps and residuals of each operator.
+    rows = {line.split()[0]: line.split() for line in result.stdout.splitlines()[1 : 1 + len(found.operators)]}
+    for operator, entry in found.operators.items():
+        residuals = f"{entry.baseline_residual:.3f}", f"{entry.predicted_residual:.3f}"
+        assert rows[operator][1:5] == [str(len(entry.matrices)), str(entry.steps), *residuals]
+    first, last = found.provenance["window"]
+    assert f"observed: {found.provenance['snapshots']} records, steps {first} to {last}" in result.stdout
+
+
+def test_schedule_as_json_is_the_file(diag, recorded, tmp_path, strict_json):
+    result = diag("schedule", recorded, "-o", tmp_path / "s.json", "--json")
+    assert result.stderr == ""
+    assert result.stdout == (tmp_path / "s.json").read_text(encoding="utf-8")
+    assert strict_json(result.stdout)["format"] == "optiscope-schedule"
+
+
+def test_schedule_is_written_here_by_default(diag, recorded, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert diag("schedule", recorded).exit_code == 0
+    assert Schedule.load("schedule.json").operators
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"), [("20:100", slice(20, 100)), (":100", slice(None, 100)), ("20:", slice(20, None)), (None, None)]
+)
+def test_windows_are_ranges_of_steps(text, expected):
+    assert parse_window(text) == expected
+
+
+@pytest.fixture(scope="module")
+def runs(record, tmp_path_factory):
+    """Runs whose worst finding is: nothing but information, a warning, an error."""
+    folder = tmp_path_factory.mktemp("runs")
+    record(folder / "info.zarr")
+    record(folder / "warning.zarr", eps=1.0)
+    record(folder / "error.zarr", ns_steps=0)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("worst", "fail_on", "code"),
+    [
+        ("info", None, 0), ("info", "info", 1), ("info", "error", 0),
+        ("warning", None, 1), ("warning", "warning", 1), ("warning", "error", 0),
+        ("error", None, 1), ("error", "error", 1), ("error", "info", 1),
+    ],
+)  # fmt: skip
+def test_check_exits_by_the_worst_finding(diag, runs, strict_json, worst, fail_on, code):
+    options = ["--fail-on", fail_on] if fail_on else []
+    result = diag("check", runs / f"{worst}.zarr", *options)
+    assert (result.exit_code, result.stderr) == (code, "")
+    assert result.stdout.startswith(f"{worst} ")
+    as_json = diag("check", runs / f"{worst}.zarr", *options, "--json")
+    assert (as_json.exit_code, as_json.stderr) == (code, "")
+    found = strict_json(as_json.stdout)
+    assert found["findings"][0]["severity"] == worst
+    assert bool(found["failing"]) == bool(code)
+    assert len(result.stdout.splitlines()) == len(found["findings"])
+
+
+def test_check_names_the_first_matrices(diag, runs):
+    line = next(line for line in diag("check", runs / "error.zarr").stdout.splitlines() if line.startswith("error no_ns_steps: "))
+    assert "(layers.0.attn.q_proj.weight, layers.0.mlp.up_proj.weight, layers.1.attn.q_proj.weight and 1 more)" in line
+
+
+def test_check_of_a_clean_run_says_none(diag, record, tmp_path, strict_json):
+    # AdamW alone, on square matrices of full rank.
+    record(tmp_path / "clean.zarr", muon=False, names=("layers.0.attn.q_proj",), operators={"head": "attn_o"})
+    result = diag("check", tmp_path / "clean.zarr", "--fail-on", "info")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "findings: none\n", "")
+    assert strict_json(diag("check", tmp_path / "clean.zarr", "--json").stdout) == {"findings": [], "failing": 0}
+
+
+def test_siblings_stand_beside_the_run(tmp_path, monkeypatch):
+    assert sibling(Path("a/b.zarr"), "-analysis") == Path("a/b-analysis")
+    assert sibling(Path("b"), "-schedule.json") == Path("b-schedule.json")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "inner").mkdir()
+    assert sibling(Path(), "-x") == sibling(Path("inner/.."), "-x") == Path(f"{tmp_path}-x")

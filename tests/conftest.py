@@ -1,0 +1,53 @@
+"""What several folders of tests share: small runs that the recorder itself writes."""
+
+import pytest
+
+# Matplotlib, xarray and torch are slow to import and some tests check that they were not: each test imports what it uses.
+
+NAMES = ("layers.0.attn.q_proj", "layers.0.mlp.up_proj", "layers.1.attn.q_proj", "layers.1.mlp.up_proj")
+
+
+@pytest.fixture(scope="session")
+def record():
+    """A function that trains a chain of square and wide matrices by Muon, and a head by AdamW, and records it at `store`."""
+
+    def record(store, *, names=NAMES, steps=12, muon=True, operators=None, **settings):
+        import torch
+
+        from optiscope.hooks import attach
+
+        torch.manual_seed(0)
+        weights = [torch.nn.Parameter(torch.randn(6, 6 if i % 2 == 0 else 9) / 3) for i in range(len(names))]
+        head = torch.nn.Parameter(torch.randn(6, 6) / 3)
+        model = torch.nn.Module()
+        for name, weight in zip((*names, "head"), (*weights, head), strict=True):
+            owner = model
+            *parents, leaf = name.split(".")
+            for parent in (*parents, leaf):
+                if parent not in owner._modules:
+                    owner.add_module(parent, torch.nn.Module())
+                owner = owner._modules[parent]
+            owner.register_parameter("weight", weight)
+        kind = torch.optim.Muon if muon else torch.optim.AdamW
+        optimizers = [kind(weights, lr=0.02, weight_decay=0.0, **settings), torch.optim.AdamW([head], lr=1e-3, weight_decay=0.0)]
+        with attach(optimizers, model, store, every=1, operators=operators, on_error="raise") as recorder:
+            for _ in range(steps):
+                y = torch.randn(32, 6)
+                for weight in weights:
+                    y = torch.tanh(y @ weight) if weight.shape[1] == 6 else torch.tanh(y @ weight @ weight.T)
+                loss = (y @ head - 1).square().mean()
+                for optimizer in optimizers:
+                    optimizer.zero_grad()
+                loss.backward()
+                for optimizer in optimizers:
+                    optimizer.step()
+                recorder.log(loss=loss)
+        return store
+
+    return record
+
+
+@pytest.fixture(scope="session")
+def recorded(record, tmp_path_factory):
+    """The path of a run of 12 recorded steps; not to be changed."""
+    return record(tmp_path_factory.mktemp("recorded") / "run.zarr")

@@ -1,0 +1,164 @@
+"""What `attach` refuses, and how a recorder ends: closed, forgotten, replaced, forked, or with the interpreter."""
+
+import gc
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import zarr
+from torch import nn
+from torch.optim import SGD, AdamW, Muon, Optimizer
+
+from optiscope.hooks import attach
+
+Make = Callable[..., nn.Sequential]
+Read = Callable[[str | Path], Any]
+
+
+def steps_in(run: Any, group: str = "update") -> list[int]:
+    return run[group]["step"].values.tolist()
+
+
+# What `attach` refuses
+
+
+def test_bad_arguments(mlp: Make, tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    store = tmp_path / "run.zarr"
+
+    def refused(kind: type[Exception], message: str, *args: Any, **options: Any) -> None:
+        with pytest.raises(kind, match=message):
+            attach(*(args or (optimizer, model, store)), **options)
+        assert not store.exists()
+        assert not optimizer._optimizer_step_pre_hooks
+
+    refused(ValueError, "^optimizers: expected at least one optimizer, got none$", [], model, store)
+    refused(TypeError, r"^optimizers: expected torch.optim.Optimizer objects, got Sequential$", [model], model, store)
+    refused(TypeError, r"^optimizers: expected torch.optim.Optimizer objects, got Parameter$", model.parameters(), model, store)
+    refused(ValueError, "^optimizers: SGD hold no weight matrix .*nothing can be recorded$", SGD([model[0].bias], lr=0.1), model, store)
+    refused(ValueError, "^every: expected a number of steps of at least 1, .*; got 0$", every=0)
+    refused(ValueError, "^overhead: expected a share of the training time above 0 and up to 1, got 2$", overhead=2)
+    refused(ValueError, "^overhead: .* got 0$", overhead=0)
+    refused(ValueError, r"^measure: expected one or more of geometry, update; got \['spectra'\]$", measure=["spectra"])
+    refused(ValueError, r"^measure: .*; got \(\)$", measure=())
+    refused(ValueError, "^on_error: expected 'warn' or 'raise', got 'ignore'$", on_error="ignore")
+
+
+def test_measure_that_leaves_nothing_to_record(tmp_path: Path) -> None:
+    embedding = nn.ModuleDict({"embed_tokens": nn.Embedding(5, 3)})
+    with pytest.raises(ValueError, match="nothing can be recorded"):
+        attach(AdamW(embedding.parameters()), embedding, tmp_path / "run.zarr", measure=["geometry"])
+    assert not (tmp_path / "run.zarr").exists()
+
+
+def test_stores_that_cannot_be_continued(mlp: Make, tmp_path: Path) -> None:
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    file, folder, foreign = tmp_path / "file", tmp_path / "folder", tmp_path / "foreign.zarr"
+    file.write_text("precious")
+    folder.mkdir()
+    (folder / "precious").write_text("precious")
+    zarr.create_group(foreign, attributes={"precious": True}).create_array("data", data=np.arange(3))
+    for path, message in (
+        (file, "exists and is not an Optiscope run; choose another path"),
+        (folder, "exists and is not an Optiscope run; choose another path"),
+        (foreign, "has schema None, this version appends to schema 1; choose another path"),
+    ):
+        with pytest.raises(ValueError, match=f"^store: {path} {message}$"):
+            attach(optimizer, model, path)
+    assert file.read_text() == (folder / "precious").read_text() == "precious"
+    assert zarr.open_group(foreign, mode="r")["data"][:].tolist() == [0, 1, 2]  # type: ignore[index]
+
+
+def test_run_of_other_matrices(two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read) -> None:
+    """Other names; the same names with other shapes; the same matrices under another optimizer."""
+    model, d, g = two
+    with attach(d, model, tmp_path / "run.zarr", every=1):
+        d.step()
+    wider = nn.ModuleDict({"d": nn.Linear(5, 3, bias=False)})
+    for others, of in ((g, model), ([d, g], model), (SGD(wider.parameters(), lr=0.1), wider), (Muon(model["d"].parameters()), model)):
+        with pytest.raises(ValueError, match=r"run\.zarr holds a run of other matrices; record to another path$"):
+            attach(others, of, tmp_path / "run.zarr")
+    with pytest.raises(ValueError, match=r"^first_step: .* already holds records up to step 1, got 0; record to another store$"):
+        attach(d, model, tmp_path / "run.zarr", first_step=0)
+    assert steps_in(read(tmp_path / "run.zarr")) == [1]
+
+
+def test_second_recorder_on_a_run_ends_the_first(
+    two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As when a notebook's cell is run again: the forgotten recorder does not write over what the new one commits."""
+    model, d, _ = two
+    forgotten = attach(d, model, tmp_path / "run.zarr", every=1)
+    d.step()
+    forgotten.flush()
+    d.step()
+    with attach(d, model, tmp_path / "run.zarr", every=1, on_error="raise"):
+        for _ in range(3):
+            d.step()
+    forgotten.close()
+    assert steps_in(read(tmp_path / "run.zarr")) == [1, 2, 3, 4]
+    assert (forgotten.errors, len(caplog.records)) == (1, 1)
+    assert "is now written by another recorder" in caplog.text
+
+
+# The end
+
+
+def test_what_was_left_open_is_committed_at_exit(tmp_path: Path, read: Read) -> None:
+    """Also for a recorder nothing refers to any more, and after an exception nobody caught."""
+    script = """
+import sys, torch
+from optiscope.hooks import attach
+
+def train():
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    recorder = attach(optimizer, model, sys.argv[1], every=1)
+    for _ in range(5):
+        model(torch.ones(1, 3)).sum().backward()
+        optimizer.step()
+        recorder.log(loss=2.5)
+
+train()
+raise SystemExit(3)
+"""
+    done = subprocess.run([sys.executable, "-W", "error", "-c", script, str(tmp_path / "run.zarr")], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (3, "")
+    run = read(tmp_path / "run.zarr")
+    assert steps_in(run) == [1, 2, 3, 4, 5]
+    assert run["scalars"]["loss"].values.tolist() == [2.5] * 5
+
+
+def test_closed_recorder_lets_go(two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path) -> None:
+    """Of the model too: nothing global or in the optimizer keeps either."""
+    model, d, _ = two
+    recorder = attach(d, model, tmp_path / "run.zarr", every=1)
+    d.step()
+    recorder.close()
+    gone = weakref.ref(recorder)
+    del recorder
+    gc.collect()
+    assert gone() is None
+
+
+def test_forked_child_does_not_close(
+    two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A data loader's worker has a copy of the recorder and ends before it; what is buffered is the parent's to write."""
+    model, d, _ = two
+    with attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
+        d.step()
+        with monkeypatch.context() as child:
+            child.setattr(os, "getpid", lambda: -1)
+            recorder.close()
+        assert steps_in(read(tmp_path / "run.zarr")) == []
+        d.step()
+    assert steps_in(read(tmp_path / "run.zarr")) == [1, 2]
