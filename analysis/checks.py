@@ -8,14 +8,14 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike
 
+from ..diagnostics.update_size import READABLE_NOISE
 from . import rms_alignment
 from .run import ns_schedules, records
 
 Severity = Literal["info", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
 
-NEAR_EPS = 1e3  # ‖M‖_F/eps under which the iteration's scale invariance is at risk; at 1 the update has halved
-NOISY = 0.01
+NEAR_EPS = 1e3  # ‖M‖_F/eps under which scale invariance is at risk: X₀ = M/max(‖M‖_F, eps) loses it at 1
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def _dead(update: xr.Dataset) -> Iterator[Finding]:
 
 def _noisy(update: xr.Dataset) -> Iterator[Finding]:
     noise = update["update_noise"].where(np.isfinite(update["update_noise"])).median("step").values
-    noisy = noise > NOISY
+    noisy = noise > READABLE_NOISE
     if noisy.any():
         yield Finding(
             "update_rounded", "warning",
@@ -166,7 +166,7 @@ def _near_eps(geometry: xr.Dataset) -> Iterator[Finding]:
         small = (ratio > 0) & (ratio < NEAR_EPS)
         if small.any():
             yield Finding(
-                "norm_near_eps", "warning", f"‖M‖_F falls to {ratio[small].min():.3g} times the optimizer's eps ({schedule.eps:g}), where eps shrinks the update.",
+                "norm_near_eps", "warning", f"‖M‖_F falls to {ratio[small].min():.3g} times the optimizer's eps ({schedule.eps:g}); below eps the update shrinks with it.",
                 "Lower eps (1e-15 is safe in float32), or scale the loss.", _names(geometry, small.any(axis=0)),
             )  # fmt: skip
 

@@ -7,6 +7,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
+from ..diagnostics.spectrum_sketch import TINY
 from .figures import axes, finish
 from .run import operators_of, orthogonalised, own_residual
 from .shape_null import null_log10_condition
@@ -82,7 +83,7 @@ def summary(dataset: xr.Dataset) -> str:
 
 def _log10_spread(geometry: xr.Dataset) -> xr.DataArray:
     """log10 σ_1/σ_{.95r}, from the stored singular values: linear in log σ at level 0.05."""
-    logs = np.log10(np.maximum(geometry["sigma_quantile"].values.astype(np.float64), 1e-30))
+    logs = np.log10(np.maximum(geometry["sigma_quantile"].values.astype(np.float64), TINY))
     levels = geometry["quantile_level"].values
     low = np.stack([[np.interp(0.05, levels[j], logs[t, j]) for j in range(logs.shape[1])] for t in range(logs.shape[0])])
     return xr.DataArray(logs[..., -1] - low, dims=("step", "matrix"))

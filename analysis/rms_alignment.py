@@ -11,9 +11,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ..diagnostics.newton_schulz import ns_map
-from ..diagnostics.observation import READABLE_NOISE
 from ..diagnostics.spectrum_sketch import unsketch
-from ..diagnostics.update_size import ADAMW_RMS
+from ..diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
 from .figures import axes, finish, operator_palette
 from .run import ns_schedules, operators_of, own_residual, records
 
@@ -37,7 +36,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     update = records(run, "update").load()
     # Without its texts, which would go on to what is computed from it.
     per_lr = update["update_rms_per_lr"].drop_attrs()
-    alignment = per_lr / update["rms_target"]
+    alignment = per_lr / update["update_rms_target"].drop_attrs()
     result = xr.Dataset({"update_rms_per_lr": per_lr, "alignment": alignment, "to_adamw": per_lr / ADAMW_RMS})
     missing = xr.full_like(per_lr, np.nan)
     result = result.assign(residual=missing, under_lifted=missing.copy(), band=missing.copy(), off_target=xr.zeros_like(per_lr, dtype=bool))

@@ -11,10 +11,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ..diagnostics.catalogue import SCHEMA
 from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
-
-NEWEST_SCHEMA = 1
 
 
 def open_run(path: str | Path) -> xr.DataTree:
@@ -35,8 +34,8 @@ def open_run(path: str | Path) -> xr.DataTree:
         schema = root["attributes"]["optiscope_schema"]
     except (OSError, ValueError, KeyError, TypeError):
         raise ValueError(f"run: {path} is not an Optiscope run; give the folder that was passed to `attach`") from None
-    if not isinstance(schema, int) or schema > NEWEST_SCHEMA:
-        raise ValueError(f"run: {path} has schema {schema!r}, this version reads up to {NEWEST_SCHEMA}; upgrade optiscope")
+    if not isinstance(schema, int) or schema > SCHEMA:
+        raise ValueError(f"run: {path} has schema {schema!r}, this version reads up to {SCHEMA}; upgrade optiscope")
     if "consolidated_metadata" not in root:
         # Its writer was killed before the first commit.
         return xr.DataTree(xr.Dataset(attrs=root["attributes"]))

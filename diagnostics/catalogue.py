@@ -7,7 +7,9 @@ attributes in the store.
 from dataclasses import dataclass
 
 from .spectrum_sketch import POINTS
+from .update_size import READABLE_NOISE
 
+SCHEMA = 1  # of the store; raised when a reader of the old one would misread a run
 NS_STEPS = 10  # residuals are predicted after 0, 1, …, NS_STEPS steps
 
 # Sizes of the dimensions beyond (step, matrix).
@@ -25,6 +27,11 @@ class Quantity:
     definition: str
     extra: str | None = None
     dtype: str = "float32"
+
+    @property
+    def missing(self) -> float | bool:
+        """What stands where nothing was recorded."""
+        return {"bool": False, "int16": -1}.get(self.dtype, float("nan"))
 
 
 _GRAM = "‖I − OOᵀ‖_F/√r on the short side, r = min(rows, cols)"
@@ -49,11 +56,16 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("ns_schedule", "geometry", "1", "NS schedule in force", "index into the attribute ns_schedules of this group; −1: the optimizer does not orthogonalise", dtype="int16"),
     Quantity("ns_residual", "geometry", "1", "predicted NS residual (Gram)", f"{_GRAM}, after ns_step steps of {_OWN}, from the full spectrum in float64", extra="ns_step"),
     Quantity("ns_residual_polar", "geometry", "1", "predicted NS residual (polar)", f"‖O − UVᵀ‖_F/√r after ns_step steps of {_OWN}, from the full spectrum in float64", extra="ns_step"),
-    Quantity("ns_residual_achieved", "geometry", "1", "achieved NS residual (Gram)", f"{_GRAM}, of the O read back from the applied update; missing where update_noise > 0.01"),
-    Quantity("alignment", "geometry", "1", "alignment of update and NS input", "⟨M, O⟩/‖M‖_*, O read back from the applied update; missing where update_noise > 0.01"),
+    Quantity("ns_residual_achieved", "geometry", "1", "achieved NS residual (Gram)", f"{_GRAM}, of the O read back from the applied update; missing where update_noise > {READABLE_NOISE}"),
+    Quantity("alignment", "geometry", "1", "alignment of update and NS input", f"⟨M, O⟩/‖M‖_*, O read back from the applied update; missing where update_noise > {READABLE_NOISE}"),
     Quantity("update_rms", "update", "parameter units", "RMS of the applied update", "RMS(W_t − W_{t+1}), learning rate and weight decay included", dtype="float64"),
     Quantity("update_norm", "update", "parameter units", "Frobenius norm of the applied update", "‖W_t − W_{t+1}‖_F, learning rate and weight decay included", dtype="float64"),
     Quantity("update_rms_per_lr", "update", "1", "RMS of the update per learning rate", "RMS(W_t(1 − ηλ) − W_{t+1})/η, decoupled decay taken out; coupled decay cannot be", dtype="float64"),
+    Quantity(
+        "update_rms_target", "update", "1", "target of the update RMS per learning rate",
+        "what update_rms_per_lr would be if O were the exact polar factor, under the optimizer's own scaling; missing without orthogonalisation",
+        dtype="float64",
+    ),
     Quantity("update_noise", "update", "1", "rounding noise of the update as read back", "0.425·u·‖W_t‖_F/‖W_t − W_{t+1}‖_F, u the unit roundoff of the weights"),
     Quantity("weight_rms", "update", "parameter units", "RMS of the weights", "RMS(W_t), before the step", dtype="float64"),
     Quantity("grad_rms", "update", "gradient units", "RMS of the gradient", "RMS(G_t) as the optimizer sees it: after accumulation and clipping", dtype="float64"),

@@ -12,14 +12,11 @@ from .newton_schulz import achieved_residual, alignment, residual_curves
 from .ns_families import Coefficients, repeat_last
 from .spectrum import spectrum
 from .spectrum_sketch import sketch
-from .update_size import reading_noise, rms, update_without_decay
+from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
 
 Floats = NDArray[np.float64]
 # Quantity name → value of one matrix: a number, or a vector along the quantity's extra dimension.
 Measured: TypeAlias = dict[str, float | Floats]
-
-# Residual and alignment read back from weights are reported up to this rounding noise; it shifts ε̃ by at most about 2 %.
-READABLE_NOISE = 0.01
 
 
 @dataclass(frozen=True)
@@ -90,6 +87,8 @@ def measure_update(seen: Observation) -> Measured:
         "update_rms": update_rms,
         "update_norm": update_rms * float(np.sqrt(seen.applied.size)),
         "update_rms_per_lr": rms(seen.update),
+        # RMS(O) of an exact polar factor is √(r/(mn)) = 1/√max(m, n).
+        "update_rms_target": seen.output_scale / float(np.sqrt(max(seen.weight_before.shape))),
         "update_noise": seen.update_noise,
         "weight_rms": weight_rms,
         "grad_rms": seen.grad_rms,

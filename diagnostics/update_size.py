@@ -10,6 +10,9 @@ Floats = NDArray[np.float64]
 # RMS of AdamW's update per learning rate, the size that AdaMuon and Moonlight align Muon-type updates to.
 ADAMW_RMS = 0.2
 
+# Residual and alignment read back from weights are reported up to this rounding noise; it shifts ε̃ by at most about 2 %.
+READABLE_NOISE = 0.01
+
 
 def rms(array: NDArray[np.floating]) -> float:
     """Root mean square ‖A‖_F/√(mn), summed in float64. NaN for an empty array."""

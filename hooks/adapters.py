@@ -1,5 +1,6 @@
 """Where each optimizer keeps what: one row per optimizer class, matched by name so that no library is imported for it."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
@@ -36,7 +37,7 @@ class Adapter:
 
     Attributes:
         momentum: first-moment state after the step, None where there is none.
-        decoupled_decay: λ in W(1 − ηλ), 0 where weight decay is coupled to the gradient.
+        decoupled_decay: λ in W(1 − ηλ), 0 where weight decay is coupled to the gradient, NaN where that is not known.
         spectrum_of: what the group `geometry` describes, in words; written into the run.
         orthogonalisation: None where the optimizer does not orthogonalise.
     """
@@ -51,8 +52,12 @@ def _entry(key: str) -> Callable[[State], Tensor | None]:
     return lambda state: state.get(key)
 
 
-def _number(value: Any) -> float:
-    return float(value)
+def number(setting: Any) -> float:
+    """A group's setting as a number; NaN for what is none (optimizers that find their own learning rate set lr=None)."""
+    try:
+        return float(setting)
+    except (TypeError, ValueError):
+        return float("nan")
 
 
 def _muon_ns_input(gradient: Tensor, state: State, group: Group) -> Tensor:
@@ -87,7 +92,7 @@ def _muon_output_scale(group: Group, rows: int, cols: int) -> float:
 
 
 def _adam_decay(group: Group) -> float:
-    return _number(group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
+    return number(group["weight_decay"]) if group.get("decoupled_weight_decay") else 0.0
 
 
 _ADAM = Adapter(_entry("exp_avg"), _adam_decay, "first moment exp_avg after the step; the optimizer does not orthogonalise")
@@ -95,7 +100,7 @@ _ADAM = Adapter(_entry("exp_avg"), _adam_decay, "first moment exp_avg after the 
 ADAPTERS: dict[str, Adapter] = {
     "torch.optim.Muon": Adapter(
         _entry("momentum_buffer"),
-        lambda group: _number(group["weight_decay"]),
+        lambda group: number(group["weight_decay"]),
         "exact NS input: momentum after Nesterov mixing, before the cast to bfloat16",
         Orthogonalisation(_muon_ns_input, _muon_settings, _muon_output_scale),
     ),
@@ -110,12 +115,18 @@ ADAPTERS: dict[str, Adapter] = {
 
 UNKNOWN = Adapter(
     lambda state: None,
-    lambda group: 0.0,
+    lambda group: float("nan") if group.get("weight_decay") else 0.0,
     "gradient; this optimizer class is not known, its moments and the kind of its weight decay are not read",
 )
 
 
 def adapter_for(optimizer: object) -> Adapter:
-    """The row of the optimizer's class or of its nearest base class; :data:`UNKNOWN` where there is none."""
-    names = (f"{cls.__module__}.{cls.__qualname__}" for cls in type(optimizer).__mro__)
-    return next((ADAPTERS[name] for name in names if name in ADAPTERS), UNKNOWN)
+    """The row of the optimizer's class, or of a base class whose `step` it inherits; :data:`UNKNOWN` where there is none.
+
+    A subclass with a `step` of its own may do anything with the state it inherits.
+    """
+    for cls in type(optimizer).__mro__:
+        if (adapter := ADAPTERS.get(f"{cls.__module__}.{cls.__qualname__}")) is not None:
+            # torch wraps `step` per class, to run hooks; what is compared is the function within.
+            return adapter if inspect.unwrap(type(optimizer).step) is inspect.unwrap(cls.step) else UNKNOWN  # type: ignore[attr-defined]
+    return UNKNOWN

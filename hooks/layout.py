@@ -10,12 +10,6 @@ from ..diagnostics.catalogue import EXTRA_DIMENSIONS, Quantity, in_group
 from .matrices import Matrix, coordinates, quantile_levels
 from .writer import Writer
 
-SCALAR_TEXTS = {
-    "overhead_seconds": "wall time used by the recorder",
-    "overhead_cpu_seconds": "CPU time used by the recorder",
-    "elapsed_seconds": "wall time",
-}
-
 
 def lay_out(writer: Writer, rows: Mapping[str, Sequence[Matrix]]) -> None:
     """Create the groups of a new run and commit them, or make sure that an existing one describes the same matrices.
@@ -35,26 +29,15 @@ def lay_out(writer: Writer, rows: Mapping[str, Sequence[Matrix]]) -> None:
         for quantity in in_group(group):
             texts = {"long_name": quantity.long_name, "units": quantity.units, "definition": quantity.definition}
             dimensions = ("matrix",) if quantity.extra is None else ("matrix", quantity.extra)
-            writer.create_array(group, quantity.name, _shape(quantity, len(matrices)), dimensions, quantity.dtype, texts)
+            writer.create_array(group, quantity.name, _shape(quantity, len(matrices)), dimensions, quantity.dtype, texts, quantity.missing)
     if not writer.has("scalars"):
         writer.create_group("scalars", {}, {})
     writer.flush()
 
 
-def create_scalar(writer: Writer, name: str) -> None:
-    """Add a variable of the group `scalars`: one of the recorder's own, or one the user logs."""
-    if name in SCALAR_TEXTS:
-        text = SCALAR_TEXTS[name]
-        attributes = {"long_name": text, "units": "s", "definition": f"{text} since the recorder was attached"}
-    else:
-        attributes = {"long_name": name, "units": "as logged", "definition": "given to recorder.log"}
-    writer.create_array("scalars", name, (), (), "float64", attributes)
-
-
 def empty_rows(group: str, matrices: int) -> dict[str, NDArray[Any]]:
     """One record of a group with everything missing."""
-    missing = {"bool": False, "int16": -1}
-    return {q.name: np.full(_shape(q, matrices), missing.get(q.dtype, np.nan), dtype=q.dtype) for q in in_group(group)}
+    return {q.name: np.full(_shape(q, matrices), q.missing, dtype=q.dtype) for q in in_group(group)}
 
 
 def _shape(quantity: Quantity, matrices: int) -> tuple[int, ...]:

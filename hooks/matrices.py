@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from ..diagnostics.operators import OperatorRule, classify, clean_name, layer_index
 from ..diagnostics.spectrum_sketch import sketch_levels
-from .adapters import Adapter, adapter_for
+from .adapters import adapter_for
 
 # Wide token tables: their spectrum costs more than all hidden matrices together and no optimizer here orthogonalises them.
 _NO_GEOMETRY = frozenset({"embed", "head"})
@@ -28,7 +28,6 @@ class Matrix:
     layer: int
     rows: int
     cols: int
-    rms_target: float  # RMS of the update per learning rate if O were the exact polar factor; NaN without orthogonalisation
     geometry: bool
 
 
@@ -43,29 +42,28 @@ def label_optimizers(optimizers: Sequence[Optimizer]) -> dict[str, Optimizer]:
 
 
 def find_matrices(optimizers: Mapping[str, Optimizer], model: nn.Module | None, rule: OperatorRule | None) -> list[Matrix]:
-    """Every parameter with two or more dimensions, in the optimizers' order; each parameter once."""
+    """Every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
+
+    Raises:
+        ValueError: a parameter is sharded.
+    """
     names = {} if model is None else {id(p): clean_name(name) for name, p in model.named_parameters()}
     found: dict[int, Matrix] = {}
     for label, optimizer in optimizers.items():
         adapter = adapter_for(optimizer)
         for g, group in enumerate(optimizer.param_groups):
             for i, parameter in enumerate(group["params"]):
-                if parameter.ndim >= 2 and parameter.numel() and id(parameter) not in found:
+                if parameter.ndim >= 2 and parameter.numel() and parameter.is_floating_point() and id(parameter) not in found:
                     name = names.get(id(parameter), f"{label}.group{g}.param{i}")
-                    found[id(parameter)] = _matrix(parameter, label, name, adapter, group, rule)
+                    if hasattr(parameter, "full_tensor"):
+                        raise ValueError(
+                            f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
+                        )
+                    operator = classify(name, rule)
+                    geometry = adapter.orthogonalisation is not None or operator not in _NO_GEOMETRY
+                    rows, cols = parameter.shape[0], parameter.numel() // parameter.shape[0]
+                    found[id(parameter)] = Matrix(parameter, label, name, operator, layer_index(name), rows, cols, geometry)
     return list(found.values())
-
-
-def _matrix(
-    parameter: nn.Parameter, label: str, name: str, adapter: Adapter, group: Mapping[str, Any], rule: OperatorRule | None
-) -> Matrix:
-    rows, cols = parameter.shape[0], parameter.numel() // parameter.shape[0]
-    operator = classify(name, rule)
-    ns = adapter.orthogonalisation
-    # RMS(O) of an exact polar factor is √(r/(mn)) = 1/√max(m, n).
-    target = ns.output_scale(group, rows, cols) / np.sqrt(max(rows, cols)) if ns else float("nan")
-    geometry = ns is not None or operator not in _NO_GEOMETRY
-    return Matrix(parameter, label, name, operator, layer_index(name), rows, cols, target, geometry)
 
 
 def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
@@ -78,7 +76,6 @@ def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
         "rows": np.array([m.rows for m in matrices], dtype="int64"),
         "cols": np.array([m.cols for m in matrices], dtype="int64"),
         "optimizer": np.array([m.optimizer for m in matrices], dtype=text),
-        "rms_target": np.array([m.rms_target for m in matrices], dtype="float64"),
     }
 
 

@@ -7,7 +7,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 from torch.optim import Muon, Optimizer
-from torch.optim import _muon as torch_muon  # type: ignore[attr-defined]
+from torch.optim import _muon as torch_muon
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.hooks import RemovableHandle
 
@@ -39,9 +39,9 @@ def apply_schedule(
 
     torch.optim.Muon itself takes one triple for all steps. Its Newton–Schulz function is therefore replaced, once per
     process, by one that understands a list of triples and hands everything else to torch's own: optimizers without a
-    schedule are not affected. A checkpoint holds the plain lists. To resume from one written under the schedule, build
-    the optimizer, apply the schedule, build the learning-rate scheduler, and load; values that an older checkpoint
-    brings are put back to the schedule's after loading.
+    schedule are not affected. A checkpoint holds the plain lists. To resume from one written under the schedule: build
+    the optimizer, apply the schedule, build the learning-rate scheduler, load. From one written before it: build, load, then
+    apply and pass the scheduler. Steps and coefficients that a checkpoint brings are put back to the schedule's.
 
     Args:
         optimizer: a `torch.optim.Muon`.
@@ -72,7 +72,8 @@ def apply_schedule(
     names = {id(p): clean_name(name) for name, p in model.named_parameters()}
 
     def operator_of(parameter: Tensor) -> str | None:
-        name = names.get(id(parameter), "")
+        if (name := names.get(id(parameter))) is None:
+            return None
         listed = schedule.operator_of(name)
         if listed is None and (classified := classify(name, operators)) in schedule.operators:
             return classified
@@ -92,7 +93,11 @@ def apply_schedule(
     def put_into_force(target: Optimizer) -> None:
         # By position: the groups of a checkpoint from before the schedule hold no operator.
         for group, operator in zip(target.param_groups, in_force, strict=False):
-            group["operator"] = operator
+            if group.setdefault("operator", operator) != operator:
+                raise ValueError(
+                    f"state_dict: a group of operator {group['operator']!r} was loaded where this optimizer has {operator!r}, so their states are "
+                    "mixed up; build the optimizer anew, apply the same schedules in the same order as before the checkpoint, and load again"
+                )
             if operator is not None:
                 coefficients = schedule.operators[operator].coefficients
                 group["ns_steps"] = len(coefficients)

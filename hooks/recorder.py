@@ -3,29 +3,26 @@
 import functools
 import logging
 import os
-import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..diagnostics.catalogue import GROUPS
-from ..diagnostics.observation import NewtonSchulz, Observation, measure_geometry, measure_update
-from ..diagnostics.operators import OperatorRule
-from .adapters import State, adapter_for
+from ..diagnostics.observation import Measured, NewtonSchulz, Observation, measure_geometry, measure_update
 from .cadence import Cadence, Stopwatch
-from .layout import create_scalar, empty_rows, lay_out
-from .matrices import Matrix, find_matrices, label_optimizers
-from .provenance import describe_optimizers, describe_software
-from .snapshot import Snapshot, take_snapshot
-from .writer import Writer
+from .layout import empty_rows
+from .lifetime import still_open
+from .matrices import Matrix
+from .scalars import ScalarRow
+from .snapshot import Snapshot
+from .watched import Watched
+from .writer import TakenOver, Writer
 
 log = logging.getLogger("optiscope")
 
@@ -34,94 +31,12 @@ FLUSH_SECONDS = 30.0
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_attached: "set[Recorder]" = set()
-
-
-def _close_all() -> None:
-    for recorder in list(_attached):
-        recorder.close()
-
-
-# What a script leaves open is closed when the interpreter exits. Not by `atexit`: that runs when threads can no longer be
-# started, and Zarr writes through them. concurrent.futures, which it uses for that, registers its own end the same way.
-threading._register_atexit(_close_all)  # type: ignore[attr-defined]
-
-
-def attach(
-    optimizers: Optimizer | Iterable[Optimizer],
-    model: nn.Module | None,
-    store: str | Path,
-    *,
-    every: int | None = None,
-    overhead: float = 0.01,
-    measure: Sequence[str] = GROUPS,
-    operators: OperatorRule | None = None,
-    first_step: int | None = None,
-    on_error: Literal["warn", "raise"] = "warn",
-) -> "Recorder":
-    """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
-
-    Training is bitwise what it would be without: nothing is changed, no random number is drawn, and no exception of the
-    recorder leaves a hook. Use the result as a context manager, or call its `close()`; the run can be read meanwhile.
-
-    Args:
-        optimizers: one `torch.optim.Optimizer` or several. They share one step counter: the number of steps of the one
-            that has stepped most.
-        model: where parameter names come from; without it they are numbered by optimizer and group.
-        store: a path for the run. An existing run of the same matrices is continued.
-        every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
-        overhead: share of training time that recording may take, with `every=None`.
-        measure: groups of quantities to record, of "geometry" and "update".
-        operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
-        first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
-        on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
-
-    Raises:
-        TypeError: something in `optimizers` is no optimizer.
-        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued.
-
-    Example:
-        >>> import tempfile, torch
-        >>> model = torch.nn.Linear(4, 4)
-        >>> optimizer = torch.optim.Muon([model.weight], lr=0.1)
-        >>> store = tempfile.mkdtemp() + "/run.zarr"
-        >>> with attach(optimizer, model, store, every=1) as recorder:
-        ...     model(torch.ones(2, 4)).sum().backward()
-        ...     _ = optimizer.step()
-        >>> recorder.step
-        1
-    """
-    labelled = label_optimizers(_as_optimizers(optimizers))
-    if not measure or set(measure) - set(GROUPS):
-        raise ValueError(f"measure: expected one or more of {', '.join(GROUPS)}; got {measure!r}")
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
-    cadence = Cadence(every, overhead)
-    matrices = find_matrices(labelled, model, operators)
-    rows = {"geometry": [m for m in matrices if m.geometry], "update": matrices}
-    rows = {group: found for group, found in rows.items() if group in measure and found}
-    if not rows:
-        raise ValueError(
-            f"optimizers: {', '.join(labelled)} hold no weight matrix (a parameter with two or more dimensions) to record "
-            f"{' and '.join(measure)} of, so nothing can be recorded"
-        )
-    writer = Writer(store, {**describe_software(), "optimizers": describe_optimizers(labelled)})
-    lay_out(writer, rows)
-    first_step = writer.last_step if first_step is None else first_step
-    if first_step < writer.last_step:
-        raise ValueError(
-            f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
-        )
-    cadence.start(first_step)
-    watched = [Watched(label, o, [m for m in matrices if m.optimizer == label], first_step) for label, o in labelled.items()]
-    return Recorder(watched, rows, writer, cadence, first_step, raise_errors=on_error == "raise")
-
 
 def _guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Concatenate[Recorder, P], T | None]":
     """Keep every exception of the recorder out of the training, and its work under no_grad and on its own clock."""
 
     @functools.wraps(method)
-    def guarded(self: "Recorder", *args: P.args, **kwargs: P.kwargs) -> T | None:
+    def guarded(self: "Recorder", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
         with self._clock, torch.no_grad():
             try:
                 return method(self, *args, **kwargs)
@@ -132,30 +47,14 @@ def _guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Conca
     return guarded
 
 
-class Watched:
-    """One optimizer: its matrices, how many steps it took, and what was copied before the step under way."""
-
-    def __init__(self, label: str, optimizer: Optimizer, matrices: list[Matrix], first_step: int) -> None:
-        self.label = label
-        self.optimizer = optimizer
-        self.adapter = adapter_for(optimizer)
-        self.matrices = matrices
-        self.steps = first_step
-        self.stepping = False
-        self.snapshots: list[Snapshot] = []
-        self.snapshot_steps = -1  # `steps` when the snapshots were taken; they are of this step only if it still is
-
-    def state_of(self, matrix: Matrix) -> State:
-        """The optimizer's state of a parameter. `get`, not `[]`: the state is a defaultdict, looking must not add to it."""
-        return self.optimizer.state.get(matrix.parameter) or {}
-
-
 class Recorder:
     """Watches optimizers and writes a run; made by :func:`attach`.
 
     Attributes:
         step: optimizer steps taken.
-        errors: how many times recording failed.
+        errors: how many measurements failed.
+        dropped: records lost because the store could not be written for long.
+        store: where the run is.
     """
 
     def __init__(
@@ -170,6 +69,9 @@ class Recorder:
     ) -> None:
         self.step = first_step
         self.errors = 0
+        self.dropped = 0
+        self.store = writer.path.resolve()
+        self._write_failures = 0
         self._raise_errors = raise_errors
         self._watched = watched
         self._row_of = {group: {matrix: i for i, matrix in enumerate(matrices)} for group, matrices in rows.items()}
@@ -183,8 +85,7 @@ class Recorder:
         self._record_step = first_step
         self._record_waits_for: set[str] = set()
         self._spent_before = 0.0
-        self._scalars: dict[str, float] = {}  # of step `_scalars_step`, not yet handed to the writer
-        self._scalars_step = first_step
+        self._scalars = ScalarRow(writer, first_step)
 
         self._handles = [
             handle
@@ -194,7 +95,7 @@ class Recorder:
                 w.optimizer.register_step_post_hook(functools.partial(self._after_step, w)),
             )
         ]
-        _attached.add(self)
+        still_open.add(self)
 
     def __enter__(self) -> "Recorder":
         return self
@@ -213,54 +114,76 @@ class Recorder:
         return self._clock.cpu
 
     @_guarded
-    def log(self, **scalars: Any) -> None:
+    def log(self, /, **scalars: Any) -> None:
         """Record numbers of your own (loss, accuracy, …) at the current step; several calls at one step are merged.
 
         A tensor is read with `float()`, which waits for an accelerator: log only as often as you would print. A slash in
-        a name, which in the store would mean a group, becomes a dot.
+        a name, which in the store would mean a group, becomes a dot. After `close` they are written at once.
         """
-        self._begin_scalars()
+        self._log_own_time()
         for name, value in scalars.items():
-            self._scalars[name.replace("/", ".")] = float(value.detach() if isinstance(value, Tensor) else value)
-        self._flush_if_due()
+            self._log(name, value)
+        if self._handles:
+            self._flush_if_due()
+        else:
+            self._finish()
+
+    @_guarded
+    def _log(self, name: str, value: Any) -> None:
+        self._scalars.set(name, float(value.detach() if isinstance(value, Tensor) else value))
 
     @_guarded
     def flush(self) -> None:
-        """Write and commit every complete record now."""
+        """Write and commit every complete record now. Where that fails, the newest records are kept and tried again."""
         self._flushed = time.perf_counter()  # first, so that a full disk is tried again no sooner than another flush is due
-        self._writer.flush()
+        try:
+            self._writer.flush()
+        except Exception as error:
+            self._cannot_write(error)
 
     def close(self) -> None:
         """Detach from the optimizers and commit what was recorded. Closing twice is harmless."""
         # A forked child (a data loader's worker) shares the files but not the right to write them.
         if not self._handles or os.getpid() != self._process:
             return
+        self._detach()
+        self._finish()
+        if not any(watched.seen for watched in self._watched):
+            log.warning(
+                "optiscope: no step of %s was seen; attach to the very objects whose step() is called",
+                ", ".join(w.label for w in self._watched),
+            )
+
+    def _detach(self) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        _attached.discard(self)
-        self._finish()
+        still_open.discard(self)
 
     @_guarded
     def _finish(self) -> None:
         self._end_record()
-        self._end_scalars()
+        self._scalars.hand_over()
         self.flush()
 
     # At every step of every watched optimizer: a count and a comparison. A class whose `step` calls that of its base runs
     # the hooks twice, the inner call within the outer: the first end of a step is its end.
 
+    @_disable_dynamo
     def _before_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         watched.stepping = True
         if max(self.step, watched.steps + 1) < self._cadence.due:
             return None
         return self._take_snapshots(watched, args, kwargs)
 
+    @_disable_dynamo
     def _after_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not watched.stepping:
             return
         watched.stepping = False
+        watched.seen = True
         watched.steps += 1
+        watched.note_skip()
         if watched.steps > self.step:
             self.step = watched.steps
         if watched.snapshot_steps == watched.steps - 1:
@@ -270,6 +193,9 @@ class Recorder:
 
     @_guarded
     def _take_snapshots(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            return None  # reading anything would break the capture of a CUDA graph
+        self._take_off_skipped(watched)
         step = max(self.step, watched.steps + 1)
         if self._record and step > self._record_step + self._cadence.patience:
             self._end_record()
@@ -277,11 +203,7 @@ class Recorder:
             self._begin_record(step)
         if not self._record or watched.label not in self._record_waits_for:
             return None
-        group_of = {id(p): group for group in watched.optimizer.param_groups for p in group["params"]}
-        watched.snapshots = [
-            take_snapshot(m, group_of[id(m.parameter)], watched.adapter) for m in watched.matrices if id(m.parameter) in group_of
-        ]
-        watched.snapshot_steps = watched.steps
+        watched.take_snapshots()
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._see_gradients(watched)
@@ -298,32 +220,53 @@ class Recorder:
     @_guarded
     def _see_gradients(self, watched: Watched) -> None:
         for snapshot in watched.snapshots:
-            snapshot.see_gradient(watched.state_of(snapshot.matrix))
+            self._see_gradient(watched, snapshot)
+
+    @_guarded
+    def _see_gradient(self, watched: Watched, snapshot: Snapshot) -> None:
+        snapshot.see_gradient(watched.state_of(snapshot.matrix), getattr(watched.optimizer, "grad_scale", None))
 
     @_guarded
     def _observe(self, watched: Watched) -> None:
+        # All of torch's work first, then all of NumPy's: alternating, their thread pools wait for each other. Every list
+        # lets go of a matrix once it is measured, so that memory holds the float64 copies of one at a time.
         snapshots, watched.snapshots = watched.snapshots, []
+        if self._take_off_skipped(watched):
+            return  # the scaler skipped this step; the record waits for the next
+        observations: list[tuple[Matrix, Observation]] = []
+        while snapshots:
+            self._observe_one(watched, snapshots.pop(), observations)
+        while observations:
+            self._measure(*observations.pop())
         self._record_waits_for.discard(watched.label)
-        try:
-            # All of torch's work first, then all of NumPy's: alternating, their thread pools wait for each other.
-            observations = [(s.matrix, s.observe(watched.state_of(s.matrix))) for s in snapshots]
-            for matrix, seen in observations:
-                if seen is not None:
-                    self._measure(matrix, seen)
-        finally:
-            if not self._record_waits_for:
-                self._end_record()
+        if not self._record_waits_for:
+            self._end_record()
 
+    @_guarded
+    def _observe_one(self, watched: Watched, snapshot: Snapshot, observations: list[tuple[Matrix, Observation]]) -> None:
+        if (seen := snapshot.observe(watched.state_of(snapshot.matrix))) is not None:
+            observations.append((snapshot.matrix, seen))
+
+    @_guarded
     def _measure(self, matrix: Matrix, seen: Observation) -> None:
-        measured = {"update": measure_update(seen)}
-        if matrix.geometry and seen.ns_input is not None:
-            measured["geometry"] = measure_geometry(seen)
+        if "update" in self._record:
+            self._fill("update", matrix, measure_update(seen))
+        if "geometry" in self._record and matrix.geometry and seen.ns_input is not None:
+            measured = measure_geometry(seen)
             if seen.newton_schulz is not None:
-                measured["geometry"]["ns_schedule"] = self._ns_schedule(seen.newton_schulz)
-        for group in self._record.keys() & measured.keys():
-            row = self._row_of[group][matrix]
-            for name, value in measured[group].items():
-                self._record[group][name][row] = value
+                measured["ns_schedule"] = self._ns_schedule(seen.newton_schulz)
+            self._fill("geometry", matrix, measured)
+
+    def _fill(self, group: str, matrix: Matrix, measured: Measured) -> None:
+        row = self._row_of[group][matrix]
+        for name, value in measured.items():
+            self._record[group][name][row] = value
+
+    def _take_off_skipped(self, watched: Watched) -> bool:
+        if watched.skipped is None or not watched.take_off_skipped():
+            return False
+        self.step = max(w.steps for w in self._watched)
+        return True
 
     def _ns_schedule(self, newton_schulz: NewtonSchulz) -> int:
         """Index of the schedule in the run's list of those that were in force, added when new."""
@@ -345,7 +288,7 @@ class Recorder:
             return
         record, self._record = self._record, {}
         full = [self._writer.append(group, self._record_step, rows) for group, rows in record.items()]
-        self._begin_scalars()
+        self._log_own_time()
         if any(full):
             self.flush()
         self._flush_if_due()
@@ -355,25 +298,11 @@ class Recorder:
     def _spent_and_elapsed(self) -> tuple[float, float]:
         return self._clock.wall, time.perf_counter() - self._begun
 
-    def _begin_scalars(self) -> None:
-        if self.step != self._scalars_step:
-            self._end_scalars()
-            self._scalars_step = self.step
-        self._scalars["overhead_seconds"] = self._clock.wall
-        self._scalars["overhead_cpu_seconds"] = self._clock.cpu
-        self._scalars["elapsed_seconds"] = time.perf_counter() - self._begun
-
-    def _end_scalars(self) -> None:
-        scalars, self._scalars = self._scalars, {}
-        if scalars:
-            self._writer.append("scalars", self._scalars_step, {name: np.float64(value) for name, value in scalars.items()})
-        for name in scalars:
-            if not self._writer.has("scalars", name):
-                self._create_scalar(name)
-
     @_guarded
-    def _create_scalar(self, name: str) -> None:
-        create_scalar(self._writer, name)
+    def _log_own_time(self) -> None:
+        self._scalars.begin(self.step)
+        spent, elapsed = self._spent_and_elapsed()
+        self._scalars.set_own(overhead_seconds=spent, overhead_cpu_seconds=self._clock.cpu, elapsed_seconds=elapsed)
 
     def _flush_if_due(self) -> None:
         if time.perf_counter() - self._flushed > FLUSH_SECONDS:
@@ -383,19 +312,31 @@ class Recorder:
         if self._raise_errors:
             raise error
         self.errors += 1
-        self._writer.attributes[""]["errors"] = self._writer.attributes[""].get("errors", 0) + 1
+        self._count("errors")
         if self.errors == 1:
             log.warning(
-                "optiscope: recording failed at step %d (%s: %s). Training goes on; this record is incomplete, the next one is tried "
-                "as usual, further failures are counted without a message.", self.step, type(error).__name__, error,
+                "optiscope: recording failed at step %d (%s: %s). Training goes on; what failed is missing from this record, the next one "
+                "is tried as usual, further failures are counted without a message.", self.step, type(error).__name__, error,
             )  # fmt: skip
 
+    def _cannot_write(self, error: Exception) -> None:
+        if self._raise_errors:
+            raise error
+        if isinstance(error, TakenOver):
+            log.warning("optiscope: %s; this one has detached, and what it had not committed is lost.", error)
+            self._detach()
+            return
+        self._write_failures += 1
+        dropped = self._writer.trim()
+        self.dropped += dropped
+        self._count("dropped", dropped)
+        if self._write_failures == 1:
+            log.warning(
+                "optiscope: %s could not be written (%s: %s). Training goes on; the newest records are kept in memory and tried again, "
+                "further failures are counted without a message.", self.store, type(error).__name__, error,
+            )  # fmt: skip
 
-def _as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
-    found: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)  # type: ignore[arg-type]
-    if not found:
-        raise ValueError("optimizers: expected at least one optimizer, got none")
-    for optimizer in found:
-        if not (hasattr(optimizer, "param_groups") and hasattr(optimizer, "register_step_pre_hook")):
-            raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {type(optimizer).__name__}")
-    return found
+    def _count(self, attribute: str, more: int = 1) -> None:
+        """Add to a counter among the run's attributes; the next commit writes it."""
+        attributes = self._writer.attributes[""]
+        attributes[attribute] = attributes.get(attribute, 0) + more

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..diagnostics.observation import NewtonSchulz, Observation
-from .adapters import Adapter, Group, State
+from .adapters import Adapter, Group, State, number
 from .matrices import Matrix
 
 
@@ -28,11 +28,15 @@ class Snapshot:
     ns_input: Tensor | None = None
     newton_schulz: NewtonSchulz | None = None
 
-    def see_gradient(self, state: State) -> None:
-        """Read the gradient, and build the NS input from it, before the optimizer touches either."""
+    def see_gradient(self, state: State, grad_scale: Tensor | None = None) -> None:
+        """Read the gradient, and build the NS input from it, before the optimizer touches either.
+
+        `grad_scale` is what a GradScaler leaves to a fused optimizer to divide by within its step.
+        """
         gradient = self.matrix.parameter.grad
         if gradient is None or gradient.is_sparse:
             return
+        gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
         self.gradient_seen = True
         self.grad_rms = tensor_rms(gradient)
         ns = self.adapter.orthogonalisation
@@ -40,7 +44,7 @@ class Snapshot:
             self.ns_input = ns.ns_input(gradient, state, self.group)
             self.newton_schulz = ns.settings(self.group)
         elif self.matrix.geometry and self.adapter.momentum(state) is None:
-            self.gradient = gradient.detach().clone()
+            self.gradient = gradient.clone()
 
     def observe(self, state: State) -> Observation | None:
         """The observation after the step; None where the step had no gradient for this matrix or its shape changed."""
@@ -61,7 +65,7 @@ class Snapshot:
             grad_rms=self.grad_rms,
             momentum_rms=float("nan") if momentum is None else tensor_rms(momentum),
             lr=self.lr,
-            weight_decay=_number(self.group.get("weight_decay", 0.0)),
+            weight_decay=number(self.group.get("weight_decay", 0.0)),
             decoupled_decay=self.adapter.decoupled_decay(self.group),
             ns_input=None if spectrum_input is None else as_array(spectrum_input).reshape(shape),
             ns_roundoff=0.0 if spectrum_input is None else unit_roundoff(spectrum_input),
@@ -72,15 +76,7 @@ class Snapshot:
 
 def take_snapshot(matrix: Matrix, group: Group, adapter: Adapter) -> Snapshot:
     """Copy what the step will overwrite."""
-    return Snapshot(matrix, group, adapter, matrix.parameter.detach().clone(), _number(group.get("lr")))
-
-
-def _number(setting: Any) -> float:
-    """A group's setting as a number; NaN for what is none (optimizers that find their own learning rate set lr=None)."""
-    try:
-        return float(setting)
-    except (TypeError, ValueError):
-        return float("nan")
+    return Snapshot(matrix, group, adapter, matrix.parameter.detach().clone(), number(group.get("lr")))
 
 
 def as_array(tensor: Tensor) -> NDArray[np.floating[Any]]:
@@ -95,10 +91,11 @@ def tensor_rms(tensor: Tensor) -> float:
 
     Not NumPy's: its threads and torch's spin for each other's cores when calls alternate (a record took three times as long).
     """
-    norm = torch.linalg.vector_norm(tensor.detach(), dtype=torch.float64)
+    tensor = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()  # Metal has no float64
+    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return float(norm) / max(tensor.numel(), 1) ** 0.5
 
 
 def unit_roundoff(tensor: Tensor) -> float:
     """Half the distance from 1 to the next number of the tensor's format: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16."""
-    return torch.finfo(tensor.dtype).eps / 2
+    return float(torch.finfo(tensor.dtype).eps) / 2

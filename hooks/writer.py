@@ -17,11 +17,16 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
+from ..diagnostics.catalogue import SCHEMA
+
 Row = Mapping[str, NDArray[Any] | float]
 
-SCHEMA = 1  # raised when a reader of the old schema would misread a run
 CHUNK_STEPS = 64
 SCALAR_CHUNK_STEPS = 1024
+
+
+class TakenOver(RuntimeError):
+    """Another writer has taken the run over."""
 
 
 class Writer:
@@ -71,13 +76,18 @@ class Writer:
         self._adopt(name, {**attributes, **declared}, arrays)
 
     def create_array(
-        self, group: str, name: str, shape: tuple[int, ...], dimensions: tuple[str, ...], dtype: str, attributes: Mapping[str, Any]
+        self,
+        group: str,
+        name: str,
+        shape: tuple[int, ...],
+        dimensions: tuple[str, ...],
+        dtype: str,
+        attributes: Mapping[str, Any],
+        missing: float = float("nan"),
     ) -> None:
-        """Add a variable of `shape` and `dimensions` after `step`; missing for records already there."""
-        chunk_steps = CHUNK_STEPS if shape else SCALAR_CHUNK_STEPS
-        missing = {"b": False, "i": -1}.get(np.dtype(dtype).kind, np.nan)
+        """Add a variable of `shape` and `dimensions` after `step`; `missing` for records already there."""
         self._groups[group][name] = self._root[group].create_array(  # type: ignore[union-attr]
-            name, shape=(self.committed[group], *shape), chunks=(chunk_steps, *(max(size, 1) for size in shape)),
+            name, shape=(self.committed[group], *shape), chunks=(_chunk_steps(group), *(max(size, 1) for size in shape)),
             dtype=dtype, fill_value=missing, dimension_names=("step", *dimensions), attributes=dict(attributes), overwrite=True,
         )  # fmt: skip
 
@@ -92,31 +102,55 @@ class Writer:
     @property
     def last_step(self) -> int:
         """Largest step of any record, committed or pending; 0 for an empty run."""
-        steps = [int(arrays["step"][-1]) for name, arrays in self._groups.items() if self.committed[name]]
-        return max(steps + [rows[-1][0] for rows in self._pending.values() if rows], default=0)
+        pending = [rows[-1][0] for rows in self._pending.values() if rows]
+        return max([*map(self._last_committed, self._groups), *pending, 0])
+
+    def _last_committed(self, group: str) -> int:
+        """Step of the group's last committed record, −1 where there is none."""
+        last = self.committed[group] - 1
+        return int(np.asarray(self._groups[group]["step"][last])) if last >= 0 else -1
 
     def append(self, group: str, step: int, row: Row) -> bool:
-        """Buffer one record; true when the group's buffer now ends a chunk and is best flushed."""
-        self._pending[group].append((step, row))
-        chunk = SCALAR_CHUNK_STEPS if group == "scalars" else CHUNK_STEPS
-        return (self.committed[group] + len(self._pending[group])) % chunk == 0
+        """Buffer one record; true when the group's buffer now ends a chunk and is best flushed.
+
+        A further row of the group's last step is merged with the one there, so that steps stay unique.
+        """
+        pending = self._pending[group]
+        if not pending and self._last_committed(group) == step:
+            last = self.committed[group] - 1
+            pending.append((step, {key: np.asarray(array[last]) for key, array in self._groups[group].items() if key != "step"}))
+            self.committed[group] = last  # taken back into the buffer; on disk it stays until it is written anew
+        if pending and pending[-1][0] == step:
+            pending[-1] = (step, {**pending[-1][1], **row})
+        else:
+            pending.append((step, row))
+        return (self.committed[group] + len(self._pending[group])) % _chunk_steps(group) == 0
 
     def flush(self) -> None:
         """Write what is buffered and commit it. Where that fails, nothing is committed and the buffer is kept.
 
         Raises:
-            RuntimeError: another writer has committed to the run since; going on would undo what it committed.
+            TakenOver: another writer has committed to the run since; going on would undo what it committed.
         """
         if _metadata(self.path)["attributes"].get("writer") not in self._writers:
-            raise RuntimeError(f"store: {self.path} is now written by another recorder; this one stops writing to it")
+            raise TakenOver(f"{self.path} is now written by another recorder")
         written = {name: len(rows) for name, rows in self._pending.items()}
         for name, count in written.items():
             if count:
                 self._write(name, self._pending[name])
         self._commit()
         for name, count in written.items():
-            self.committed[name] += count
-            del self._pending[name][:count]
+            # In one statement, so that an interrupt cannot fall between and make the next flush write rows twice.
+            self.committed[name], self._pending[name] = self.committed[name] + count, self._pending[name][count:]
+
+    def trim(self) -> int:
+        """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; how many records."""
+        dropped = 0
+        for name, rows in self._pending.items():
+            excess = max(0, len(rows) - 4 * _chunk_steps(name))
+            del rows[:excess]
+            dropped += excess
+        return dropped
 
     def _adopt(self, name: str, attributes: dict[str, Any], arrays: "dict[str, zarr.Array[Any]]") -> None:
         self.attributes[name] = attributes
@@ -153,6 +187,10 @@ class Writer:
                 nodes[f"{name}/{child}"] = _metadata(folder / child)
         root = {**_metadata(self.path), "attributes": self.attributes[""], "consolidated_metadata": _consolidated(nodes)}
         _replace(self.path / "zarr.json", root)
+
+
+def _chunk_steps(group: str) -> int:
+    return SCALAR_CHUNK_STEPS if group == "scalars" else CHUNK_STEPS
 
 
 def _consolidated(nodes: dict[str, Any]) -> dict[str, Any]:

@@ -86,13 +86,28 @@ def test_the_schedule_is_what_ran(second):
     assert len({entry.steps for entry in schedule.operators.values()}) > 2
 
 
-@pytest.mark.parametrize("which", ["torch's own", "per operator"])
-def test_what_was_predicted_is_achieved(first, second, which):
-    geometry = orthogonalised(first[2] if which == "torch's own" else second[1])
-    predicted, achieved = own_residual(geometry).values, geometry["ns_residual_achieved"].values
-    assert np.isfinite(achieved).all()
-    # The iteration runs in bfloat16 and its output is read back from float32 weights. Measured: 1.9 % and 2.0 % at most.
-    np.testing.assert_allclose(achieved, predicted, rtol=0.03)
+def test_what_was_predicted_is_achieved_by_torchs_own_steps(first):
+    geometry = orthogonalised(first[2])
+    # Predicted in float64; torch iterates in bfloat16, and O is read back from float32 weights. Measured: 1.9 % at most.
+    np.testing.assert_allclose(geometry["ns_residual_achieved"], own_residual(geometry), rtol=0.03)
+
+
+def test_what_was_predicted_is_achieved_by_the_schedule(second):
+    schedule, run = second
+    geometry = orthogonalised(run).load()
+    predicted, achieved = own_residual(geometry), geometry["ns_residual_achieved"]
+    steps = np.array([schedule.operators[o].steps for o in geometry["operator"].values.tolist()])
+    # Residuals of 0.3 and more, after few steps. Measured: 0.7 % at most.
+    few = np.flatnonzero(steps <= 4)
+    np.testing.assert_allclose(achieved[:, few], predicted[:, few], rtol=0.03)
+    # After many steps a residual of 0.03 is left, and bfloat16 moves singular values by up to 0.008. Measured: 8e-3 at most.
+    floor = 0.425 * 2.0**-8 * (geometry["rows"] ** -0.5 + geometry["cols"] ** -0.5)
+    seen = (geometry["sigma_quantile"].isel(quantile=0) > floor).values
+    assert 0.5 < seen.mean() < 1
+    np.testing.assert_allclose(achieved.values[seen], predicted.values[seen], atol=0.02)
+    # Where singular values lie under the rounding noise of the cast to bfloat16, the iteration lifts noise in their place:
+    # the residual says then nothing about their directions.
+    assert np.abs(achieved.values - predicted.values)[~seen].max() > 0.1
 
 
 def test_the_schedule_lowers_the_residual_at_its_budget(second):

@@ -43,7 +43,6 @@ def build_run():
             "rows": ("matrix", np.array([m["shape"][0] for m in described])),
             "cols": ("matrix", np.array([m["shape"][1] for m in described])),
             "optimizer": ("matrix", np.array([m["optimizer"] for m in described], dtype=text)),
-            "rms_target": ("matrix", np.array([m["target"] if m["optimizer"] == "Muon" else np.nan for m in described])),
             "step": steps,
         }
         levels = np.stack([sketch_levels(min(m["shape"])) for m in described])
@@ -72,7 +71,7 @@ UPDATE = {
     name: ("float32",) if name == "update_noise" else ("float64",)
     for name in (
         "update_rms", "update_norm", "update_rms_per_lr", "update_noise", "weight_rms", "grad_rms", "momentum_rms",
-        "update_to_weight", "lr", "weight_decay",
+        "update_to_weight", "update_rms_target", "lr", "weight_decay",
     )
 }  # fmt: skip
 
@@ -120,6 +119,7 @@ def _cell(m, t, schedules, lr):
         "update_rms": lr * per_lr, "update_norm": lr * per_lr * size, "update_rms_per_lr": per_lr, "update_noise": 1e-6, "weight_rms": 0.1,
         "grad_rms": np.linalg.norm(sigma) / size, "momentum_rms": np.linalg.norm(sigma) / size, "update_to_weight": lr * per_lr / 0.1,
         "lr": lr, "weight_decay": 0.0,
+        "update_rms_target": m["target"] if m["optimizer"] == "Muon" else np.nan,
     }  # fmt: skip
     return {"geometry": geometry | m.get("geometry", {}), "update": update | m.get("update", {})}
 

@@ -10,7 +10,7 @@ from optiscope.examples import byte_llama
 
 
 def test_the_demo_learns(demo, strict_json):
-    folder, result = demo
+    _, result = demo
     assert (result.exit_code, result.stderr) == (0, "")
     before, after = strict_json(result.stdout)["validation_loss"]
     # log 256 = 5.55 nats is a uniform guess among bytes; 300 steps of the small model reach about 1.7.

@@ -7,15 +7,18 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import zarr
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 from optiscope.hooks import attach
+from optiscope.hooks.writer import Writer
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], Any]
@@ -91,10 +94,10 @@ def test_run_of_other_matrices(two: tuple[nn.Module, Optimizer, Optimizer], tmp_
     assert steps_in(read(tmp_path / "run.zarr")) == [1]
 
 
-def test_second_recorder_on_a_run_ends_the_first(
+def test_second_recorder_on_a_run_closes_the_first(
     two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """As when a notebook's cell is run again: the forgotten recorder does not write over what the new one commits."""
+    """As when a notebook's cell is run again: what the forgotten recorder holds is committed, then the new one goes on."""
     model, d, _ = two
     forgotten = attach(d, model, tmp_path / "run.zarr", every=1)
     d.step()
@@ -104,9 +107,58 @@ def test_second_recorder_on_a_run_ends_the_first(
         for _ in range(3):
             d.step()
     forgotten.close()
-    assert steps_in(read(tmp_path / "run.zarr")) == [1, 2, 3, 4]
-    assert (forgotten.errors, len(caplog.records)) == (1, 1)
+    run = read(tmp_path / "run.zarr")
+    assert steps_in(run) == [1, 2, 3, 4, 5]
+    assert [session["first_step"] for session in run.attrs["continued"]] == [2]
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "holds records up to step 2; this training is recorded behind them, from step 3 on" in message
+
+
+def test_recorder_whose_run_another_process_took_over_detaches(
+    two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, d, _ = two
+    recorder = attach(d, model, tmp_path / "run.zarr", every=1)
+    d.step()
+    recorder.flush()
+    Writer(tmp_path / "run.zarr", {}).flush()  # as another process would
+    d.step()
+    recorder.flush()
+    assert not d._optimizer_step_pre_hooks
+    assert not d._optimizer_step_post_hooks
     assert "is now written by another recorder" in caplog.text
+    recorder.close()
+    assert steps_in(read(tmp_path / "run.zarr")) == [1]
+
+
+def test_a_recorder_that_saw_no_step_says_so(
+    two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, d, _ = two
+    attach(d, model, tmp_path / "run.zarr").close()
+    assert "no step of" in caplog.text
+
+
+def test_wrapper_that_runs_no_hooks_is_looked_into(two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read) -> None:
+    """Accelerate's optimizer is one: a subclass without hooks of its own, around the optimizer that steps."""
+    model, d, _ = two
+    wrapper = SimpleNamespace(optimizer=d, param_groups=d.param_groups)
+    with attach(wrapper, model, tmp_path / "run.zarr", every=1):  # type: ignore[arg-type]
+        d.step()
+    assert steps_in(read(tmp_path / "run.zarr")) == [1]
+
+
+def test_settings_of_a_continued_run_are_recorded_as_they_are(tmp_path: Path, read: Read) -> None:
+    model = nn.Linear(8, 4, bias=False)
+    model.weight.grad = torch.ones_like(model.weight)
+    for adjust in ("original", "match_rms_adamw"):
+        muon = Muon([model.weight], adjust_lr_fn=adjust)
+        with attach(muon, model, tmp_path / "run.zarr", every=1, on_error="raise"):
+            muon.step()
+    run = read(tmp_path / "run.zarr")
+    # 1/√fan_in for the wide shape, then 0.2.
+    assert run["update"]["update_rms_target"].values[:, 0] == pytest.approx([8**-0.5, 0.2])
+    assert run.attrs["continued"][0]["optimizers"][0]["groups"][0]["adjust_lr_fn"] == "match_rms_adamw"
 
 
 # The end
@@ -117,6 +169,7 @@ def test_what_was_left_open_is_committed_at_exit(tmp_path: Path, read: Read) -> 
     script = """
 import sys, torch
 from optiscope.hooks import attach
+from optiscope.hooks.writer import Writer
 
 def train():
     model = torch.nn.Linear(3, 2)

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import optiscope.hooks.cadence as cadence_module
 import optiscope.hooks.recorder as recorder_module
+import optiscope.hooks.watched as watched_module
 from optiscope.hooks import attach
 from optiscope.hooks.cadence import PATIENCE, Cadence
 
@@ -64,13 +65,13 @@ def test_governor_on_a_fake_clock(
     clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
     monkeypatch.setattr(recorder_module, "time", clock)
     monkeypatch.setattr(cadence_module, "time", clock)
-    taken = recorder_module.take_snapshot
+    taken = watched_module.take_snapshot
 
     def snapshot(*args: Any) -> Any:
         now[0] += 0.001
         return taken(*args)
 
-    monkeypatch.setattr(recorder_module, "take_snapshot", snapshot)
+    monkeypatch.setattr(watched_module, "take_snapshot", snapshot)
     model, d, g = two
     with attach([d, g], model, tmp_path / "run.zarr", overhead=0.05, on_error="raise") as recorder:
         for _ in range(400):

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import optiscope.hooks.recorder as recorder_module
+import optiscope.hooks.scalars as scalars_module
+import optiscope.hooks.watched as watched_module
 from optiscope.hooks import attach
 
 Make = Callable[..., nn.Sequential]
@@ -159,8 +162,8 @@ def test_skipped_and_accumulated_steps(mlp: Make, tmp_path: Path, read: Read) ->
 def test_off_steps_only_count(two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, d, g = two
     snapshots: list[int] = []
-    taken = recorder_module.take_snapshot
-    monkeypatch.setattr(recorder_module, "take_snapshot", lambda *args: snapshots.append(recorder.step) or taken(*args))
+    taken = watched_module.take_snapshot
+    monkeypatch.setattr(watched_module, "take_snapshot", lambda *args: snapshots.append(recorder.step) or taken(*args))
     with attach([d, g], model, tmp_path / "run.zarr", every=5, on_error="raise") as recorder:
         for step in range(1, 13):
             spent = recorder.overhead_seconds
@@ -218,9 +221,24 @@ def test_values_that_are_no_numbers_do_not_raise(
 # Failures
 
 
-@pytest.mark.parametrize("broken", ["take_snapshot", "measure_update", "measure_geometry", "empty_rows", "create_scalar"])
+@pytest.mark.parametrize(
+    ("module", "broken"),
+    [
+        (watched_module, "take_snapshot"),
+        (recorder_module, "measure_update"),
+        (recorder_module, "measure_geometry"),
+        (recorder_module, "empty_rows"),
+        (scalars_module, "_create_array"),
+    ],
+)
 def test_failing_measurement_leaves_training_alone(
-    broken: str, mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    module: ModuleType,
+    broken: str,
+    mlp: Make,
+    tmp_path: Path,
+    read: Read,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Whatever part fails, for five steps: training is bitwise the same, one message, and later records are whole."""
 
@@ -232,7 +250,7 @@ def test_failing_measurement_leaves_training_alone(
         for step in range(12):
             with monkeypatch.context() as patched:
                 if recorder and 3 <= step < 8:
-                    patched.setattr(recorder_module, broken, lambda *args: 1 / 0)
+                    patched.setattr(module, broken, lambda *args: 1 / 0)
                 model(torch.randn(4, 8)).square().mean().backward()
                 for optimizer in optimizers:
                     optimizer.step()
@@ -291,10 +309,135 @@ def test_full_disk_loses_nothing(
             for _ in range(3):
                 d.step()
                 recorder.flush()
-        assert recorder.errors == 3
+        assert (recorder.errors, recorder.dropped) == (0, 0)
         assert steps_in(read(tmp_path / "run.zarr")) == []
         d.step()
+    assert "errors" not in read(tmp_path / "run.zarr").attrs
     assert steps_in(read(tmp_path / "run.zarr")) == present(read(tmp_path / "run.zarr"), 0) == [1, 2, 3, 4, 5]
+
+
+def test_memory_is_bounded_while_a_disk_stays_full(
+    two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The oldest records beyond four chunks are dropped and counted; the newest are written once there is room."""
+    model, d, _ = two
+
+    def no_space(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
+        with monkeypatch.context() as patched:
+            patched.setattr(zarr.Array, "__setitem__", no_space)
+            for _ in range(5 * 64):
+                d.step()
+        assert recorder.dropped == 64 * 2  # of each of the two groups
+    run = read(tmp_path / "run.zarr")
+    assert steps_in(run) == list(range(65, 321))
+    assert run.attrs["dropped"] == 64 * 2
+
+
+def test_one_bad_matrix_leaves_the_others_recorded(mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    measured = recorder_module.measure_update
+
+    def measure(seen: Any) -> Any:
+        return 1 / 0 if seen.weight_before.shape == (12, 12) else measured(seen)
+
+    monkeypatch.setattr(recorder_module, "measure_update", measure)
+    model = mlp()
+    optimizer = SGD(model.parameters(), lr=0.1)
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1) as recorder:
+        model(torch.ones(4, 8)).square().mean().backward()
+        optimizer.step()
+    finite = np.isfinite(read(tmp_path / "run.zarr")["update"]["update_rms"].values[0])
+    shapes = [tuple(p.shape) for p in model.parameters() if p.ndim == 2]
+    assert finite.tolist() == [shape != (12, 12) for shape in shapes]
+    assert recorder.errors == shapes.count((12, 12)) > 0
+
+
+def test_complex_parameters_are_left_out(tmp_path: Path, read: Read) -> None:
+    parameters = [nn.Parameter(torch.ones(3, 3, dtype=torch.complex64)), nn.Parameter(torch.ones(2, 3))]
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer = SGD(parameters, lr=0.1)
+    with attach(optimizer, None, tmp_path / "run.zarr", every=1, on_error="raise"):
+        optimizer.step()
+    assert read(tmp_path / "run.zarr")["update"]["rows"].values.tolist() == [2]
+
+
+@pytest.mark.parametrize("measure", ["update", "geometry"])
+def test_a_single_group_can_be_recorded(measure: str, mlp: Make, tmp_path: Path, read: Read) -> None:
+    model = mlp()
+    optimizer = Muon(weights(model), lr=0.1)
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=[measure], on_error="raise"):
+        model(torch.ones(4, 8)).square().mean().backward()
+        optimizer.step()
+    run = read(tmp_path / "run.zarr")
+    assert set(run.children) == {measure, "scalars"}
+    assert np.isfinite(run[measure]["fro_norm" if measure == "geometry" else "update_rms"].values).all()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "step", "zarr.json", "elapsed_seconds", "x" * 300])
+def test_names_the_store_cannot_hold_lose_only_themselves(
+    name: str, two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read
+) -> None:
+    model, d, _ = two
+    with attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
+        d.step()
+        recorder.log(**{"loss": 1.0, name: 7.0, "accuracy": 0.5})
+    scalars = read(tmp_path / "run.zarr")["scalars"]
+    assert (scalars["loss"].values[-1], scalars["accuracy"].values[-1]) == (1.0, 0.5)
+    assert scalars["elapsed_seconds"].values[-1] < 7
+    assert recorder.errors == 1
+
+
+def test_what_is_logged_after_close_is_written(two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read) -> None:
+    model, d, _ = two
+    with attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
+        d.step()
+        recorder.log(loss=1.0)
+    recorder.log(test_loss=2.0)
+    scalars = read(tmp_path / "run.zarr")["scalars"]
+    assert (scalars["loss"].sel(step=1), scalars["test_loss"].sel(step=1)) == (1.0, 2.0)
+
+
+def test_scalar_steps_stay_unique_over_a_continued_run(two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read) -> None:
+    model, d, _ = two
+    for session in (1, 2):
+        with attach(d, model, tmp_path / "run.zarr", every=1, on_error="raise") as recorder:
+            recorder.log(**{f"before_{session}": 1.0})
+            for _ in range(2):
+                d.step()
+                recorder.flush()
+                recorder.log(loss=session)
+    scalars = read(tmp_path / "run.zarr")["scalars"]
+    assert scalars["step"].values.tolist() == [0, 1, 2, 3, 4]
+    assert scalars["loss"].values.tolist()[1:] == [1, 1, 2, 2]
+    assert (scalars["before_1"].sel(step=0), scalars["before_2"].sel(step=2)) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_loss_scaling_is_taken_out_and_skipped_steps_do_not_count(fused: bool, tmp_path: Path, read: Read) -> None:
+    """A fused optimizer gets scaled gradients, and runs its hooks on a step that it skips for an infinity."""
+    torch.manual_seed(0)
+    model = nn.Linear(6, 4, bias=False)
+    optimizer = AdamW(model.parameters(), lr=1e-2, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    true: list[float] = []
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise") as recorder:
+        for step in range(5):
+            x = torch.randn(3, 6)
+            loss = model(x).square().mean()
+            scaler.scale(loss * (float("inf") if step == 2 else 1.0)).backward()
+            if step != 2:
+                true.append(model.weight.grad.double().square().mean().sqrt().item() / scaler.get_scale())  # type: ignore[union-attr]
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    update = read(tmp_path / "run.zarr")["update"]
+    assert recorder.step == 4
+    assert update["step"].values.tolist() == [1, 2, 3, 4]
+    np.testing.assert_allclose(update["grad_rms"].values[:, 0], true, rtol=1e-6)
+    assert (update["update_rms"].values > 0).all()
 
 
 def test_run_moved_away_while_training_goes_on(

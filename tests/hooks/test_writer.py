@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from zarr.errors import ZarrUserWarning
 
 import optiscope.hooks.writer as writer_module
-from optiscope.hooks.writer import CHUNK_STEPS, SCALAR_CHUNK_STEPS, Writer
+from optiscope.hooks.writer import CHUNK_STEPS, SCALAR_CHUNK_STEPS, TakenOver, Writer
 
 Read = Callable[[str | Path], Any]
 
@@ -38,7 +38,7 @@ def new_writer(path: Path) -> Writer:
     names = np.array(["a", "b", "ключ"], dtype=np.dtypes.StringDType())
     writer.create_group("update", {"name": names, "quantile_level": np.linspace(0, 1, 6).reshape(3, 2)}, {"of": "tests"})
     for name, (shape, dimensions, dtype) in ARRAYS.items():
-        writer.create_array("update", name, shape, dimensions, dtype, {"units": "1"})
+        writer.create_array("update", name, shape, dimensions, dtype, {"units": "1"}, {"bool": False, "int16": -1}.get(dtype, np.nan))
     writer.create_group("scalars", {}, {})
     writer.flush()
     return writer
@@ -386,7 +386,7 @@ def test_writer_that_was_replaced_writes_no_more(tmp_path: Path, read: Read) -> 
     second = Writer(path, {})
     second.append("update", 63, row(63))
     second.flush()
-    with pytest.raises(RuntimeError, match=r"^store: .*run\.zarr is now written by another recorder; this one stops writing to it$"):
+    with pytest.raises(TakenOver, match=r"run\.zarr is now written by another recorder$"):
         first.flush()
     second.append("update", 64, row(64))
     second.flush()

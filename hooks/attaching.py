@@ -1,0 +1,121 @@
+"""`attach`: checking what is asked for, laying out the run, and setting a recorder on its optimizers."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
+
+from ..diagnostics.catalogue import GROUPS
+from ..diagnostics.operators import OperatorRule
+from .cadence import Cadence
+from .layout import lay_out
+from .lifetime import writing_to
+from .matrices import find_matrices, label_optimizers
+from .provenance import describe_optimizers, describe_software
+from .recorder import Recorder
+from .watched import Watched
+from .writer import Writer
+
+log = logging.getLogger("optiscope")
+
+
+def attach(
+    optimizers: Optimizer | Iterable[Optimizer],
+    model: nn.Module | None,
+    store: str | Path,
+    *,
+    every: int | None = None,
+    overhead: float = 0.01,
+    measure: Sequence[str] = GROUPS,
+    operators: OperatorRule | None = None,
+    first_step: int | None = None,
+    on_error: Literal["warn", "raise"] = "warn",
+) -> "Recorder":
+    """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
+
+    Training is bitwise what it would be without: nothing is changed, no random number is drawn, and no exception of the
+    recorder leaves a hook. Use the result as a context manager, or call its `close()`; the run can be read meanwhile.
+
+    Args:
+        optimizers: one `torch.optim.Optimizer` or several. They share one step counter: the number of steps of the one
+            that has stepped most.
+        model: where parameter names come from; without it they are numbered by optimizer and group.
+        store: a path for the run. An existing run of the same matrices is continued.
+        every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
+        overhead: share of training time that recording may take, with `every=None`.
+        measure: groups of quantities to record, of "geometry" and "update".
+        operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
+        first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
+        on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
+
+    Raises:
+        TypeError: something in `optimizers` is no optimizer.
+        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued.
+
+    Example:
+        >>> import tempfile, torch
+        >>> model = torch.nn.Linear(4, 4)
+        >>> optimizer = torch.optim.Muon([model.weight], lr=0.1)
+        >>> store = tempfile.mkdtemp() + "/run.zarr"
+        >>> with attach(optimizer, model, store, every=1) as recorder:
+        ...     model(torch.ones(2, 4)).sum().backward()
+        ...     _ = optimizer.step()
+        >>> recorder.step
+        1
+    """
+    labelled = label_optimizers(_as_optimizers(optimizers))
+    if not measure or set(measure) - set(GROUPS):
+        raise ValueError(f"measure: expected one or more of {', '.join(GROUPS)}; got {measure!r}")
+    if on_error not in ("warn", "raise"):
+        raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
+    cadence = Cadence(every, overhead)
+    for recorder in writing_to(Path(store)):
+        recorder.close()  # a cell that is run again: what the first recorder holds is committed before the second goes on
+    matrices = find_matrices(labelled, model, operators)
+    rows = {"geometry": [m for m in matrices if m.geometry], "update": matrices}
+    rows = {group: found for group, found in rows.items() if group in measure and found}
+    if not rows:
+        raise ValueError(
+            f"optimizers: {', '.join(labelled)} hold no weight matrix (a parameter with two or more dimensions) to record "
+            f"{' and '.join(measure)} of, so nothing can be recorded"
+        )
+    writer = Writer(store, {**describe_software(), "optimizers": describe_optimizers(labelled)})
+    lay_out(writer, rows)
+    first_step = writer.last_step if first_step is None else first_step
+    if first_step < writer.last_step:
+        raise ValueError(
+            f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
+        )
+    if not writer.is_new:
+        writer.attributes[""].setdefault("continued", []).append(
+            {"first_step": first_step, **describe_software(), "optimizers": describe_optimizers(labelled)}
+        )
+        log.warning(
+            "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on",
+            store,
+            writer.last_step,
+            first_step + 1,
+        )
+    cadence.start(first_step)
+    watched = [Watched(label, o, [m for m in matrices if m.optimizer == label], first_step) for label, o in labelled.items()]
+    return Recorder(watched, rows, writer, cadence, first_step, raise_errors=on_error == "raise")
+
+
+def _as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+    given: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
+    if not given:
+        raise ValueError("optimizers: expected at least one optimizer, got none")
+    return [_innermost(optimizer) for optimizer in given]
+
+
+def _innermost(optimizer: Any) -> Optimizer:
+    """The optimizer that runs hooks: Accelerate's wrapper has a class of its own that does not, around one that does."""
+    found = optimizer
+    while not hasattr(found, "_optimizer_step_pre_hooks") and hasattr(found, "optimizer"):
+        found = found.optimizer
+    if not (hasattr(found, "param_groups") and hasattr(found, "_optimizer_step_pre_hooks")):
+        raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {type(optimizer).__name__}")
+    return found  # type: ignore[no-any-return]
