@@ -50,7 +50,7 @@ def check(run: xr.DataTree) -> list[Finding]:
     recorded = [group for group in ("update", "geometry") if group in run.children and run[group].sizes.get("step")]
     if not recorded:
         raise ValueError("run: no records yet; record at least one step")
-    found: list[Finding] = list(_recording_errors(run))
+    found: list[Finding] = [*_recording_errors(run), *_dropped(run)]
     for group in recorded:
         dataset = records(run, group).load()
         for rule in _RULES[group]:
@@ -65,8 +65,18 @@ def _recording_errors(run: xr.DataTree) -> Iterator[Finding]:
         yield Finding(
             "recording_errors",
             "warning",
-            f"Recording failed {errors} time{'' if errors == 1 else 's'}; those records are incomplete.",
+            f"Measuring failed {errors} time{'' if errors == 1 else 's'}; what failed is missing.",
             "See the training's log for the first failure.",
+        )
+
+
+def _dropped(run: xr.DataTree) -> Iterator[Finding]:
+    if dropped := run.attrs.get("dropped", 0):
+        yield Finding(
+            "dropped",
+            "warning",
+            f"{dropped} records were lost because the store could not be written for long.",
+            "Make room, or record elsewhere.",
         )
 
 

@@ -8,6 +8,8 @@ import xarray as xr
 
 from ..diagnostics.newton_schulz import ns_flops
 from ..diagnostics.schedule import OperatorSchedule, Schedule
+from ..diagnostics.spectrum import precision_floor
+from ..diagnostics.spectrum_sketch import unsketch
 from . import residual_curves
 from .allocation import RULES, Allocation, Problem, lower_bound, problem, uniform
 from .run import orthogonalised, own_residual, records
@@ -16,6 +18,7 @@ from .run import orthogonalised, own_residual, records
 BURN_IN = 20
 SNAPSHOTS = 8
 WINDOW_SHARE = 0.01
+BFLOAT16_ROUNDOFF = 2.0**-8
 
 
 def default_window(run: xr.DataTree) -> slice:
@@ -101,11 +104,24 @@ def derive_schedule(
             "window": [curves.attrs["first_step"], curves.attrs["last_step"]],
             "snapshots": int(curves["snapshots"]),
             "family": family,
+            "below_bfloat16_floor": _below_bfloat16_floor(geometry.sel(step=window), operators),
             "residual": "Gram residual ‖I − OOᵀ‖_F/√r predicted in float64 from the stored singular values",
             "optiscope": version("optiscope"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+
+
+def _below_bfloat16_floor(geometry: xr.Dataset, operators: list[str]) -> dict[str, float]:
+    """Share of each operator's singular values under bfloat16's rounding noise: steps spent on them orthogonalise that noise."""
+    shares: dict[str, list[float]] = {o: [] for o in operators}
+    shapes = zip(geometry["operator"].values, geometry["rows"].values, geometry["cols"].values, strict=True)
+    for j, (operator, rows, cols) in enumerate(shapes):
+        if operator in shares:
+            x = unsketch(geometry["sigma_quantile"].values[:, j], int(min(rows, cols)))
+            seen = np.isfinite(x).all(axis=-1)
+            shares[operator] += (x[seen] < precision_floor(int(rows), int(cols), BFLOAT16_ROUNDOFF)).mean(axis=-1).tolist()
+    return {operator: float(np.mean(values)) for operator, values in shares.items()}
 
 
 def _residual(given: Problem, group: int, steps: int) -> float:

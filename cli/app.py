@@ -42,10 +42,14 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             function(*args, **kwargs)
         except (typer.Exit, KeyboardInterrupt, BrokenPipeError):
             raise
-        except (ValueError, TypeError, OSError, RuntimeError) as error:
+        except Exception as error:
             if _debug:
                 traceback.print_exc()
-            print(f"diag: {inert(' '.join(str(error).split()))}", file=sys.stderr)
+            text = str(error)
+            if not isinstance(error, (ValueError, TypeError, OSError, RuntimeError)):
+                # Not one of ours: a damaged run, or a mistake in this program.
+                text = f"unexpected {type(error).__name__}: {text}; the run may be damaged (diag --debug shows where)"
+            print(f"diag: {inert(' '.join(text.split()))}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     app.command(function.__name__)(reporting)

@@ -144,17 +144,24 @@ def print_schedule(found: "Schedule", path: Path) -> None:
             f"{entry.baseline_residual:.3f}",
             f"{entry.predicted_residual:.3f}",
             f"{entry.cost / found.budget['cost']:.0%}",
+            f"{found.provenance['below_bfloat16_floor'][operator]:.0%}",
         )
         for operator, entry in found.operators.items()
     ]
     uniform = f"{found.budget['mean_steps']} steps"
-    _print_table(("operator", "matrices", "NS steps", f"residual at {uniform}", "residual", "share of FLOPs"), rows)
+    _print_table(
+        ("operator", "matrices", "NS steps", f"residual at {found.budget['mean_steps']}", "residual", "FLOPs", "σ under bf16"), rows
+    )
     objective, provenance = found.objective, found.provenance
     say(
         "predicted mean residual",
         f"{objective['in_force_mean_residual']:.3f} with what was in force, {objective['baseline_mean_residual']:.3f} with {uniform} of "
         f"{provenance['family']} coefficients for all, {objective['mean_residual']:.3f} with this schedule; worst operator "
         f"{objective['baseline_max_residual']:.3f} and {objective['max_residual']:.3f}; FLOPs {found.budget['cost'] / found.budget['limit']:.1%} of the budget",
+    )
+    say(
+        "σ under bf16",
+        "share of singular values below bfloat16's rounding noise, which Muon iterates in; steps spent on them orthogonalise noise",
     )
     say("observed", f"{provenance['snapshots']} records, steps {provenance['window'][0]} to {provenance['window'][1]}")
     say("schedule", f"{path}. A residual measures geometry; whether the loss gains by it, a training must tell.")

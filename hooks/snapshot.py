@@ -1,5 +1,6 @@
 """Reading one matrix around an optimizer step: what the step will overwrite, then the observation."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,7 +94,7 @@ def tensor_rms(tensor: Tensor) -> float:
     """
     tensor = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()  # Metal has no float64
     norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return float(norm) / max(tensor.numel(), 1) ** 0.5
+    return float(norm) / math.sqrt(max(tensor.numel(), 1))
 
 
 def unit_roundoff(tensor: Tensor) -> float:

@@ -79,10 +79,12 @@ def test_no_spectrum_puts_a_correct_update_off_target(build_run, sigma, schedule
 
 
 def test_under_lifted_counts_outputs_below_a_half(build_run, output):
-    sigma = np.array([1.0, 0.9, 0.8, 1e-4, 1e-5])
+    sigma = np.array([1.0, 0.9, 0.8, 1e-3, 1e-5])
     found = rms_alignment.study(build_run({"layers.0.attn.q_proj.weight": {"sigma": sigma}}))
     o = output(sigma / np.linalg.norm(sigma), JORDAN)
-    assert (o < 0.5).tolist() == [False, False, False, True, True]
+    assert (o[:3] > 0.6).all()
+    assert 0.2 < o[3] < 0.4
+    assert o[4] < 0.01
     np.testing.assert_allclose(found["under_lifted"], sum(v**2 - 1 for v in o[3:]) / 5, atol=1e-7)
     np.testing.assert_allclose(found["band"], sum(v**2 - 1 for v in o[:3]) / 5, atol=1e-7)
 

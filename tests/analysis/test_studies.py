@@ -15,6 +15,9 @@ from optiscope.analysis import figures
 from optiscope.analysis.report_folder import analyse_study, finish_report
 from optiscope.diagnostics.operators import OPERATORS
 
+# Before any figure of this module was made.
+SETTINGS = dict(mpl.rcParams)
+
 NAMES = [f"layers.{layer}.{part}.weight" for layer in range(3) for part in ("attn.q_proj", "mlp.up_proj")]
 SIGMA = [np.linspace(1, low, 8) for low in (0.9, 0.5, 0.2, 0.1, 0.05, 0.01)]
 NOT_FINITE = {
@@ -84,11 +87,10 @@ UNLABELLED = {("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual
 def test_a_figure_is_labelled_and_touches_nothing_global(model_run, name):
     study = getattr(analysis, name)
     dataset = study.study(model_run)
-    settings, open_figures = dict(mpl.rcParams), plt.get_fignums()
     figure = study.plot(dataset)
     figure.draw_without_rendering()
-    assert dict(mpl.rcParams) == settings
-    assert plt.get_fignums() == open_figures == []
+    assert dict(mpl.rcParams) == SETTINGS
+    assert plt.get_fignums() == []
     assert type(figure) is Figure
     assert [(ax.get_xscale() == "log", ax.get_yscale() == "log") for ax in figure.axes] == SCALES[name]
     for i, ax in enumerate(figure.axes):

@@ -457,6 +457,28 @@ def test_no_matching_operator() -> None:
     assert torch_muon._zeropower_via_newtonschulz.__module__ == "torch.optim._muon"
 
 
+def test_matrices_of_another_model_are_not_taken_for_other() -> None:
+    """A matrix whose name is not known belongs to no operator, not even to `other`."""
+    _, optimizer = make()
+    with pytest.raises(ValueError, match="none of the optimizer's matrices is one of its operators"):
+        apply_schedule(optimizer, schedule_of(attn_q=(JORDAN,), other=(JORDAN,)), nn.Linear(2, 2))
+
+
+def test_checkpoint_with_its_operators_in_another_order_is_refused() -> None:
+    """Schedules applied one after the other split groups in another order than the last one alone: states would be mixed up."""
+    model, twice = make()
+    apply_schedule(twice, schedule_of(attn_v=(JORDAN,)), model)
+    apply_schedule(twice, schedule_of(attn_v=(JORDAN,), mlp_up=(JORDAN,)), model)
+    train(model, twice, 1)
+    _, once = make()
+    model, once = make()
+    apply_schedule(once, schedule_of(attn_v=(JORDAN,), mlp_up=(JORDAN,)), model)
+    orders = [[group["operator"] for group in optimizer.param_groups] for optimizer in (twice, once)]
+    assert orders[0] != orders[1]
+    with pytest.raises(ValueError, match=r"^state_dict: |doesn't match the size"):
+        once.load_state_dict(twice.state_dict())
+
+
 def test_operator_without_a_step() -> None:
     model, optimizer = make()
     with pytest.raises(ValueError, match=r"^schedule: attn_q, mlp_up: expected at least one Newton–Schulz step, got none$"):
