@@ -178,6 +178,22 @@ def test_provenance_says_where_it_comes_from(unequal, recorded):
     assert all(real.values())
 
 
+def test_what_bfloat16_cannot_carry_is_told(build_run):
+    # The noise of rounding a 4×8 matrix to bfloat16 has the spectral norm 0.425·2⁻⁸(1/√4 + 1/√8)‖M‖_F = 1.4e-3.
+    known, lost = (1.0, 0.5, 0.1, 0.01), (1.0, 0.5, 0.1, 1e-4)
+    run = build_run(
+        {
+            "layers.0.attn.q_proj.weight": {"sigma": [known, lost, lost], "shape": (4, 8)},
+            "layers.1.attn.q_proj.weight": {"sigma": [known, None, lost], "shape": (4, 8)},
+            "layers.0.attn.k_proj.weight": {"sigma": known, "shape": (4, 8)},
+        },
+        steps=(1, 2, 3),
+    )
+    # One of four values, in three of the five spectra of attn_q.
+    assert derive_schedule(run, window=slice(1, 3)).provenance["below_bfloat16_floor"] == {"attn_q": 3 / 5 / 4, "attn_k": 0}
+    assert derive_schedule(run, window=slice(1, 1)).provenance["below_bfloat16_floor"] == {"attn_q": 0, "attn_k": 0}
+
+
 def test_a_schedule_survives_its_file(unequal, tmp_path):
     found = derive_schedule(unequal)
     found.save(tmp_path / "schedule.json")

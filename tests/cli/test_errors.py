@@ -119,6 +119,15 @@ def test_debug_shows_the_traceback_once_asked_for(diag, bad):
     assert_one_sentence(diag("info", bad / "folder"), "is not an Optiscope run")
 
 
+def test_a_damaged_run_ends_in_a_sentence_too(diag, bad, tmp_path):
+    shutil.copytree(bad / "good.zarr", tmp_path / "run.zarr")
+    document = json.loads((tmp_path / "run.zarr" / "zarr.json").read_text())
+    del document["consolidated_metadata"]["metadata"]["geometry/condition_number"]
+    (tmp_path / "run.zarr" / "zarr.json").write_text(json.dumps(document))
+    assert_one_sentence(diag("check", tmp_path / "run.zarr"), "unexpected KeyError: ")
+    assert_one_sentence(diag("check", tmp_path / "run.zarr"), "the run may be damaged (diag --debug shows where)")
+
+
 def test_a_message_of_several_lines_becomes_one(diag, bad, monkeypatch):
     def fail(path):
         raise ValueError("first\n  second \x1b[2J")
