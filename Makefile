@@ -4,12 +4,16 @@ BIN := .venv/bin
 
 .PHONY: demo test check clean
 
+# One thread per operation: on few or shared cores, thread pools that wait for each other cost more than they give (a demo beside
+# another busy process took ten minutes with two threads).
+export OMP_NUM_THREADS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
+
 demo: .venv/installed
 	$(BIN)/diag demo --overwrite
 
-# One thread per operation: on few cores, thread pools that wait for each other cost more than they give.
 test: .venv/installed
-	OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest
 
 # Lint, format, and a strict type check of the four folders. Type checkers follow links that spell the namespace out.
 check: .venv/installed
