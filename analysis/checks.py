@@ -75,7 +75,7 @@ def _dropped(run: xr.DataTree) -> Iterator[Finding]:
         yield Finding(
             "dropped",
             "warning",
-            f"{dropped} records were lost because the store could not be written for long.",
+            f"{dropped} record{'' if dropped == 1 else 's'} lost because the store could not be written for long.",
             "Make room, or record elsewhere.",
         )
 

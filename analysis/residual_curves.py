@@ -6,14 +6,11 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
-from numpy.typing import NDArray
 
-from ..diagnostics.newton_schulz import gram_residual, ns_map
 from ..diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
 from ..diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
-from ..diagnostics.spectrum_sketch import unsketch
 from .figures import axes, finish, operator_palette
-from .run import operators_of, orthogonalised
+from .run import operators_of, orthogonalised, residual_of_records
 
 STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
 
@@ -23,17 +20,6 @@ SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
     "jordan": lambda k: repeat_last(FAMILIES["jordan"].coefficients, k),
     "polar_express": lambda k: repeat_last(FAMILIES["polar_express"].coefficients, k),
 }
-
-
-def residual_of_records(geometry: xr.Dataset, coefficients: Coefficients) -> NDArray[np.float64]:
-    """Gram residual under `coefficients` of every recorded spectrum, from the stored singular values, shape (step, matrix)."""
-    stored = geometry["sigma_quantile"].values
-    ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
-    residual = np.full(stored.shape[:2], np.nan)
-    for rank in np.unique(ranks):
-        own = ranks == rank
-        residual[:, own] = gram_residual(ns_map(unsketch(stored[:, own], int(rank)), coefficients))
-    return residual
 
 
 def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str] = tuple(SCHEDULES)) -> xr.Dataset:

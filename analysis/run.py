@@ -12,8 +12,10 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ..diagnostics.catalogue import SCHEMA
+from ..diagnostics.newton_schulz import gram_residual, ns_map
 from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
+from ..diagnostics.spectrum_sketch import unsketch
 
 
 def open_run(path: str | Path) -> xr.DataTree:
@@ -96,14 +98,27 @@ def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     return geometry.isel(matrix=np.flatnonzero(used))
 
 
+def residual_of_records(geometry: xr.Dataset, coefficients: Coefficients) -> NDArray[np.float64]:
+    """Gram residual under `coefficients` of every recorded spectrum, from the stored singular values, shape (step, matrix)."""
+    stored = geometry["sigma_quantile"].values
+    ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
+    residual = np.full(stored.shape[:2], np.nan)
+    for rank in np.unique(ranks):
+        own = ranks == rank
+        residual[:, own] = gram_residual(ns_map(unsketch(stored[:, own], int(rank)), coefficients))
+    return residual
+
+
 def own_residual(geometry: xr.Dataset) -> xr.DataArray:
     """Predicted Gram residual at the number of steps that was in force, dimensions (step, matrix); missing where not recorded."""
     schedules = ns_schedules(geometry)
     curve, index = geometry["ns_residual"].values, geometry["ns_schedule"].values
     residual = np.full(index.shape, np.nan)
     for i, schedule in enumerate(schedules):
-        last = min(len(schedule.coefficients), curve.shape[-1] - 1)
-        residual = np.where(index == i, curve[..., last], residual)
+        steps = len(schedule.coefficients)
+        # Curves are recorded up to 10 steps, exactly; what a longer schedule leaves follows from the stored singular values.
+        own = curve[..., steps] if steps < curve.shape[-1] else residual_of_records(geometry, schedule.coefficients)
+        residual = np.where(index == i, own, residual)
     return xr.DataArray(residual, dims=("step", "matrix"), coords=geometry["ns_schedule"].coords)
 
 

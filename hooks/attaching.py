@@ -52,7 +52,7 @@ def attach(
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
 
     Raises:
-        TypeError: something in `optimizers` is no optimizer.
+        TypeError: something in `optimizers` is no optimizer, or `model` no module.
         ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued.
 
     Example:
@@ -71,6 +71,8 @@ def attach(
         raise ValueError(f"measure: expected one or more of {', '.join(GROUPS)}; got {measure!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     cadence = Cadence(every, overhead)
     for recorder in writing_to(Path(store)):
         recorder.close()  # a cell that is run again: what the first recorder holds is committed before the second goes on

@@ -163,6 +163,16 @@ def test_own_residual_follows_the_schedule_in_force(build_run, output):
     assert own_residual(geometry).dims == ("step", "matrix")
 
 
+def test_own_residual_of_more_steps_than_curves_hold(build_run, output):
+    """Curves end at 10 steps; Jordan does not converge, so its residual after 13 is another one."""
+    s = np.array([1.0, 0.5, 0.1])
+    long = JORDAN[:1] * 13
+    geometry = records(build_run({"layers.0.attn.q_proj.weight": {"sigma": s}}, schedules=(long,)), "geometry")
+    after = {k: np.sqrt(sum((1 - o**2) ** 2 for o in output(s / np.linalg.norm(s), long[:k])) / 3) for k in (10, 13)}
+    assert abs(after[10] - after[13]) > 0.01
+    np.testing.assert_allclose(own_residual(geometry).values, after[13], rtol=1e-5)
+
+
 def test_orthogonalised_leaves_out_what_no_record_orthogonalised(build_run):
     run = build_run(
         {
