@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check clean
+.PHONY: demo test check coverage clean
 
 # One thread per operation: on few or shared cores, thread pools that wait for each other cost more than they give (a demo beside
 # another busy process took ten minutes with two threads).
@@ -13,7 +13,7 @@ demo: .venv/installed
 	$(BIN)/diag demo --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # Lint, format, and a strict type check of the four folders. Type checkers follow links that spell the namespace out.
 check: .venv/installed
@@ -22,6 +22,10 @@ check: .venv/installed
 	mkdir -p build/ns/optiscope
 	for folder in diagnostics hooks analysis cli examples; do ln -sfn ../../../$$folder build/ns/optiscope/$$folder; done
 	$(BIN)/mypy -p optiscope.diagnostics -p optiscope.hooks -p optiscope.analysis -p optiscope.cli
+
+# Writes docs/coverage.md from what the contract suite measures; the tests fail when it is stale.
+coverage: .venv/installed
+	PYTHONPATH=tests/hooks $(BIN)/python -m contract.document
 
 clean:
 	rm -rf .venv build demo.zarr demo-analysis demo-schedule.json

@@ -129,6 +129,19 @@ def _dead(update: xr.Dataset) -> Iterator[Finding]:
         )  # fmt: skip
 
 
+def _changed_outside(update: xr.Dataset) -> Iterator[Finding]:
+    if "changed_outside" not in update:
+        return
+    changed = update["changed_outside"].values == 1
+    if changed.any():
+        steps = update["step"].values[changed.any(axis=1)]
+        yield Finding(
+            "changed_outside", "info",
+            f"Weights of {_count(changed.any(axis=0))} changed between the optimizer's steps, first before step {steps[0]} (a clip, a swap with an average, a load).",
+            "Nothing, if that is meant; updates are recorded as the optimizer's steps make them.", _names(update, changed.any(axis=0)),
+        )  # fmt: skip
+
+
 def _noisy(update: xr.Dataset) -> Iterator[Finding]:
     noise = update["update_noise"].where(np.isfinite(update["update_noise"])).median("step").values
     noisy = noise > READABLE_NOISE
@@ -172,6 +185,8 @@ def _bounded(geometry: xr.Dataset) -> Iterator[Finding]:
 
 def _near_eps(geometry: xr.Dataset) -> Iterator[Finding]:
     for i, schedule in enumerate(ns_schedules(geometry)):
+        if schedule.scaling != "frobenius":
+            continue  # its eps bounds something else than ‖M‖_F
         ratio = geometry["fro_norm"].where(geometry["ns_schedule"] == i).values / schedule.eps if schedule.eps else np.array([np.inf])
         small = (ratio > 0) & (ratio < NEAR_EPS)
         if small.any():
@@ -192,7 +207,7 @@ def _no_steps(geometry: xr.Dataset) -> Iterator[Finding]:
 
 
 _RULES: dict[str, tuple[Callable[[xr.Dataset], Iterator[Finding]], ...]] = {
-    "update": (_not_finite, _dead, _noisy),
+    "update": (_not_finite, _dead, _noisy, _changed_outside),
     "geometry": (_no_steps, _near_eps, _zero_input, _single_row, _bounded),
 }
 

@@ -30,7 +30,7 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
     return {
         "created": run.attrs.get("created"),
         "versions": run.attrs.get("versions", {}),
-        "optimizers": run.attrs.get("optimizers", []),
+        "optimizers": [{**entry, "geometry_describes": _joined(entry["spectrum_of"])} for entry in run.attrs.get("optimizers", [])],
         "groups": groups,
         "operators": _operators(run),
         "last_scalars": last,
@@ -38,6 +38,11 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         if own <= set(map(str, scalars.data_vars))
         else None,
     }
+
+
+def _joined(texts: str | list[str]) -> str:
+    """What the groups of an optimizer say, each once; runs of earlier versions hold one text."""
+    return texts if isinstance(texts, str) else "; ".join(dict.fromkeys(texts))
 
 
 def _operators(run: xr.DataTree) -> list[dict[str, Any]]:

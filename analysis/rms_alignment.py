@@ -25,17 +25,20 @@ SLACK = 0.02
 def study(run: xr.DataTree) -> xr.Dataset:
     """Update RMS per learning rate against its own target and against AdamW's 0.2.
 
-    Variables (step, matrix): `update_rms_per_lr`; `alignment` a (missing without orthogonalisation); `to_adamw` (RMS over
+    Variables (step, matrix): `update_rms_per_lr` (of the update that the optimizer intended, where weights are too coarse to tell it
+    and that was recorded); `alignment` a (missing without orthogonalisation); `to_adamw` (RMS over
     0.2, the size that lets a learning rate be shared with AdamW); `residual` ε̃ predicted for the steps in force;
     `under_lifted` and `band`, which add up to the predicted a² − 1; `off_target`: a outside √(1 ± ε̃) by more than 2 %,
-    where the update could be read back (rounding noise up to 0.01).
+    where the update could be read back (rounding noise up to 0.01) or the intended one is known.
 
     Raises:
         ValueError: no update records.
     """
     update = records(run, "update").load()
     # Without its texts, which would go on to what is computed from it.
-    per_lr = update["update_rms_per_lr"].drop_attrs()
+    applied = update["update_rms_per_lr"].drop_attrs()
+    intended = update["update_rms_intended"].drop_attrs() if "update_rms_intended" in update else xr.full_like(applied, np.nan)
+    per_lr = intended.where(np.isfinite(intended), applied)
     alignment = per_lr / update["update_rms_target"].drop_attrs()
     result = xr.Dataset({"update_rms_per_lr": per_lr, "alignment": alignment, "to_adamw": per_lr / ADAMW_RMS})
     missing = xr.full_like(per_lr, np.nan)
@@ -52,7 +55,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
         result[name].values[np.ix_(steps, here)] = values
     square, residual = result["alignment"] ** 2, result["residual"]
     upper, lower = np.sqrt(1 + residual) * (1 + SLACK), np.sqrt(np.maximum(1 - residual, 0)) * (1 - SLACK)
-    readable = update["update_noise"].drop_attrs() <= READABLE_NOISE
+    readable = (update["update_noise"].drop_attrs() <= READABLE_NOISE) | np.isfinite(intended)
     result["off_target"] = readable & ((np.sqrt(square) > upper) | (np.sqrt(square) < lower))
     return result
 
@@ -127,6 +130,8 @@ def _split(geometry: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
     low, band = np.full(index.shape, np.nan), np.full(index.shape, np.nan)
     for i, schedule in enumerate(ns_schedules(geometry)):
+        if schedule.scaling != "frobenius":
+            continue  # the stored singular values are those of M/‖M‖_F, not of what the iteration started from
         for rank in np.unique(ranks):
             own = ranks == rank
             o = ns_map(unsketch(stored[:, own], int(rank)), schedule.coefficients)

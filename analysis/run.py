@@ -60,16 +60,18 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
 
 @dataclass(frozen=True)
 class NsSchedule:
-    """A Newton–Schulz schedule that was in force during a run."""
+    """A Newton–Schulz schedule that was in force during a run; `scaling` as in `diagnostics.observation.NewtonSchulz`."""
 
     coefficients: Coefficients
     eps: float
+    scaling: str = "frobenius"
 
 
 def ns_schedules(geometry: xr.Dataset) -> list[NsSchedule]:
     """The schedules that the variable `ns_schedule` points to."""
     return [
-        NsSchedule(tuple((a, b, c) for a, b, c in entry["coefficients"]), entry["eps"]) for entry in geometry.attrs.get("ns_schedules", [])
+        NsSchedule(tuple((a, b, c) for a, b, c in entry["coefficients"]), entry["eps"], entry.get("scaling", "frobenius"))
+        for entry in geometry.attrs.get("ns_schedules", [])
     ]
 
 
@@ -116,8 +118,14 @@ def own_residual(geometry: xr.Dataset) -> xr.DataArray:
     residual = np.full(index.shape, np.nan)
     for i, schedule in enumerate(schedules):
         steps = len(schedule.coefficients)
-        # Curves are recorded up to 10 steps, exactly; what a longer schedule leaves follows from the stored singular values.
-        own = curve[..., steps] if steps < curve.shape[-1] else residual_of_records(geometry, schedule.coefficients)
+        # Curves are recorded up to 10 steps, exactly; what a longer schedule leaves follows from the stored singular values, but
+        # not from another start than M/‖M‖_F, which they are of.
+        if steps < curve.shape[-1]:
+            own = curve[..., steps]
+        elif schedule.scaling == "frobenius":
+            own = residual_of_records(geometry, schedule.coefficients)
+        else:
+            own = np.full(index.shape, np.nan)
         residual = np.where(index == i, own, residual)
     return xr.DataArray(residual, dims=("step", "matrix"), coords=geometry["ns_schedule"].coords)
 

@@ -27,7 +27,7 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
         return
     say(run, f"begun {described['created']}")
     for optimizer in described["optimizers"]:
-        say(optimizer["label"], f"{optimizer['class']}; geometry describes the {optimizer['spectrum_of']}")
+        say(optimizer["label"], f"{optimizer['class']}; geometry describes the {optimizer['geometry_describes']}")
     for group, records in described["groups"].items():
         say(
             group,

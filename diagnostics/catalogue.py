@@ -35,7 +35,7 @@ class Quantity:
 
 
 _GRAM = "‖I − OOᵀ‖_F/√r on the short side, r = min(rows, cols)"
-_OWN = "the optimizer's own coefficients (attribute ns_schedules of this group, chosen by the variable ns_schedule)"
+_OWN = "the optimizer's own coefficients (attribute ns_schedules of this group, chosen by the variable ns_schedule; started from diag(d)·M where its scaling is aol)"
 
 QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
@@ -66,6 +66,11 @@ QUANTITIES: tuple[Quantity, ...] = (
         "what update_rms_per_lr would be if O were the exact polar factor, under the optimizer's own scaling; missing without orthogonalisation",
         dtype="float64",
     ),
+    Quantity(
+        "update_rms_intended", "update", "1", "RMS of the intended update per learning rate",
+        "what update_rms_per_lr would be if weights were not rounded, from the optimizer's own state; missing with weights of float32 and wider, "
+        "where update_rms_per_lr tells it, and where the optimizer's formula is not known", dtype="float64",
+    ),
     Quantity("update_noise", "update", "1", "rounding noise of the update as read back", "0.425·u·‖W_t‖_F/‖W_t − W_{t+1}‖_F, u the unit roundoff of the weights"),
     Quantity("weight_rms", "update", "parameter units", "RMS of the weights", "RMS(W_t), before the step", dtype="float64"),
     Quantity("grad_rms", "update", "gradient units", "RMS of the gradient", "RMS(G_t) as the optimizer sees it: after accumulation and clipping", dtype="float64"),
@@ -73,9 +78,38 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("update_to_weight", "update", "1", "update-to-weight ratio", "‖W_t − W_{t+1}‖_F/‖W_t‖_F", dtype="float64"),
     Quantity("lr", "update", "1", "learning rate", "of the parameter group, before any per-shape adjustment", dtype="float64"),
     Quantity("weight_decay", "update", "1", "weight decay", "of the parameter group", dtype="float64"),
+    Quantity(
+        "changed_outside", "update", "1", "weights changed between the optimizer's steps",
+        "1 where the norms of the weights before this step differ from those the step before left (a clip, a swap with an average, a load), else 0; "
+        "−1 where that was not seen", dtype="int16",
+    ),
+    Quantity(
+        "second_moment_mean", "second_moment", "gradient units²", "mean of the second moment",
+        "mean of the second moment as the optimizer keeps it (decoded, in the form second_moment_form), no bias correction", dtype="float64",
+    ),
+    Quantity(
+        "second_moment_form", "second_moment", "1", "form of the second moment",
+        "index into the attribute forms of this group; −1: the optimizer keeps none, or it is not known where", dtype="int16",
+    ),
 )  # fmt: skip
 
-GROUPS = ("geometry", "update")
+GROUPS = ("geometry", "update", "second_moment")
+
+# What an optimizer keeps as its second moment v.
+SECOND_MOMENT_FORMS = (
+    "full",  # of every coordinate
+    "row_col",  # factors over rows and columns (Adafactor), multiplied out
+    "row",  # one number per row
+    "block",  # one number per block of coordinates (Adam-mini)
+    "scalar",  # one number
+    "quantised",  # 8 or 4 bits, decoded
+    "rotated",  # of every coordinate in a rotated basis (SOAP)
+    "projected",  # in a low-rank projection (GaLore)
+    "of_orthogonalised",  # of the orthogonalised update (AdaMuon, NorMuon)
+    "hessian",  # an estimate of the Hessian's diagonal (Sophia)
+    "frozen",  # fixed since the warm-up (1-bit Adam)
+    "preconditioner",  # Kronecker factors (Shampoo)
+)
 
 
 def in_group(group: str) -> tuple[Quantity, ...]:

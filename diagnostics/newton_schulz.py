@@ -34,24 +34,25 @@ def gram_residual(o: ArrayLike) -> Floats:
         return np.asarray(np.sqrt(np.mean((1 - o * o) ** 2, axis=-1)))
 
 
-def polar_residual(o: ArrayLike) -> Floats:
-    """Polar residual ‖O − Q‖_F/√r = √(mean_i (1 − o_i)²), over the last axis. Dimensionless.
+def polar_residual(o: ArrayLike, cosines: ArrayLike = 1.0) -> Floats:
+    """Polar residual ‖O − Q‖_F/√r = √(mean_i ((o_i − c_i)² + 1 − c_i²)), over the last axis. Dimensionless.
 
-    Exact when O shares the singular vectors of M, as it does in exact arithmetic.
+    c_i = u_iᵀ·Q·v_i, u_i and v_i being O's singular vectors. They are 1 when O shares the singular vectors of M, as it does in
+    exact arithmetic unless M was scaled unequally before the iteration; the residual is then √(mean_i (1 − o_i)²).
     """
-    o = np.asarray(o, dtype=np.float64)
+    o, c = np.asarray(o, dtype=np.float64), np.asarray(cosines, dtype=np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
-        return np.asarray(np.sqrt(np.mean((1 - o) ** 2, axis=-1)))
+        return np.asarray(np.sqrt(np.mean((o - c) ** 2 + (1 - c * c), axis=-1)))
 
 
-def residual_curves(x: ArrayLike, coefficients: Coefficients) -> tuple[Floats, Floats]:
+def residual_curves(x: ArrayLike, coefficients: Coefficients, cosines: ArrayLike = 1.0) -> tuple[Floats, Floats]:
     """Gram and polar residual after 0, 1, …, len(coefficients) steps, from normalised singular values of shape (r,)."""
     o = np.asarray(x, dtype=np.float64)
     after = [o]
     for triple in coefficients:
         o = ns_map(o, (triple,))
         after.append(o)
-    return gram_residual(np.stack(after)), polar_residual(np.stack(after))
+    return gram_residual(np.stack(after)), polar_residual(np.stack(after), cosines)
 
 
 def achieved_residual(output: NDArray[np.floating]) -> float:

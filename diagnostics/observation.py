@@ -1,16 +1,18 @@
 """One optimizer step of one matrix, as arrays, and everything that is measured on it."""
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .aol import aol_start
 from .catalogue import NS_STEPS
 from .newton_schulz import achieved_residual, alignment, residual_curves
 from .ns_families import Coefficients, repeat_last
-from .spectrum import spectrum
+from .spectrum import Spectrum, spectrum
 from .spectrum_sketch import sketch
 from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
 
@@ -21,10 +23,15 @@ Measured: TypeAlias = dict[str, float | Floats]
 
 @dataclass(frozen=True)
 class NewtonSchulz:
-    """How an optimizer orthogonalises: X₀ = M/max(‖M‖_F, eps), then one step per triple."""
+    """How an optimizer orthogonalises: X₀, then one step per triple.
+
+    Attributes:
+        scaling: "frobenius": X₀ = M/max(‖M‖_F, eps); "aol": X₀ = diag(d)·M, row sums of |MMᵀ| at least eps (see :mod:`.aol`).
+    """
 
     coefficients: Coefficients
     eps: float
+    scaling: Literal["frobenius", "aol"] = "frobenius"
 
 
 @dataclass(frozen=True)
@@ -41,7 +48,11 @@ class Observation:
             does not orthogonalise; None where geometry is not measured.
         ns_roundoff: unit roundoff of the format `ns_input` is stored in.
         newton_schulz: None where the optimizer does not orthogonalise.
-        output_scale: s in ΔW = −η·s·O, decay aside.
+        output_scale: s in ΔW = −η·s·O, decay aside; NaN where more than a scale follows the iteration.
+        target_rms: RMS of ΔW/η if O were the exact polar factor, under the optimizer's own scaling.
+        second_moment_mean: mean of the second moment as kept, no bias correction; NaN where there is none.
+        second_moment_form: one of `catalogue.SECOND_MOMENT_FORMS`.
+        intended_rms: RMS of the update per learning rate before it was rounded into the weights, decay aside; NaN where not known.
     """
 
     weight_before: NDArray[np.floating]
@@ -56,6 +67,10 @@ class Observation:
     ns_roundoff: float = 0.0
     newton_schulz: NewtonSchulz | None = None
     output_scale: float = float("nan")
+    target_rms: float = float("nan")
+    second_moment_mean: float = float("nan")
+    second_moment_form: str | None = None
+    intended_rms: float = float("nan")
 
     @cached_property
     def applied(self) -> Floats:
@@ -75,6 +90,20 @@ class Observation:
         return reading_noise(rms(self.weight_before), rms(self.applied), self.weight_roundoff)
 
 
+def side_by_side(observations: Sequence[Observation]) -> Observation:
+    """One observation of the matrix [M_1 … M_K], which an optimizer orthogonalises as one; settings are those of the first."""
+    first = observations[0]
+
+    def joined(field: Callable[[Observation], NDArray[np.floating] | None]) -> NDArray[np.floating] | None:
+        parts = [field(seen) for seen in observations]
+        return None if any(part is None for part in parts) else np.hstack([part for part in parts if part is not None])
+
+    before, after = joined(lambda seen: seen.weight_before), joined(lambda seen: seen.weight_after)
+    assert before is not None
+    assert after is not None
+    return replace(first, weight_before=before, weight_after=after, ns_input=joined(lambda seen: seen.ns_input))
+
+
 # A run that diverges is data: inf and NaN come out, and no warning appears in somebody's training loop.
 _quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
@@ -87,8 +116,8 @@ def measure_update(seen: Observation) -> Measured:
         "update_rms": update_rms,
         "update_norm": update_rms * float(np.sqrt(seen.applied.size)),
         "update_rms_per_lr": rms(seen.update),
-        # RMS(O) of an exact polar factor is √(r/(mn)) = 1/√max(m, n).
-        "update_rms_target": seen.output_scale / float(np.sqrt(max(seen.weight_before.shape))),
+        "update_rms_target": seen.target_rms,
+        "update_rms_intended": seen.intended_rms,
         "update_noise": seen.update_noise,
         "weight_rms": weight_rms,
         "grad_rms": seen.grad_rms,
@@ -97,6 +126,11 @@ def measure_update(seen: Observation) -> Measured:
         "lr": seen.lr,
         "weight_decay": seen.weight_decay,
     }
+
+
+def measure_second_moment(seen: Observation) -> Measured:
+    """The quantities of the group `second_moment` but its form."""
+    return {"second_moment_mean": seen.second_moment_mean}
 
 
 @_quietly
@@ -116,12 +150,20 @@ def measure_geometry(seen: Observation) -> Measured:
         "below_floor": of_input.below_floor,
     }
     if seen.newton_schulz is not None:
-        x = of_input.sigma / max(of_input.fro_norm, seen.newton_schulz.eps)
+        x, cosines = _start(seen.ns_input, of_input, seen.newton_schulz)
         # An optimizer set to zero steps has no coefficients to apply: its curve is flat at the residual of X₀.
         steps = repeat_last(seen.newton_schulz.coefficients, NS_STEPS) if seen.newton_schulz.coefficients else ((1.0, 0.0, 0.0),) * NS_STEPS
-        measured["ns_residual"], measured["ns_residual_polar"] = residual_curves(x, steps)
-        if seen.update_noise <= READABLE_NOISE:
+        measured["ns_residual"], measured["ns_residual_polar"] = residual_curves(x, steps, cosines)
+        if seen.update_noise <= READABLE_NOISE and np.isfinite(seen.output_scale):
             output = seen.update / seen.output_scale
             measured["ns_residual_achieved"] = achieved_residual(output)
             measured["alignment"] = alignment(seen.ns_input, output, of_input.nuclear_norm)
     return measured
+
+
+def _start(ns_input: NDArray[np.floating], of_input: Spectrum, newton_schulz: NewtonSchulz) -> tuple[Floats, Floats | float]:
+    """Singular values of X₀, and the cosines that :func:`polar_residual` takes."""
+    if newton_schulz.scaling == "aol":
+        start = aol_start(ns_input, newton_schulz.eps)
+        return start.x, start.cosines
+    return of_input.sigma / max(of_input.fro_norm, newton_schulz.eps), 1.0

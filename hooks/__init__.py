@@ -1,7 +1,8 @@
 """Attaching to a training: recording its optimizers, and putting schedules into force."""
 
+from .adapters import Adapter, Orthogonalisation, Reading, SecondMoment, register_adapter
+from .applying import apply_schedule
 from .attaching import attach
-from .muon_schedule import apply_schedule
 from .recorder import Recorder
 
-__all__ = ["Recorder", "apply_schedule", "attach"]
+__all__ = ["Adapter", "Orthogonalisation", "Reading", "Recorder", "SecondMoment", "apply_schedule", "attach", "register_adapter"]

@@ -11,12 +11,12 @@ from torch.optim import Optimizer
 from ..diagnostics.catalogue import GROUPS
 from ..diagnostics.operators import OperatorRule
 from .cadence import Cadence
-from .layout import lay_out
+from .layout import Layout
 from .lifetime import writing_to
-from .matrices import find_matrices, label_optimizers
-from .provenance import describe_optimizers, describe_software
+from .matrices import Names, find_matrices
+from .provenance import describe_optimizer, describe_software
 from .recorder import Recorder
-from .watched import Watched
+from .watched import watch
 from .writer import Writer
 
 log = logging.getLogger("optiscope")
@@ -46,7 +46,7 @@ def attach(
         store: a path for the run. An existing run of the same matrices is continued.
         every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
         overhead: share of training time that recording may take, with `every=None`.
-        measure: groups of quantities to record, of "geometry" and "update".
+        measure: groups of quantities to record, of "geometry", "update" and "second_moment".
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
         first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
@@ -66,7 +66,6 @@ def attach(
         >>> recorder.step
         1
     """
-    labelled = label_optimizers(_as_optimizers(optimizers))
     if not measure or set(measure) - set(GROUPS):
         raise ValueError(f"measure: expected one or more of {', '.join(GROUPS)}; got {measure!r}")
     if on_error not in ("warn", "raise"):
@@ -76,25 +75,31 @@ def attach(
     cadence = Cadence(every, overhead)
     for recorder in writing_to(Path(store)):
         recorder.close()  # a cell that is run again: what the first recorder holds is committed before the second goes on
-    matrices = find_matrices(labelled, model, operators)
-    rows = {"geometry": [m for m in matrices if m.geometry], "update": matrices}
-    rows = {group: found for group, found in rows.items() if group in measure and found}
-    if not rows:
+    watched = watch(_as_list(optimizers))
+    names = Names(model, operators)
+    matrices = find_matrices(watched, names)
+    measured = [m for m in matrices if set(measure) != {"geometry"} or m.geometry]
+    if not measured:
         raise ValueError(
-            f"optimizers: {', '.join(labelled)} hold no weight matrix (a parameter with two or more dimensions) to record "
+            f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a parameter with two or more dimensions) to record "
             f"{' and '.join(measure)} of, so nothing can be recorded"
         )
-    writer = Writer(store, {**describe_software(), "optimizers": describe_optimizers(labelled)})
-    lay_out(writer, rows)
+    optimizers_now = [describe_optimizer(w) for w in watched]
+    writer = Writer(store, {**describe_software(), "optimizers": optimizers_now})
+    layout = Layout(writer, [group for group in GROUPS if group in measure])
+    if not layout.describes(matrices):
+        raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
+    layout.include(matrices)
     first_step = writer.last_step if first_step is None else first_step
     if first_step < writer.last_step:
         raise ValueError(
             f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
         )
     if not writer.is_new:
-        writer.attributes[""].setdefault("continued", []).append(
-            {"first_step": first_step, **describe_software(), "optimizers": describe_optimizers(labelled)}
-        )
+        continued: list[dict[str, Any]] = writer.attributes[""].setdefault("continued", [])
+        # One that recorded nothing leaves no trace: the next takes its place.
+        continued[:] = [entry for entry in continued if entry["first_step"] < first_step]
+        continued.append({"first_step": first_step, **describe_software(), "optimizers": optimizers_now})
         log.warning(
             "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on",
             store,
@@ -102,22 +107,14 @@ def attach(
             first_step + 1,
         )
     cadence.start(first_step)
-    watched = [Watched(label, o, [m for m in matrices if m.optimizer == label], first_step) for label, o in labelled.items()]
-    return Recorder(watched, rows, writer, cadence, first_step, raise_errors=on_error == "raise")
+    for one in watched:
+        one.steps = first_step
+        one.matrices = [m for m in matrices if m.optimizer == one.label]
+    return Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise")
 
 
-def _as_optimizers(optimizers: Optimizer | Iterable[Optimizer]) -> list[Optimizer]:
+def _as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Any]:
     given: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
     if not given:
         raise ValueError("optimizers: expected at least one optimizer, got none")
-    return [_innermost(optimizer) for optimizer in given]
-
-
-def _innermost(optimizer: Any) -> Optimizer:
-    """The optimizer that runs hooks: Accelerate's wrapper has a class of its own that does not, around one that does."""
-    found = optimizer
-    while not hasattr(found, "_optimizer_step_pre_hooks") and hasattr(found, "optimizer"):
-        found = found.optimizer
-    if not (hasattr(found, "param_groups") and hasattr(found, "_optimizer_step_pre_hooks")):
-        raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {type(optimizer).__name__}")
-    return found  # type: ignore[no-any-return]
+    return given

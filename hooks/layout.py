@@ -1,43 +1,113 @@
 """How a run is laid out: its groups, arrays and coordinates, from the catalogue and the matrices."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..diagnostics.catalogue import EXTRA_DIMENSIONS, Quantity, in_group
-from .matrices import Matrix, coordinates, quantile_levels
+from ..diagnostics.catalogue import EXTRA_DIMENSIONS, SECOND_MOMENT_FORMS, Quantity, in_group
+from .matrices import Matrix, Names, coordinates, find_matrices, quantile_levels
 from .writer import Writer
 
+if TYPE_CHECKING:
+    from .watched import Watched
 
-def lay_out(writer: Writer, rows: Mapping[str, Sequence[Matrix]]) -> None:
-    """Create the groups of a new run and commit them, or make sure that an existing one describes the same matrices.
+# Lists that variables of a group hold indices into.
+_ATTRIBUTES: dict[str, dict[str, Any]] = {"geometry": {"ns_schedules": []}, "second_moment": {"forms": list(SECOND_MOMENT_FORMS)}}
 
-    Raises:
-        ValueError: the run holds other matrices.
+Key: TypeAlias = tuple[str, int, int, str]  # what tells a row of the store: name, rows, cols, optimizer
+
+
+class Layout:
+    """Which row of which group belongs to which matrix.
+
+    Attributes:
+        row_of: matrix → row, by group.
     """
-    for group, matrices in rows.items():
-        along_matrix = coordinates(matrices)
-        if writer.has(group):
-            if any(writer.coordinate(group, key) != along_matrix[key].tolist() for key in ("name", "rows", "cols", "optimizer")):
-                raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
-            continue
-        if group == "geometry":
-            along_matrix["quantile_level"] = quantile_levels(matrices)
-        writer.create_group(group, along_matrix, {"ns_schedules": []} if group == "geometry" else {})
+
+    def __init__(self, writer: Writer, groups: Iterable[str]) -> None:
+        self._writer = writer
+        self.row_of: dict[str, dict[Matrix, int]] = {group: {} for group in groups}
+        self._keys = {group: _stored_keys(writer, group) for group in self.row_of if writer.has(group)}
+
+    def describes(self, matrices: Sequence[Matrix]) -> bool:
+        """Whether the run could be one of these matrices: it holds all of them, or some of them and no other."""
+        for group, keys in self._keys.items():
+            stored, found = set(keys), {_key(m) for m in matrices if _belongs(m, group)}
+            if not (stored <= found or found <= stored):
+                return False
+        return True
+
+    def include(self, matrices: Sequence[Matrix]) -> None:
+        """Give every matrix its rows, where there are none adding them to the run, and commit.
+
+        Groups in which no matrix belongs are not made.
+        """
+        for group, row_of in self.row_of.items():
+            wanted = [m for m in matrices if _belongs(m, group)]
+            keys = self._keys.setdefault(group, [])
+            known = set(keys)
+            new = [m for m in wanted if _key(m) not in known]
+            if new and not self._writer.has(group):
+                self._create(group, new)
+            elif new:
+                self._writer.extend_group(group, _coordinates(group, new))
+            keys += map(_key, new)
+            row = {key: i for i, key in enumerate(keys)}
+            row_of.update({m: row[_key(m)] for m in wanted})
+        if not self._writer.has("scalars"):
+            self._writer.create_group("scalars", {}, {})
+        self._writer.flush()
+
+    def empty_rows(self) -> dict[str, dict[str, NDArray[Any]]]:
+        """One record with everything missing, by group."""
+        return {
+            group: {q.name: np.full(_shape(q, len(self._keys[group])), q.missing, dtype=q.dtype) for q in in_group(group)}
+            for group in self.row_of
+            if self._keys[group]
+        }
+
+    def _create(self, group: str, matrices: Sequence[Matrix]) -> None:
+        self._writer.create_group(group, _coordinates(group, matrices), deepcopy(_ATTRIBUTES.get(group, {})))
         for quantity in in_group(group):
             texts = {"long_name": quantity.long_name, "units": quantity.units, "definition": quantity.definition}
             dimensions = ("matrix",) if quantity.extra is None else ("matrix", quantity.extra)
-            writer.create_array(group, quantity.name, _shape(quantity, len(matrices)), dimensions, quantity.dtype, texts, quantity.missing)
-    if not writer.has("scalars"):
-        writer.create_group("scalars", {}, {})
-    writer.flush()
+            self._writer.create_array(
+                group, quantity.name, _shape(quantity, len(matrices)), dimensions, quantity.dtype, texts, quantity.missing
+            )
 
 
-def empty_rows(group: str, matrices: int) -> dict[str, NDArray[Any]]:
-    """One record of a group with everything missing."""
-    return {q.name: np.full(_shape(q, matrices), q.missing, dtype=q.dtype) for q in in_group(group)}
+def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: Names) -> None:
+    """Give parameters that were added to an optimizer, or came with a new one, their rows in the run."""
+    known = {id(m.parameter) for one in watched for m in one.matrices}
+    if all(id(p) in known for one in watched for group in one.optimizer.param_groups for p in group["params"] if p.ndim >= 2):
+        return
+    new = [m for m in find_matrices(watched, names) if id(m.parameter) not in known]
+    if new:
+        layout.include(new)
+    for one in watched:
+        one.matrices += [m for m in new if m.optimizer == one.label]
+
+
+def _belongs(matrix: Matrix, group: str) -> bool:
+    """Geometry is of NS problems, everything else of parameters."""
+    return matrix.geometry if group == "geometry" else not matrix.members
+
+
+def _key(matrix: Matrix) -> Key:
+    return matrix.name, matrix.rows, matrix.cols, matrix.optimizer
+
+
+def _stored_keys(writer: Writer, group: str) -> list[Key]:
+    names, rows, cols, optimizers = (writer.coordinate(group, name) for name in ("name", "rows", "cols", "optimizer"))
+    return [(str(n), int(r), int(c), str(o)) for n, r, c, o in zip(names, rows, cols, optimizers, strict=True)]
+
+
+def _coordinates(group: str, matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
+    along_matrix = coordinates(matrices)
+    return {**along_matrix, "quantile_level": quantile_levels(matrices)} if group == "geometry" else along_matrix
 
 
 def _shape(quantity: Quantity, matrices: int) -> tuple[int, ...]:

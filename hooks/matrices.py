@@ -1,17 +1,18 @@
 """Which parameters are recorded, and under which names."""
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
-from torch.optim import Optimizer
+from torch import Tensor, nn
 
 from ..diagnostics.operators import OperatorRule, classify, clean_name, layer_index
 from ..diagnostics.spectrum_sketch import sketch_levels
-from .adapters import adapter_for
+
+if TYPE_CHECKING:
+    from .watched import Watched
 
 # Wide token tables: their spectrum costs more than all hidden matrices together and no optimizer here orthogonalises them.
 _NO_GEOMETRY = frozenset({"embed", "head"})
@@ -19,7 +20,10 @@ _NO_GEOMETRY = frozenset({"embed", "head"})
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One recorded parameter; more than two dimensions are seen as (first, product of the rest)."""
+    """One recorded matrix: a parameter, a slice of a stack of them, or several parameters that are orthogonalised as one.
+
+    More than two dimensions are seen as (first, product of the rest), unless the first one counts matrices (`index`).
+    """
 
     parameter: nn.Parameter
     optimizer: str  # label of its optimizer
@@ -29,41 +33,80 @@ class Matrix:
     rows: int
     cols: int
     geometry: bool
+    index: int | None = None  # which slice of the parameter, where that is a stack of matrices (experts)
+    members: "tuple[Matrix, ...]" = ()  # what this matrix consists of, side by side, where its NS problem spans parameters
+
+    def fits(self, parameter: Tensor) -> bool:
+        """Whether the parameter still has the shape it had when recording began."""
+        if self.index is not None:
+            return parameter.ndim == 3 and parameter.shape[1:] == (self.rows, self.cols) and self.index < parameter.shape[0]
+        return parameter.shape[:1] == (self.rows,) and parameter.numel() == self.rows * self.cols
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """This matrix of a tensor that has the parameter's shape, or one with one number or row per slice."""
+        if self.index is not None and tensor.ndim and tensor.shape[0] == self.parameter.shape[0]:
+            tensor = tensor[self.index]
+        return tensor.reshape(self.rows, self.cols) if tensor.numel() == self.rows * self.cols else tensor
 
 
-def label_optimizers(optimizers: Sequence[Optimizer]) -> dict[str, Optimizer]:
-    """Optimizers by class name, numbered where a class occurs twice: `Muon`, `AdamW`, `AdamW#2`."""
-    labelled: dict[str, Optimizer] = {}
-    for optimizer in optimizers:
-        name = type(optimizer).__name__
-        taken = sum(label.split("#")[0] == name for label in labelled)
-        labelled[f"{name}#{taken + 1}" if taken else name] = optimizer
-    return labelled
+class Names:
+    """What a model calls its parameters, and which of them belong to a convolution."""
+
+    def __init__(self, model: nn.Module | None, rule: OperatorRule | None) -> None:
+        self._model, self.rule = model, rule
+
+    def look_up(self) -> tuple[dict[int, str], set[int]]:
+        """Names by `id` of the parameter, and the ids of convolutions' weights. Looked up anew: models change."""
+        if self._model is None:
+            return {}, set()
+        names = {id(p): clean_name(name) for name, p in self._model.named_parameters()}
+        kernels = {id(p) for m in self._model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
+        return names, kernels
 
 
-def find_matrices(optimizers: Mapping[str, Optimizer], model: nn.Module | None, rule: OperatorRule | None) -> list[Matrix]:
+def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
     """Every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
 
     Raises:
         ValueError: a parameter is sharded.
     """
-    names = {} if model is None else {id(p): clean_name(name) for name, p in model.named_parameters()}
-    found: dict[int, Matrix] = {}
-    for label, optimizer in optimizers.items():
-        adapter = adapter_for(optimizer)
-        for g, group in enumerate(optimizer.param_groups):
-            for i, parameter in enumerate(group["params"]):
-                if parameter.ndim >= 2 and parameter.numel() and parameter.is_floating_point() and id(parameter) not in found:
-                    name = names.get(id(parameter), f"{label}.group{g}.param{i}")
-                    if hasattr(parameter, "full_tensor"):
-                        raise ValueError(
-                            f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
-                        )
-                    operator = classify(name, rule)
-                    geometry = adapter.orthogonalisation is not None or operator not in _NO_GEOMETRY
-                    rows, cols = parameter.shape[0], parameter.numel() // parameter.shape[0]
-                    found[id(parameter)] = Matrix(parameter, label, name, operator, layer_index(name), rows, cols, geometry)
-    return list(found.values())
+    name_of, kernels = names.look_up()
+    found: dict[int, list[Matrix]] = {}
+    stacked: list[Matrix] = []
+    for one in watched:
+        for g, group in enumerate(one.optimizer.param_groups):
+            adapter = one.adapter(group)
+            ns = adapter.orthogonalisation
+            stacks = [stack for stack in adapter.stacks(group) if len(stack) > 1] if adapter.stacks is not None else []
+            stacked_ids = {id(p) for stack in stacks for p in stack}
+            for i, p in enumerate(group["params"]):
+                if p.ndim < 2 or not p.numel() or not p.is_floating_point() or id(p) in found:
+                    continue
+                name = name_of.get(id(p), f"{one.label}.group{g}.param{i}")
+                if hasattr(p, "full_tensor"):
+                    raise ValueError(
+                        f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
+                    )
+                operator = classify(name, names.rule)
+                geometry = (ns is not None or operator not in _NO_GEOMETRY) and id(p) not in stacked_ids
+                whole = Matrix(p, one.label, name, operator, layer_index(name), p.shape[0], p.numel() // p.shape[0], geometry)
+                is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)
+                found[id(p)] = _slices(whole) if is_stack else [whole]
+            stacked += [_side_by_side([found[id(p)][0] for p in stack]) for stack in stacks]
+    return [m for matrices in found.values() for m in matrices] + stacked
+
+
+def _slices(stack: Matrix) -> list[Matrix]:
+    """The matrices of a three-dimensional parameter, as experts keep them."""
+    count, rows, cols = stack.parameter.shape
+    return [replace(stack, name=f"{stack.name}[{i}]" if count > 1 else stack.name, rows=rows, cols=cols, index=i) for i in range(count)]
+
+
+def _side_by_side(members: list[Matrix]) -> Matrix:
+    """The matrix [M_1 … M_K] that an optimizer orthogonalises as one (TEON's mode-1 unfolding)."""
+    first = members[0]
+    name = f"{first.name}|" + "|".join(member.name for member in members[1:])
+    return replace(first, name=name, cols=sum(member.cols for member in members), geometry=True, members=tuple(members))
 
 
 def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:

@@ -1,38 +1,38 @@
 """What made a run: software versions, optimizers and their settings, as JSON-safe attributes of the store."""
 
 import platform
-from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
-from .adapters import UNKNOWN, adapter_for
+from .adapters import class_name
+from .watched import Watched
 
 
 def describe_software() -> dict[str, Any]:
     """Versions of everything that touched the numbers, and the time."""
-    packages = ("optiscope", "torch", "numpy", "zarr")
+    return {"created": datetime.now(UTC).isoformat(timespec="seconds"), "versions": dict(_versions())}
+
+
+@cache
+def _versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in ("optiscope", "torch", "numpy", "zarr")}}
+
+
+def describe_optimizer(watched: Watched) -> dict[str, Any]:
+    """Label and class of an optimizer, what wraps it, how each of its groups is read and what their settings are."""
+    adapters = [watched.adapter(group) for group in watched.optimizer.param_groups]
     return {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        "label": watched.label,
+        "class": class_name(type(watched.optimizer)),
+        "wrapped_by": [class_name(type(layer)) for layer in watched.layers[:-1]],
+        "read_by": [adapter.read_by for adapter in adapters],
+        "spectrum_of": [adapter.spectrum_of for adapter in adapters],
+        "groups": [{key: _plain(value) for key, value in group.items() if key != "params"} for group in watched.optimizer.param_groups],
     }
-
-
-def describe_optimizers(optimizers: Mapping[str, Optimizer]) -> list[dict[str, Any]]:
-    """Per optimizer: label, class, whether it is known, what `geometry` describes for it, and its groups' settings."""
-    return [
-        {
-            "label": label,
-            "class": f"{type(optimizer).__module__}.{type(optimizer).__qualname__}",
-            "known": adapter_for(optimizer) is not UNKNOWN,
-            "spectrum_of": adapter_for(optimizer).spectrum_of,
-            "groups": [{key: _plain(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups],
-        }
-        for label, optimizer in optimizers.items()
-    ]
 
 
 def _plain(value: Any) -> Any:

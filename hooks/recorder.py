@@ -3,46 +3,45 @@
 import functools
 import logging
 import os
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
 
-from ..diagnostics.observation import Measured, NewtonSchulz, Observation, measure_geometry, measure_update
-from .cadence import Cadence, Stopwatch
-from .layout import empty_rows
+from ..diagnostics.observation import Observation, side_by_side
+from .cadence import Cadence
+from .journal import Journal
+from .layout import Layout, include_new_parameters
 from .lifetime import still_open
-from .matrices import Matrix
-from .scalars import ScalarRow
+from .matrices import Matrix, Names
+from .provenance import describe_optimizer
+from .record import Record
 from .snapshot import Snapshot
-from .watched import Watched
-from .writer import TakenOver, Writer
+from .watched import Watched, watch
+from .writer import Writer
 
 log = logging.getLogger("optiscope")
-
-FLUSH_SECONDS = 30.0
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 
 def _guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Concatenate[Recorder, P], T | None]":
-    """Keep every exception of the recorder out of the training, and its work under no_grad and on its own clock."""
+    """Keep every exception of a method out of the training; it then returns None."""
 
     @functools.wraps(method)
     def guarded(self: "Recorder", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
-        with self._clock, torch.no_grad():
-            try:
-                return method(self, *args, **kwargs)
-            except Exception as error:
-                self._failed(error)
-                return None
+        result = None
+        with self._journal.guard(self.step):
+            result = method(self, *args, **kwargs)
+        if self._journal.taken_over:
+            self._detach()
+        return result
 
     return guarded
 
@@ -52,15 +51,14 @@ class Recorder:
 
     Attributes:
         step: optimizer steps taken.
-        errors: how many measurements failed.
-        dropped: records lost because the store could not be written for long.
         store: where the run is.
     """
 
     def __init__(
         self,
         watched: list[Watched],
-        rows: dict[str, list[Matrix]],
+        names: Names,
+        layout: Layout,
         writer: Writer,
         cadence: Cadence,
         first_step: int,
@@ -68,33 +66,18 @@ class Recorder:
         raise_errors: bool,
     ) -> None:
         self.step = first_step
-        self.errors = 0
-        self.dropped = 0
         self.store = writer.path.resolve()
-        self._write_failures = 0
-        self._raise_errors = raise_errors
         self._watched = watched
-        self._row_of = {group: {matrix: i for i, matrix in enumerate(matrices)} for group, matrices in rows.items()}
-        self._writer = writer
+        self._names = names
+        self._layout = layout
         self._cadence = cadence
-        self._clock = Stopwatch()
-        self._begun = self._flushed = time.perf_counter()
+        self._journal = Journal(writer, first_step, raise_errors)
         self._process = os.getpid()
-
-        self._record: dict[str, dict[str, NDArray[Any]]] = {}  # the record being filled, by group; empty when none is
-        self._record_step = first_step
-        self._record_waits_for: set[str] = set()
+        self._told_of_changes = False
+        self._record: Record | None = None  # the one being filled
         self._spent_before = 0.0
-        self._scalars = ScalarRow(writer, first_step)
 
-        self._handles = [
-            handle
-            for w in watched
-            for handle in (
-                w.optimizer.register_step_pre_hook(functools.partial(self._before_step, w)),
-                w.optimizer.register_step_post_hook(functools.partial(self._after_step, w)),
-            )
-        ]
+        self._handles = [handle for one in watched for handle in self._hook(one)]
         still_open.add(self)
 
     def __enter__(self) -> "Recorder":
@@ -104,14 +87,24 @@ class Recorder:
         self.close()
 
     @property
+    def errors(self) -> int:
+        """How many measurements failed."""
+        return self._journal.errors
+
+    @property
+    def dropped(self) -> int:
+        """Records lost because the store could not be written for long."""
+        return self._journal.dropped
+
+    @property
     def overhead_seconds(self) -> float:
         """Wall time that recording has taken."""
-        return self._clock.wall
+        return self._journal.clock.wall
 
     @property
     def overhead_cpu_seconds(self) -> float:
         """CPU time that recording has taken, of all threads."""
-        return self._clock.cpu
+        return self._journal.clock.cpu
 
     @_guarded
     def log(self, /, **scalars: Any) -> None:
@@ -120,26 +113,33 @@ class Recorder:
         A tensor is read with `float()`, which waits for an accelerator: log only as often as you would print. A slash in
         a name, which in the store would mean a group, becomes a dot. After `close` they are written at once.
         """
-        self._log_own_time()
-        for name, value in scalars.items():
-            self._log(name, value)
+        self._journal.log(self.step, scalars)
         if self._handles:
-            self._flush_if_due()
+            self._journal.flush_if_due()
         else:
             self._finish()
 
     @_guarded
-    def _log(self, name: str, value: Any) -> None:
-        self._scalars.set(name, float(value.detach() if isinstance(value, Tensor) else value))
-
-    @_guarded
     def flush(self) -> None:
         """Write and commit every complete record now. Where that fails, the newest records are kept and tried again."""
-        self._flushed = time.perf_counter()  # first, so that a full disk is tried again no sooner than another flush is due
-        try:
-            self._writer.flush()
-        except Exception as error:
-            self._cannot_write(error)
+        self._journal.flush()
+
+    def watch(self, *optimizers: Any, steps: int | None = None) -> None:
+        """Record further optimizers, made after `attach`; those that are watched already stay as they are.
+
+        Their matrices get their rows in the run at the next record. (Parameters that are added to a watched optimizer need no call.)
+        `steps` are those that count as taken by them, by default all that the recorder has counted.
+
+        Raises:
+            TypeError: something is no optimizer.
+        """
+        new = watch(optimizers, self._watched)
+        descriptions = self._journal.attributes["optimizers"]
+        for one in new:
+            one.steps = self.step if steps is None else steps
+            descriptions.append(describe_optimizer(one))
+            self._handles += self._hook(one)
+        self._watched += new
 
     def close(self) -> None:
         """Detach from the optimizers and commit what was recorded. Closing twice is harmless."""
@@ -163,24 +163,31 @@ class Recorder:
     @_guarded
     def _finish(self) -> None:
         self._end_record()
-        self._scalars.hand_over()
-        self.flush()
+        self._journal.end()
 
-    # At every step of every watched optimizer: a count and a comparison. A class whose `step` calls that of its base runs
-    # the hooks twice, the inner call within the outer: the first end of a step is its end.
+    def _hook(self, watched: Watched) -> list[RemovableHandle]:
+        before, after = functools.partial(self._before_step, watched), functools.partial(self._after_step, watched)
+        return [
+            handle
+            for optimizer in watched.layers
+            for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
+        ]
+
+    # At every step of every watched optimizer: a count and a comparison.
 
     @_disable_dynamo
     def _before_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        watched.stepping = True
-        if max(self.step, watched.steps + 1) < self._cadence.due:
-            return None
-        return self._take_snapshots(watched, args, kwargs)
+        if watched.enter() and max(self.step, watched.steps + 1) >= self._cadence.due:
+            self._take_snapshots(watched)
+        recorded = watched.snapshots and watched.snapshot_steps == watched.steps
+        if (recorded or watched.identification is not None) and optimizer is watched.optimizer:
+            return self._await_gradients(watched, args, kwargs)
+        return None
 
     @_disable_dynamo
     def _after_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not watched.stepping:
+        if not watched.leave():
             return
-        watched.stepping = False
         watched.seen = True
         watched.steps += 1
         watched.note_skip()
@@ -188,22 +195,50 @@ class Recorder:
             self.step = watched.steps
         if watched.snapshot_steps == watched.steps - 1:
             self._observe(watched)
+        if watched.identification is not None:
+            self._identify(watched)
+        if watched.steps + 1 >= self._cadence.due:
+            self._note_weights(watched)
+
+    # In the first steps of an optimizer whose class is not in the adapter table.
+
+    @_guarded
+    def _identify(self, watched: Watched) -> None:
+        if not _capturing() and watched.identify(after_step=True):
+            attributes = self._journal.attributes
+            continued = [later["optimizers"] for later in attributes.get("continued", [])[-1:]]
+            entries = [
+                entry for described in (*continued, attributes["optimizers"]) for entry in described if entry["label"] == watched.label
+            ]
+            now = describe_optimizer(watched)
+            entries[0].update({key: now[key] for key in ("read_by", "spectrum_of")})
 
     # On recorded steps only.
 
     @_guarded
-    def _take_snapshots(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-            return None  # reading anything would break the capture of a CUDA graph
+    def _note_weights(self, watched: Watched) -> None:
+        if not _capturing():
+            watched.note_weights()
+
+    @_guarded
+    def _take_snapshots(self, watched: Watched) -> None:
+        watched.snapshots = []
+        if _capturing():
+            return  # reading anything would break the capture of a CUDA graph
         self._take_off_skipped(watched)
         step = max(self.step, watched.steps + 1)
-        if self._record and step > self._record_step + self._cadence.patience:
+        if self._record is not None and step > self._record.step + self._cadence.patience:
             self._end_record()
-        if not self._record and step >= self._cadence.due and self._cadence.affords(step, *self._spent_and_elapsed()):
+        if self._record is None and step >= self._cadence.due and self._cadence.affords(step, *self._journal.spent_and_elapsed()):
             self._begin_record(step)
-        if not self._record or watched.label not in self._record_waits_for:
-            return None
+        if self._record is None or watched.label not in self._record.waits_for:
+            return
+        self._see_changes(watched)
         watched.take_snapshots()
+
+    @_guarded
+    def _await_gradients(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """See the gradients now, or when the closure that the step was given has made them."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if not callable(closure):
             self._see_gradients(watched)
@@ -220,11 +255,28 @@ class Recorder:
     @_guarded
     def _see_gradients(self, watched: Watched) -> None:
         for snapshot in watched.snapshots:
-            self._see_gradient(watched, snapshot)
+            self._see_gradient(snapshot, getattr(watched.optimizer, "grad_scale", None))
+        if watched.identification is not None and not _capturing():
+            watched.identify(after_step=False)
 
     @_guarded
-    def _see_gradient(self, watched: Watched, snapshot: Snapshot) -> None:
-        snapshot.see_gradient(watched.state_of(snapshot.matrix), getattr(watched.optimizer, "grad_scale", None))
+    def _see_gradient(self, snapshot: Snapshot, grad_scale: Tensor | None) -> None:
+        snapshot.see_gradient(grad_scale)
+
+    def _see_changes(self, watched: Watched) -> None:
+        """Fill in which weights something else than the optimizer has changed since its last step, and say so once."""
+        changed = watched.changed_since()
+        found = {matrix: changed(matrix) for matrix in watched.matrices if not matrix.members}
+        assert self._record is not None
+        for matrix, value in found.items():
+            self._record.fill("update", matrix, {"changed_outside": value})
+        count = sum(value == 1 for value in found.values())
+        if count and not self._told_of_changes:
+            self._told_of_changes = True
+            log.warning(
+                "optiscope: weights of %d matrices of %s changed between its steps, before step %d (a clip, a swap with an average, a load): what is "
+                "recorded is what the steps do; changed_outside marks such records.", count, watched.label, watched.steps + 1,
+            )  # fmt: skip
 
     @_guarded
     def _observe(self, watched: Watched) -> None:
@@ -235,32 +287,36 @@ class Recorder:
             return  # the scaler skipped this step; the record waits for the next
         observations: list[tuple[Matrix, Observation]] = []
         while snapshots:
-            self._observe_one(watched, snapshots.pop(), observations)
+            self._observe_one(snapshots.pop(), observations)
+        self._measure_stacks(watched, dict(observations))
         while observations:
             self._measure(*observations.pop())
-        self._record_waits_for.discard(watched.label)
-        if not self._record_waits_for:
-            self._end_record()
+        if self._record is not None:
+            self._record.waits_for.discard(watched.label)
+            if not self._record.waits_for:
+                self._end_record()
 
     @_guarded
-    def _observe_one(self, watched: Watched, snapshot: Snapshot, observations: list[tuple[Matrix, Observation]]) -> None:
-        if (seen := snapshot.observe(watched.state_of(snapshot.matrix))) is not None:
-            observations.append((snapshot.matrix, seen))
+    def _observe_one(self, snapshot: Snapshot, observations: list[tuple[Matrix, Observation]]) -> None:
+        observations.extend(snapshot.observe())
+        for error in snapshot.errors:
+            self._journal.failed(error, self.step)
+
+    def _measure_stacks(self, watched: Watched, seen: dict[Matrix, Observation]) -> None:
+        for stack in watched.matrices:
+            if stack.members and all(member in seen for member in stack.members):
+                self._measure_stack(stack, [seen[member] for member in stack.members])
+
+    @_guarded
+    def _measure_stack(self, stack: Matrix, seen: list[Observation]) -> None:
+        if self._record is not None:
+            self._record.measure_geometry(stack, side_by_side(seen))
 
     @_guarded
     def _measure(self, matrix: Matrix, seen: Observation) -> None:
-        if "update" in self._record:
-            self._fill("update", matrix, measure_update(seen))
-        if "geometry" in self._record and matrix.geometry and seen.ns_input is not None:
-            measured = measure_geometry(seen)
-            if seen.newton_schulz is not None:
-                measured["ns_schedule"] = self._ns_schedule(seen.newton_schulz)
-            self._fill("geometry", matrix, measured)
-
-    def _fill(self, group: str, matrix: Matrix, measured: Measured) -> None:
-        row = self._row_of[group][matrix]
-        for name, value in measured.items():
-            self._record[group][name][row] = value
+        if self._record is not None:
+            self._record.measure(matrix, seen)
+            self._record.measure_geometry(matrix, seen)
 
     def _take_off_skipped(self, watched: Watched) -> bool:
         if watched.skipped is None or not watched.take_off_skipped():
@@ -268,75 +324,26 @@ class Recorder:
         self.step = max(w.steps for w in self._watched)
         return True
 
-    def _ns_schedule(self, newton_schulz: NewtonSchulz) -> int:
-        """Index of the schedule in the run's list of those that were in force, added when new."""
-        schedules: list[dict[str, Any]] = self._writer.attributes["geometry"]["ns_schedules"]
-        entry = {"coefficients": [list(triple) for triple in newton_schulz.coefficients], "eps": newton_schulz.eps}
-        if entry not in schedules:
-            schedules.append(entry)
-        return schedules.index(entry)
-
     def _begin_record(self, step: int) -> None:
-        self._record_step = step
-        self._record_waits_for = {w.label for w in self._watched if w.matrices}
-        self._record = {group: empty_rows(group, len(rows)) for group, rows in self._row_of.items()}
-        self._spent_before = self._clock.wall
+        self._include_new_parameters()
+        self._record = Record(step, self._layout, {w.label for w in self._watched if w.matrices}, self._journal.schedules)
+        self._spent_before = self._journal.clock.wall
+
+    @_guarded
+    def _include_new_parameters(self) -> None:
+        include_new_parameters(self._layout, self._watched, self._names)
 
     def _end_record(self) -> None:
         """Hand the record to the writer; what an optimizer that did not step would have filled stays missing."""
-        if not self._record:
+        if self._record is None:
             return
-        record, self._record = self._record, {}
-        full = [self._writer.append(group, self._record_step, rows) for group, rows in record.items()]
-        self._log_own_time()
-        if any(full):
-            self.flush()
-        self._flush_if_due()
-        spent, elapsed = self._spent_and_elapsed()
-        self._cadence.recorded(self._record_step, spent - self._spent_before, spent, elapsed)
+        record, self._record = self._record, None
+        self._journal.append(record, self.step)
+        self._journal.flush_if_due()
+        spent, elapsed = self._journal.spent_and_elapsed()
+        self._cadence.recorded(record.step, spent - self._spent_before, spent, elapsed)
 
-    def _spent_and_elapsed(self) -> tuple[float, float]:
-        return self._clock.wall, time.perf_counter() - self._begun
 
-    @_guarded
-    def _log_own_time(self) -> None:
-        self._scalars.begin(self.step)
-        spent, elapsed = self._spent_and_elapsed()
-        self._scalars.set_own(overhead_seconds=spent, overhead_cpu_seconds=self._clock.cpu, elapsed_seconds=elapsed)
-
-    def _flush_if_due(self) -> None:
-        if time.perf_counter() - self._flushed > FLUSH_SECONDS:
-            self.flush()
-
-    def _failed(self, error: Exception) -> None:
-        if self._raise_errors:
-            raise error
-        self.errors += 1
-        self._count("errors")
-        if self.errors == 1:
-            log.warning(
-                "optiscope: recording failed at step %d (%s: %s). Training goes on; what failed is missing from this record, the next one "
-                "is tried as usual, further failures are counted without a message.", self.step, type(error).__name__, error,
-            )  # fmt: skip
-
-    def _cannot_write(self, error: Exception) -> None:
-        if self._raise_errors:
-            raise error
-        if isinstance(error, TakenOver):
-            log.warning("optiscope: %s; this one has detached, and what it had not committed is lost.", error)
-            self._detach()
-            return
-        self._write_failures += 1
-        dropped = self._writer.trim()
-        self.dropped += dropped
-        self._count("dropped", dropped)
-        if self._write_failures == 1:
-            log.warning(
-                "optiscope: %s could not be written (%s: %s). Training goes on; the newest records are kept in memory and tried again, "
-                "further failures are counted without a message.", self.store, type(error).__name__, error,
-            )  # fmt: skip
-
-    def _count(self, attribute: str, more: int = 1) -> None:
-        """Add to a counter among the run's attributes; the next commit writes it."""
-        attributes = self._writer.attributes[""]
-        attributes[attribute] = attributes.get(attribute, 0) + more
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -1,83 +1,135 @@
-"""Reading one matrix around an optimizer step: what the step will overwrite, then the observation."""
+"""Reading one parameter around an optimizer step: what the step will overwrite, then one observation per matrix."""
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..diagnostics.observation import NewtonSchulz, Observation
-from .adapters import Adapter, Group, State, number
+from ..diagnostics.observation import Observation
+from .adapters import Adapter, Reader, Reading, number
 from .matrices import Matrix
+
+T = TypeVar("T")
+
+# Weights of a coarser format than this do not tell the update: float32 has 6e-8, float16 5e-4, bfloat16 4e-3.
+_COARSE = 1e-6
 
 
 @dataclass
 class Snapshot:
-    """One matrix before the step. The gradient's part is filled by :meth:`see_gradient`, inside the step when a closure makes it."""
+    """One parameter before the step. The gradient's part is filled by :meth:`see_gradient`, inside the step when a closure makes it.
 
-    matrix: Matrix
-    group: Group
+    Attributes:
+        errors: what the adapter's readers raised; what they would have read is missing from the observation.
+    """
+
+    matrices: list[Matrix]  # the parameter's: one, or one per slice of a stack
     adapter: Adapter
-    weight: Tensor
-    lr: float
+    reading: Reading
     gradient_seen: bool = False
-    grad_rms: float = float("nan")
-    gradient: Tensor | None = None  # a copy, where it may be what the spectrum is of: some optimizers write into theirs
-    ns_input: Tensor | None = None
-    newton_schulz: NewtonSchulz | None = None
+    grad_rms: tuple[float, ...] = ()  # of every matrix
+    errors: list[Exception] = field(default_factory=list)
 
-    def see_gradient(self, state: State, grad_scale: Tensor | None = None) -> None:
-        """Read the gradient, and build the NS input from it, before the optimizer touches either.
+    def see_gradient(self, grad_scale: Tensor | None = None) -> None:
+        """Copy the gradient, and what the adapter reads before the step, before the optimizer touches either.
 
         `grad_scale` is what a GradScaler leaves to a fused optimizer to divide by within its step.
         """
-        gradient = self.matrix.parameter.grad
+        gradient = self.reading.parameter.grad
         if gradient is None or gradient.is_sparse:
             return
         gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
         self.gradient_seen = True
-        self.grad_rms = tensor_rms(gradient)
-        ns = self.adapter.orthogonalisation
-        if ns is not None:
-            self.ns_input = ns.ns_input(gradient, state, self.group)
-            self.newton_schulz = ns.settings(self.group)
-        elif self.matrix.geometry and self.adapter.momentum(state) is None:
-            self.gradient = gradient.clone()
+        self.grad_rms = tuple(tensor_rms(matrix.of(gradient)) for matrix in self.matrices)
+        if self.adapter.orthogonalisation is not None or self.adapter.before is not None or self._has_no_momentum():
+            # A copy: some optimizers write into the gradient, or throw it away.
+            self.reading.gradient = gradient.clone() if grad_scale is None else gradient
+        if self.adapter.before is not None:
+            self.reading.before = self._read(self.adapter.before)
 
-    def observe(self, state: State) -> Observation | None:
-        """The observation after the step; None where the step had no gradient for this matrix or its shape changed."""
-        parameter, matrix = self.matrix.parameter, self.matrix
-        as_attached = parameter.shape[:1] == (matrix.rows,) and parameter.numel() == matrix.rows * matrix.cols
-        if not (self.gradient_seen and as_attached and parameter.shape == self.weight.shape):
+    def observe(self) -> list[tuple[Matrix, Observation]]:
+        """One observation per matrix after the step; none where it had no gradient for the parameter or its shape changed."""
+        reading, adapter, parameter = self.reading, self.adapter, self.reading.parameter
+        if not self.gradient_seen or parameter.shape != reading.weight.shape or any(not m.fits(parameter) for m in self.matrices):
+            return []
+        reading.state = reading.optimizer.state.get(parameter) or {}
+        momentum = self._read_matrix("momentum", adapter.momentum)
+        second_moment = self._read(adapter.second_moment)
+        coarse = unit_roundoff(parameter) > _COARSE
+        intended = self._read_matrix("intended", adapter.intended) if coarse else None
+        ns = adapter.orthogonalisation
+        if ns is None:
+            spectrum_input = reading.gradient if momentum is None else momentum
+            newton_schulz = None
+        else:
+            spectrum_input = self._read_matrix("ns_input", ns.ns_input)
+            newton_schulz = self._read(ns.settings)
+        lr = self._read(adapter.learning_rate)
+        decay = self._read(adapter.decoupled_decay)
+
+        def observation(matrix: Matrix, grad_rms: float) -> Observation:
+            rows, cols = matrix.rows, matrix.cols
+            seen_by_ns = None if spectrum_input is None else matrix.of(spectrum_input)
+            output_scale = None if ns is None else self._read(lambda reading: ns.output_scale(reading, rows, cols))
+            target = None if ns is None else self._read(lambda reading: ns.target(reading, rows, cols))
+            return Observation(
+                weight_before=as_array(matrix.of(reading.weight)),
+                weight_after=as_array(matrix.of(parameter)),
+                weight_roundoff=unit_roundoff(parameter),
+                grad_rms=grad_rms,
+                momentum_rms=math.nan if momentum is None else tensor_rms(matrix.of(momentum)),
+                lr=or_nan(lr),
+                weight_decay=number(reading.group.get("weight_decay", reading.group.get("wd", 0.0))),  # Moonlight, MARS-M: wd
+                decoupled_decay=or_nan(decay),
+                ns_input=None if seen_by_ns is None else as_array(seen_by_ns),
+                ns_roundoff=0.0 if seen_by_ns is None else unit_roundoff(seen_by_ns),
+                newton_schulz=newton_schulz,
+                output_scale=or_nan(output_scale),
+                target_rms=or_nan(target),
+                second_moment_mean=math.nan if second_moment is None else tensor_mean(matrix.of(second_moment.values)),
+                second_moment_form=None if second_moment is None else second_moment.form,
+                intended_rms=math.nan if intended is None else tensor_rms(matrix.of(intended)),
+            )
+
+        return [(matrix, observation(matrix, rms)) for matrix, rms in zip(self.matrices, self.grad_rms, strict=True)]
+
+    def _has_no_momentum(self) -> bool:
+        """Whether the spectrum may have to be the gradient's; before the step, so that a failure here may be none after it."""
+        try:
+            return not self._is_matrix(self.adapter.momentum(self.reading))
+        except Exception:
+            return True
+
+    def _is_matrix(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.numel() == self.reading.parameter.numel()
+
+    def _read_matrix(self, name: str, reader: Reader) -> Tensor | None:
+        """What a reader gives that is to be a tensor like the parameter."""
+        value = self._read(reader)
+        shape = tuple(self.reading.parameter.shape)
+        if value is None or self._is_matrix(value):
+            return value
+        came = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        self.errors.append(ValueError(f"{name} of the adapter: expected a tensor of the parameter's shape {shape}, got {came}"))
+        return None
+
+    def _read(self, reader: "Callable[[Reading], T]") -> "T | None":
+        """What a reader of the adapter gives; where it fails, only what it would have read is missing."""
+        try:
+            return reader(self.reading)
+        except Exception as error:
+            self.errors.append(error)
             return None
-        momentum = self.adapter.momentum(state)
-        spectrum_input = self.ns_input
-        if spectrum_input is None and self.adapter.orthogonalisation is None and matrix.geometry:
-            spectrum_input = momentum if momentum is not None else self.gradient
-        ns = self.adapter.orthogonalisation
-        shape = (matrix.rows, matrix.cols)
-        return Observation(
-            weight_before=as_array(self.weight).reshape(shape),
-            weight_after=as_array(parameter).reshape(shape),
-            weight_roundoff=unit_roundoff(parameter),
-            grad_rms=self.grad_rms,
-            momentum_rms=float("nan") if momentum is None else tensor_rms(momentum),
-            lr=self.lr,
-            weight_decay=number(self.group.get("weight_decay", 0.0)),
-            decoupled_decay=self.adapter.decoupled_decay(self.group),
-            ns_input=None if spectrum_input is None else as_array(spectrum_input).reshape(shape),
-            ns_roundoff=0.0 if spectrum_input is None else unit_roundoff(spectrum_input),
-            newton_schulz=self.newton_schulz,
-            output_scale=ns.output_scale(self.group, *shape) if ns else float("nan"),
-        )
 
 
-def take_snapshot(matrix: Matrix, group: Group, adapter: Adapter) -> Snapshot:
-    """Copy what the step will overwrite."""
-    return Snapshot(matrix, group, adapter, matrix.parameter.detach().clone(), number(group.get("lr")))
+def or_nan(value: float | None) -> float:
+    """The number, NaN where there is none."""
+    return math.nan if value is None else value
 
 
 def as_array(tensor: Tensor) -> NDArray[np.floating[Any]]:
@@ -92,9 +144,18 @@ def tensor_rms(tensor: Tensor) -> float:
 
     Not NumPy's: its threads and torch's spin for each other's cores when calls alternate (a record took three times as long).
     """
-    tensor = tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()  # Metal has no float64
+    tensor = _with_float64(tensor)
     norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
     return float(norm) / math.sqrt(max(tensor.numel(), 1))
+
+
+def tensor_mean(tensor: Tensor) -> float:
+    """Mean of a tensor, summed in float64 where the tensor is."""
+    return float(_with_float64(tensor).mean(dtype=torch.float64))
+
+
+def _with_float64(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()  # Metal has no float64
 
 
 def unit_roundoff(tensor: Tensor) -> float:

@@ -1,36 +1,150 @@
 """One watched optimizer: its matrices, its step count, and what was copied before the step under way."""
 
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .adapters import State, adapter_for
+from .adapters import Adapter, Group, Reading, adapter_for, row_of
+from .adapters.identification import BY_NAMES, Identification
 from .matrices import Matrix
-from .snapshot import Snapshot, take_snapshot
+from .snapshot import Snapshot
+
+# Where wrappers (Lookahead, SAM, Accelerate, ZeRO) keep the optimizer they wrap.
+_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "optim")
+
+
+# The function that torch wraps around every `step` to run its hooks; all share its code.
+_STEP_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def _steps_under_way(layers: Sequence[Optimizer]) -> int:
+    """How many calls of these optimizers' `step` the caller is within: the only witness of one that an exception has left."""
+    count = 0
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is _STEP_WRAPPER and any(frame.f_locals["args"][0] is layer for layer in layers):
+            count += 1
+        frame = frame.f_back
+    return count
+
+
+def hookable_layers(optimizer: Any) -> list[Optimizer]:
+    """The optimizer and those it wraps that run step hooks, outermost first.
+
+    Known by what they have, not by their class: some libraries do not derive from torch's, and Accelerate's wrapper derives
+    from it without running hooks.
+    """
+    layers: list[Any] = []
+    while optimizer is not None and all(optimizer is not layer for layer in layers):
+        if hasattr(optimizer, "param_groups") and hasattr(optimizer, "_optimizer_step_pre_hooks"):
+            layers.append(optimizer)
+        inner = (getattr(optimizer, name, None) for name in _INNER)
+        optimizer = next((found for found in inner if hasattr(found, "param_groups")), None)
+    return layers
 
 
 class Watched:
-    """One optimizer: its matrices, how many steps it took, and what was copied before the step under way."""
+    """One optimizer: its matrices, how many steps it took, and what was copied before the step under way.
 
-    def __init__(self, label: str, optimizer: Optimizer, matrices: list[Matrix], first_step: int) -> None:
+    A wrapper and what it wraps are one: weights are compared around the outermost step, gradients and state are those of the
+    innermost optimizer, which a wrapper may also step by itself (SAM's second_step).
+    """
+
+    def __init__(self, label: str, layers: list[Optimizer]) -> None:
+        """`layers` as :func:`hookable_layers` finds them."""
         self.label = label
-        self.optimizer = optimizer
-        self.adapter = adapter_for(optimizer)
-        self.matrices = matrices
-        self.steps = first_step
-        self.stepping = self.seen = False
+        self.layers = layers
+        self.optimizer = layers[-1]
+        self.matrices: list[Matrix] = []
+        self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
+        self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
+        self.steps = 0
+        self.seen = False
+        self._entered = 0  # the steps under way, one within the other
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
         self.snapshots: list[Snapshot] = []
         self.snapshot_steps = -1  # `steps` when the snapshots were taken; they are of this step only if it still is
+        self._weights_left: dict[int, tuple[float, float]] = {}  # norms of the weights as the last step left them
 
-    def state_of(self, matrix: Matrix) -> State:
-        """The optimizer's state of a parameter. `get`, not `[]`: the state is a defaultdict, looking must not add to it."""
-        return self.optimizer.state.get(matrix.parameter) or {}
+    @property
+    def in_table(self) -> bool:
+        """Whether the optimizer's class has a row in the adapter table."""
+        return row_of(self.optimizer) is not None
+
+    def adapter(self, group: Group) -> Adapter:
+        """How the parameters of a group are read."""
+        return adapter_for(self.optimizer, group) or self.found
+
+    def identify(self, *, after_step: bool) -> bool:
+        """Show the gradients, or what the step made of them, to the identification of an unknown class; whether it has concluded.
+
+        One that fails is over, and the class is read by names.
+        """
+        identification, self.identification = self.identification, None
+        found = None
+        if identification is not None and after_step:
+            found = identification.after_step()
+        elif identification is not None:
+            identification.see_gradients()
+        if found is None:
+            self.identification = identification
+        else:
+            self.found = found
+        return found is not None
+
+    # A class whose `step` calls that of its base runs the hooks twice, and so does a wrapper, the inner call within the outer.
+
+    def enter(self) -> bool:
+        """Note the beginning of a step; whether it is the outermost one."""
+        if self._entered and _steps_under_way(self.layers) <= 1:
+            self._entered = 0  # the step before was left by an exception
+        self._entered += 1
+        return self._entered == 1
+
+    def leave(self) -> bool:
+        """Note the end of a step; whether it was the outermost one."""
+        self._entered = max(self._entered - 1, 0)
+        return not self._entered
 
     def take_snapshots(self) -> None:
         """Copy what the coming step will overwrite. Groups are looked up anew: settings and groups change during a training."""
         self.snapshots, self.snapshot_steps = [], self.steps
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
-        self.snapshots = [take_snapshot(m, group_of[id(m.parameter)], self.adapter) for m in self.matrices if id(m.parameter) in group_of]
+        of_parameter: dict[int, list[Matrix]] = {}
+        for matrix in self.matrices:
+            if not matrix.members and id(matrix.parameter) in group_of:
+                of_parameter.setdefault(id(matrix.parameter), []).append(matrix)
+        for matrices in of_parameter.values():
+            parameter = matrices[0].parameter
+            group = group_of[id(parameter)]
+            # `get`, not `[]`: the state is a defaultdict, looking must not add to it.
+            reading = Reading(self.optimizer, parameter, parameter.detach().clone(), dict(group), self.optimizer.state.get(parameter) or {})
+            self.snapshots.append(Snapshot(matrices, self.adapter(group), reading))
+
+    def note_weights(self) -> None:
+        """Keep the weights' norms as this step leaves them, to see at the next one whether something else changed them."""
+        self._weights_left = self._norms()
+
+    def changed_since(self) -> "Callable[[Matrix], int]":
+        """Per matrix whether its weights changed since `note_weights`: 1, 0, or −1 where that is not known."""
+        left, self._weights_left = self._weights_left, {}
+        now = self._norms() if left else {}
+        return lambda matrix: int(left[id(matrix.parameter)] != now.get(id(matrix.parameter))) if id(matrix.parameter) in left else -1
+
+    def _norms(self) -> dict[int, tuple[float, float]]:
+        parameters = list({id(m.parameter): m.parameter for m in self.matrices}.values())
+        if not parameters:
+            return {}
+        weights = [p.detach() for p in parameters]
+        wide = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
+        norms = [torch._foreach_norm(weights, order, wide) for order in (1, 2)]
+        by_device = [[float(norm) for norm in of_order] for of_order in norms]
+        return {id(p): (one, two) for p, one, two in zip(parameters, *by_device, strict=True)}
 
     def note_skip(self) -> None:
         """Add this step to the skipped ones if the scaler found infinities, without waiting for the accelerator."""
@@ -43,3 +157,26 @@ class Watched:
         skipped, self.skipped = int(self.skipped or 0), None
         self.steps -= skipped
         return skipped > 0
+
+
+def watch(optimizers: Iterable[Any], watched: Sequence[Watched] = ()) -> list[Watched]:
+    """Optimizers under the names of their classes, numbered where a class occurs twice: `Muon`, `AdamW`, `AdamW#2`.
+
+    `watched` are those that are watched already; they are not watched twice.
+
+    Raises:
+        TypeError: something is no optimizer.
+    """
+    layers = {id(layer) for one in watched for layer in one.layers}
+    names = [one.label.split("#")[0] for one in watched]
+    new: list[Watched] = []
+    for optimizer in optimizers:
+        found = hookable_layers(optimizer)
+        if not found:
+            raise TypeError(f"optimizers: expected torch.optim.Optimizer objects, got {type(optimizer).__name__}")
+        if layers.isdisjoint(map(id, found)):
+            names.append(type(found[0]).__name__)
+            count = names.count(names[-1])
+            new.append(Watched(f"{names[-1]}#{count}" if count > 1 else names[-1], found))
+            layers.update(map(id, found))
+    return new

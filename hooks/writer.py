@@ -55,10 +55,12 @@ class Writer:
         self._pending: dict[str, list[tuple[int, Row]]] = {}
         self.committed: dict[str, int] = {}
         for name, group in self._root.groups():
-            self._adopt(name, dict(group.attrs), dict(group.arrays()))
+            arrays = dict(group.arrays())
+            self._adopt(name, dict(group.attrs), arrays)
             # A writer killed in a flush leaves arrays that are longer than committed; back to what is committed.
-            for array in self._groups[name].values():
-                array.resize(array.shape)
+            for key, array in arrays.items():
+                if _metadata(self.path / name / key)["shape"] != list(array.shape):
+                    array.resize(array.shape)
 
     def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
         """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional)."""
@@ -74,6 +76,27 @@ class Writer:
             attributes={"long_name": "optimizer steps taken", "units": "1"},
         )  # fmt: skip
         self._adopt(name, {**attributes, **declared}, arrays)
+
+    def extend_group(self, name: str, coordinates: Mapping[str, NDArray[Any]]) -> None:
+        """Add matrices to a group; earlier records hold missing values for them.
+
+        A reader goes on seeing the committed shapes, and no value within them changes, until the next commit.
+        """
+        along_matrix: list[Any] = [self._root[f"{name}/{key}"] for key in coordinates]
+        records: list[Any] = [array for array in self._groups[name].values() if array.ndim > 1]
+        shapes = [array.shape for array in (*along_matrix, *records)]
+        try:
+            for coordinate, values in zip(along_matrix, coordinates.values(), strict=True):
+                before = coordinate.shape[0]
+                coordinate.resize((before + len(values), *coordinate.shape[1:]))
+                coordinate[before:] = values
+            for array in records:
+                array.resize((array.shape[0], array.shape[1] + len(values), *array.shape[2:]))
+        except BaseException:
+            # All or none: the next commit takes every array at the length it then has.
+            for array, shape in zip((*along_matrix, *records), shapes, strict=True):
+                array.resize(shape)
+            raise
 
     def create_array(
         self,
@@ -169,7 +192,9 @@ class Writer:
                 if key == "step":
                     block[i] = step
                 elif key in row:
-                    block[i] = row[key]
+                    value = np.asarray(row[key])
+                    within: tuple[int | slice, ...] = (i, *(slice(size) for size in value.shape))
+                    block[within] = value  # a row may be from before matrices were added
             array.resize((stop, *array.shape[1:]))
             array[start:stop] = block
 

@@ -68,10 +68,10 @@ GEOMETRY = {
     "ns_residual_polar": ("float32", "ns_step"), "ns_residual_achieved": ("float32",), "alignment": ("float32",),
 }  # fmt: skip
 UPDATE = {
-    name: ("float32",) if name == "update_noise" else ("float64",)
+    name: {"update_noise": ("float32",), "changed_outside": ("int16",)}.get(name, ("float64",))
     for name in (
         "update_rms", "update_norm", "update_rms_per_lr", "update_noise", "weight_rms", "grad_rms", "momentum_rms",
-        "update_to_weight", "update_rms_target", "lr", "weight_decay",
+        "update_to_weight", "update_rms_target", "update_rms_intended", "lr", "weight_decay", "changed_outside",
     )
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ def _cell(m, t, schedules, lr):
     sigma = m["sigma"][t]
     missing = {"condition_is_floor": False, "ns_schedule": -1}
     geometry = {name: missing.get(name, np.full(_size(extra), np.nan)) for name, (_, *extra) in GEOMETRY.items()}
-    update = dict.fromkeys(UPDATE, np.nan)
+    update = {**dict.fromkeys(UPDATE, np.nan), "changed_outside": -1}
     if sigma is None:
         return {"geometry": geometry, "update": update}
     sigma = np.asarray(sigma, dtype=np.float64)
@@ -118,7 +118,7 @@ def _cell(m, t, schedules, lr):
     update |= {
         "update_rms": lr * per_lr, "update_norm": lr * per_lr * size, "update_rms_per_lr": per_lr, "update_noise": 1e-6, "weight_rms": 0.1,
         "grad_rms": np.linalg.norm(sigma) / size, "momentum_rms": np.linalg.norm(sigma) / size, "update_to_weight": lr * per_lr / 0.1,
-        "lr": lr, "weight_decay": 0.0,
+        "lr": lr, "weight_decay": 0.0, "changed_outside": 0,
         "update_rms_target": m["target"] if m["optimizer"] == "Muon" else np.nan,
     }  # fmt: skip
     return {"geometry": geometry | m.get("geometry", {}), "update": update | m.get("update", {})}

@@ -54,6 +54,13 @@ FAULTS = {
     "recording_errors": ("warning", {}, {"attrs": {"errors": 3}}, "Measuring failed 3 times", ()),
     "single_row": ("info", {ADAM: {"sigma": (1.0,), "shape": (1, 12)}}, {}, "1 matrix with a single row or column", (ADAM,)),
     "condition_bounded": ("info", {Q: {"floor": True}}, {}, "In 33% of the snapshots κ is only known to be at least", (Q,)),
+    "changed_outside": (
+        "info",
+        {UP: {"update": {"changed_outside": 1}}},
+        {},
+        "Weights of 1 matrix changed between the optimizer's steps, first before step 10",
+        (UP,),
+    ),
     "rms_not_matched": ("info", {Q: {"target": 0.05}, UP: {"target": 0.05}}, {}, "Muon: update RMS per learning rate is 0.2", ()),
 }
 

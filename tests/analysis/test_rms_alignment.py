@@ -166,3 +166,20 @@ def test_what_is_computed_does_not_carry_the_texts_of_what_it_came_from(recorded
 
     found = rms_alignment.study(open_run(recorded))
     assert {name: variable.attrs for name, variable in found.data_vars.items()} == {name: {} for name in found.data_vars}
+
+
+def test_intended_update_is_judged_where_weights_are_too_coarse(build_run, output):
+    """bfloat16 weights: the applied update is mostly rounding; the intended one, where the run has it, is right or off by 16."""
+    sigma = np.linspace(1, 0.3, 12)
+    size = 0.2 * np.sqrt(np.mean(output(sigma / np.linalg.norm(sigma), JORDAN) ** 2))
+    name = "layers.0.attn.q_proj.weight"
+    for intended, a, off in ((size, size / 0.2, False), (16 * size, 16 * size / 0.2, True), (np.nan, 5 * size / 0.2, False)):
+        coarse = {"update_noise": 0.8, "update_rms_per_lr": 5 * size, "update_rms_intended": intended}
+        found = rms_alignment.study(build_run({name: {"sigma": sigma, "update": coarse}}))
+        np.testing.assert_allclose(found["alignment"], a, rtol=1e-12)
+        assert found["off_target"].values.all() == off
+    # A run from before the intended update was recorded.
+    run = build_run({name: {"sigma": sigma}})
+    before = rms_alignment.study(run)
+    run["update"] = run["update"].to_dataset().drop_vars(["update_rms_intended", "changed_outside"])
+    assert rms_alignment.study(run).identical(before)

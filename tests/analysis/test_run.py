@@ -20,7 +20,7 @@ def test_a_recorded_run_is_what_plain_xarray_reads(recorded):
     plain = xr.open_datatree(recorded, engine="zarr")
     assert open_run(recorded).identical(plain)
     assert open_run(str(recorded)).identical(plain)
-    assert sorted(plain.children) == ["geometry", "scalars", "update"]
+    assert sorted(plain.children) == ["geometry", "scalars", "second_moment", "update"]
 
 
 def test_built_runs_look_like_recorded_ones(recorded, build_run):

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer
 from torch.optim import _muon as torch_muon
 
-import optiscope.hooks.recorder as recorder_module
+import optiscope.hooks.record as record_module
 from optiscope.diagnostics.observation import Observation
 from optiscope.hooks import attach
-from optiscope.hooks.adapters import ADAPTERS, UNKNOWN, adapter_for
+from optiscope.hooks.adapters import row_of
+from optiscope.hooks.adapters.table import table
 
 Make = Callable[..., nn.Sequential]
 Floats = NDArray[np.float64]
@@ -73,7 +74,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Call]:
 def observed(monkeypatch: pytest.MonkeyPatch) -> list[Observation]:
     """Every observation whose geometry was measured since."""
     seen: list[Observation] = []
-    original = recorder_module.measure_geometry
+    original = record_module.measure_geometry
 
     def spy(observation: Observation) -> Any:
         assert observation.ns_input is not None
@@ -82,7 +83,7 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[Observation]:
         seen.append(observation)
         return original(observation)
 
-    monkeypatch.setattr(recorder_module, "measure_geometry", spy)
+    monkeypatch.setattr(record_module, "measure_geometry", spy)
     return seen
 
 
@@ -354,15 +355,14 @@ def test_unknown_optimizer_gives_updates_and_the_spectrum_of_the_gradient(
     assert run["update"]["grad_rms"].values[0] == pytest.approx([rms(g) for g in gradients], rel=1e-12)
     assert np.isnan(run["update"]["momentum_rms"].values).all()
     [entry] = run.attrs["optimizers"]
-    assert (entry["known"], entry["label"]) == (False, "SignDescent")
-    assert "gradient" in entry["spectrum_of"]
+    assert (entry["read_by"], entry["label"]) == (["names in the state"], "SignDescent")  # of which there are none
+    assert "else the gradient" in entry["spectrum_of"][0]
 
 
-def test_adagrad_is_unknown_and_recorded(mlp: Make, tmp_path: Path, read: Callable[..., Any]) -> None:
+def test_first_adagrad_step_is_of_the_size_of_the_learning_rate(mlp: Make, tmp_path: Path, read: Callable[..., Any]) -> None:
     """Its first step is lr·g/(|g| + ε): of size lr."""
     model = mlp(dropout=0.0)
     optimizer = Adagrad(model.parameters(), lr=0.1, eps=1e-15)
-    assert adapter_for(optimizer) is UNKNOWN
     with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise"):
         backward(model, 0)
         optimizer.step()
@@ -398,13 +398,30 @@ def test_sparse_gradients_are_missing_not_an_error(tmp_path: Path, read: Callabl
 # The table
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_every_row_names_a_class_that_exists(name: str) -> None:
+def installed(name: str) -> Any:
+    """The class that a row names; None where its library is not installed, or is a stand-in's."""
     module, _, qualname = name.rpartition(".")
-    cls = getattr(importlib.import_module(module), qualname)
+    try:
+        return getattr(importlib.import_module(module), qualname)
+    except ModuleNotFoundError:
+        return None
+
+
+TORCHS_AND_OURS = [name for name in table() if name.startswith(("torch.optim", "optiscope."))]
+
+
+@pytest.mark.parametrize("name", TORCHS_AND_OURS)
+def test_every_row_names_a_class_that_exists(name: str) -> None:
+    cls = installed(name)
     assert issubclass(cls, Optimizer)
     assert f"{cls.__module__}.{cls.__qualname__}" == name
-    assert adapter_for(cls([nn.Parameter(torch.ones(2, 2))], lr=0.1)) is ADAPTERS[name]
+
+
+def test_there_are_rows_for_all_of_torchs_optimizers() -> None:
+    """But those that keep their state elsewhere (LBFGS) or take other gradients (SparseAdam)."""
+    own = {cls for cls in vars(torch.optim).values() if isinstance(cls, type) and issubclass(cls, Optimizer)}
+    rows = {installed(name) for name in TORCHS_AND_OURS}
+    assert own - rows == {Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam}
 
 
 def test_subclass_without_a_step_of_its_own_is_read_as_its_base() -> None:
@@ -416,9 +433,9 @@ def test_subclass_without_a_step_of_its_own_is_read_as_its_base() -> None:
             super().__init__(params, lr=0.1)
 
     # Before and after torch has wrapped the base's own `step`: it wraps that of each class when first instantiated.
-    assert adapter_for(Named([nn.Parameter(torch.ones(2, 2))])) is ADAPTERS["torch.optim.adamw.AdamW"]
+    assert row_of(Named([nn.Parameter(torch.ones(2, 2))])) is table()["torch.optim.adamw.AdamW"]
     AdamW([nn.Parameter(torch.ones(2, 2))])
-    assert adapter_for(Defaulted([nn.Parameter(torch.ones(2, 2))])) is ADAPTERS["torch.optim.adamw.AdamW"]
+    assert row_of(Defaulted([nn.Parameter(torch.ones(2, 2))])) is table()["torch.optim.adamw.AdamW"]
 
 
 def test_subclass_with_a_step_of_its_own_is_unknown_and_counted_once(mlp: Make, tmp_path: Path, read: Callable[..., Any]) -> None:
@@ -442,5 +459,7 @@ def test_subclass_with_a_step_of_its_own_is_unknown_and_counted_once(mlp: Make, 
     update = run["update"]
     assert update["step"].values.tolist() == [1, 2, 3]
     assert update["update_rms_per_lr"].values[0] == pytest.approx(1, rel=2e-6)
-    assert np.isnan(update["momentum_rms"].values).all()
-    assert run.attrs["optimizers"][0]["known"] is False
+    assert run.attrs["optimizers"][0]["read_by"] == ["names in the state"]
+    assert update["momentum_rms"].values[-1] == pytest.approx(
+        [rms(float64(optimizer.state[p]["exp_avg"])) for p in weights(model)], rel=1e-12
+    )

@@ -11,10 +11,10 @@ from torch import nn
 from torch.optim import Optimizer
 
 import optiscope.hooks.cadence as cadence_module
-import optiscope.hooks.recorder as recorder_module
-import optiscope.hooks.watched as watched_module
+import optiscope.hooks.journal as journal_module
 from optiscope.hooks import attach
 from optiscope.hooks.cadence import PATIENCE, Cadence
+from optiscope.hooks.watched import Watched
 
 Read = Callable[[str | Path], Any]
 
@@ -63,15 +63,15 @@ def test_governor_on_a_fake_clock(
     """Every step takes 10 ms and every snapshot 1 ms, by a clock that nothing else moves."""
     now = [0.0]
     clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
-    monkeypatch.setattr(recorder_module, "time", clock)
+    monkeypatch.setattr(journal_module, "time", clock)
     monkeypatch.setattr(cadence_module, "time", clock)
-    taken = watched_module.take_snapshot
+    taken = Watched.take_snapshots
 
-    def snapshot(*args: Any) -> Any:
+    def snapshots(self: Watched) -> None:
         now[0] += 0.001
-        return taken(*args)
+        taken(self)
 
-    monkeypatch.setattr(watched_module, "take_snapshot", snapshot)
+    monkeypatch.setattr(Watched, "take_snapshots", snapshots)
     model, d, g = two
     with attach([d, g], model, tmp_path / "run.zarr", overhead=0.05, on_error="raise") as recorder:
         for _ in range(400):

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-import optiscope.hooks.recorder as recorder_module
+import optiscope.hooks.journal as journal_module
 from optiscope.hooks import attach
 
 # Ten runs hit at any moment since the fork, most while they are made; two that are killed and continued twenty times.
@@ -55,7 +55,7 @@ def train(store: Path, reports: Path, until: int) -> None:
     for _ in range(done or 0):
         step()
     file = os.open(reports, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    recorder_module.FLUSH_SECONDS = 1e9  # only where told
+    journal_module.FLUSH_SECONDS = 1e9  # only where told
     with attach(optimizers, model, store, every=1, on_error="raise") as recorder:
         assert recorder.step == (done or 0)
         while recorder.step < until:
@@ -180,10 +180,13 @@ def assert_holds(run: Any, reference: Any, reported: int) -> int:
     """Every step up to the last commit reported, and perhaps the one after, each bitwise as in the reference; gives their number."""
     records = run["update"].sizes["step"]
     assert reported <= records <= reported + FLUSH_EVERY
-    for group in ("geometry", "update"):
+    for group in ("geometry", "update", "second_moment"):
         assert run[group]["step"].values.tolist() == list(range(1, records + 1))
         for name, array in run[group].data_vars.items():
-            assert array.values.tobytes() == reference[group][name].values[:records].tobytes(), (group, name)
+            expected = reference[group][name].values[:records]
+            if name == "changed_outside":  # a worker has not seen how the one before it left the weights
+                expected = np.where(array.values == -1, -1, expected).astype(expected.dtype)
+            assert array.values.tobytes() == expected.tobytes(), (group, name)
     # Numbers logged at the step under way when a worker is killed are lost with it, and the next worker is past that step.
     steps = run["scalars"]["step"].values
     assert (np.diff(steps) > 0).all()

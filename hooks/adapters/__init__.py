@@ -1,0 +1,23 @@
+"""Where each optimizer keeps what: the adapter table, and what stands behind it for classes it does not hold."""
+
+from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, State, entry, group_setting, number, second_moment
+from .table import UNKNOWN, adapter_for, class_name, register_adapter, row_of
+
+__all__ = [
+    "UNKNOWN",
+    "Adapter",
+    "Group",
+    "Orthogonalisation",
+    "Reader",
+    "Reading",
+    "SecondMoment",
+    "State",
+    "adapter_for",
+    "class_name",
+    "entry",
+    "group_setting",
+    "number",
+    "register_adapter",
+    "row_of",
+    "second_moment",
+]

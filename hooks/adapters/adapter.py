@@ -1,0 +1,150 @@
+"""How one optimizer is read: what its row in the adapter table says, and what the row is given to read from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import sqrt
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from ...diagnostics.catalogue import SECOND_MOMENT_FORMS
+from ...diagnostics.observation import NewtonSchulz
+
+Group: TypeAlias = Mapping[str, Any]  # a parameter group
+State: TypeAlias = Mapping[str, Any]  # the optimizer's state of one parameter; empty before its first step
+
+
+@dataclass
+class Reading:
+    """One parameter around one step: what every reader of an adapter is given. Readers change nothing in it.
+
+    Attributes:
+        optimizer: the (innermost) optimizer.
+        parameter: the parameter itself; its weights are those of before the step in `Adapter.before`, else of after it.
+        weight: copy of the weights before the step.
+        group: copy of the parameter group's settings before the step.
+        state: the optimizer's live state of the parameter: before the step in `Adapter.before`, else after it.
+        gradient: copy of the gradient that the optimizer was handed, unscaled.
+        before: what `Adapter.before` returned.
+    """
+
+    optimizer: Any
+    parameter: Tensor
+    weight: Tensor
+    group: Group
+    state: State
+    gradient: Tensor | None = None
+    before: Any = None
+
+
+Reader: TypeAlias = Callable[[Reading], Tensor | None]
+
+
+@dataclass(frozen=True)
+class SecondMoment:
+    """A second moment as the optimizer keeps it, without bias correction.
+
+    Attributes:
+        values: decoded: of the parameter's shape, or of the smaller shape that the form has.
+        form: one of `diagnostics.catalogue.SECOND_MOMENT_FORMS`.
+
+    Raises:
+        ValueError: another form.
+    """
+
+    values: Tensor
+    form: str
+
+    def __post_init__(self) -> None:
+        if self.form not in SECOND_MOMENT_FORMS:
+            raise ValueError(f"form: expected one of {', '.join(SECOND_MOMENT_FORMS)}, got {self.form!r}")
+
+
+def group_setting(key: str) -> Callable[[Reading], float]:
+    """A reader of one number in the parameter group, 0 where the group has no such entry."""
+    return lambda reading: number(reading.group.get(key, 0.0))
+
+
+_LEARNING_RATE = group_setting("lr")
+
+
+@dataclass(frozen=True)
+class Orthogonalisation:
+    """The Newton–Schulz part of a Muon-type optimizer.
+
+    Attributes:
+        ns_input: the exact matrix that the iteration is run on, of the parameter's shape.
+        settings: coefficients of every step and eps; None where the iteration is none that coefficients describe.
+        output_scale: s(reading, rows, cols) in ΔW = −η·s·O; NaN where more than a scale follows the iteration.
+        target_rms: RMS of ΔW/η if O were the exact polar factor; by default that of s·O.
+        batched: three-dimensional parameters are orthogonalised slice by slice, not flattened to one matrix.
+    """
+
+    ns_input: Reader
+    settings: Callable[[Reading], NewtonSchulz | None]
+    output_scale: Callable[[Reading, int, int], float]
+    target_rms: Callable[[Reading, int, int], float] | None = None
+    batched: bool = False
+
+    def target(self, reading: Reading, rows: int, cols: int) -> float:
+        """RMS of ΔW/η for an exact polar factor, whose own RMS is √(r/(mn)) = 1/√max(m, n)."""
+        if self.target_rms is not None:
+            return self.target_rms(reading, rows, cols)
+        return self.output_scale(reading, rows, cols) / sqrt(max(rows, cols))
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """How to read one optimizer class. Every reader is called after the step, but `before`.
+
+    Attributes:
+        spectrum_of: what the group `geometry` describes, in words; written into the run.
+        momentum: first moment, decoded into the parameter's basis and shape; None where there is none.
+        second_moment: second moment with its form; None where there is none.
+        learning_rate: η that scales the update, the number that `update_rms_per_lr` divides by.
+        decoupled_decay: λ in W(1 − ηλ); 0 where weight decay is coupled to the gradient, NaN where that is not known.
+        intended: the update per η, decay aside, that the optimizer computes before it is rounded into the weights. Asked for
+            only with weights of low precision, where the applied one does not tell it.
+        orthogonalisation: None where the optimizer does not orthogonalise.
+        before: called before the step, as soon as the gradient is there; what it returns is `Reading.before` afterwards.
+        stacks: the lists of a group's parameters whose Newton–Schulz problem is one matrix, their momenta side by side.
+        read_by: how this adapter was chosen: "table", "names in the state", "numbers", one for each moment, or "nothing".
+    """
+
+    spectrum_of: str
+    momentum: Reader = lambda reading: None
+    second_moment: Callable[[Reading], SecondMoment | None] = lambda reading: None
+    learning_rate: Callable[[Reading], float] = _LEARNING_RATE
+    decoupled_decay: Callable[[Reading], float] = lambda reading: 0.0
+    intended: Reader = lambda reading: None
+    orthogonalisation: Orthogonalisation | None = None
+    before: Callable[[Reading], Any] | None = None
+    stacks: Callable[[Group], Sequence[Sequence[Tensor]]] | None = None
+    read_by: str = "table"
+
+
+def entry(*keys: str) -> Reader:
+    """A reader of a tensor in the state, under the first of `keys` that is there."""
+
+    def read(reading: Reading) -> Tensor | None:
+        return next((reading.state[key] for key in keys if isinstance(reading.state.get(key), Tensor)), None)
+
+    return read
+
+
+def second_moment(key: str, form: str = "full") -> Callable[[Reading], SecondMoment | None]:
+    """A reader of a second moment that the state holds under `key`."""
+
+    def read(reading: Reading) -> SecondMoment | None:
+        values = reading.state.get(key)
+        return SecondMoment(values, form) if isinstance(values, Tensor) else None
+
+    return read
+
+
+def number(setting: Any) -> float:
+    """A group's setting as a number; NaN for what is none (optimizers that find their own learning rate set lr=None)."""
+    try:
+        return float(setting)
+    except (TypeError, ValueError):
+        return float("nan")

@@ -1,0 +1,193 @@
+"""Rows for the optimizers of pytorch_optimizer that work on every coordinate, or block of them, by itself.
+
+The library counts steps per group, and adds coupled decay to the gradient in place. Its wrappers (Lookahead, SAM) have no row:
+what they wrap is read.
+"""
+
+from collections.abc import Callable
+from math import nan, sqrt
+
+from torch import Tensor
+
+from ...diagnostics.ns_families import JORDAN, repeat_last
+from ...diagnostics.observation import NewtonSchulz
+from .adapter import Adapter, Group, Orthogonalisation, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .table import Row
+
+_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
+_MOMENT = f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}"
+
+
+def decay_of(reading: Reading) -> float:
+    """λ where `weight_decouple` is set, else 0; under `fixed_decay` W loses the share λ itself, which is η·(λ/η)."""
+    group = reading.group
+    decay = number(group.get("weight_decay", 0.0))
+    if not decay or not group.get("weight_decouple"):
+        return 0.0
+    return decay / (number(group["lr"]) or nan) if group.get("fixed_decay") else decay
+
+
+def debias_factors(reading: Reading) -> tuple[float, float]:
+    """1 − β₁ᵗ and 1 − β₂ᵗ; the group's step count was copied before the step."""
+    step = int(reading.group.get("step", 0)) + 1
+    beta1, beta2 = (number(beta) for beta in reading.group["betas"][:2])
+    return 1 - beta1**step, 1 - beta2**step
+
+
+def _largest_or(largest: str, key: str) -> Callable[[Reading], SecondMoment | None]:
+    """What the update divides by: v, or under `ams_bound` its running maximum."""
+
+    def read(reading: Reading) -> SecondMoment | None:
+        values = entry(largest, key)(reading)
+        return None if values is None else SecondMoment(values, "full")
+
+    return read
+
+
+def _adam_update(moment_of: Callable[[Reading], SecondMoment | None]) -> Callable[[Reading], Tensor | None]:
+    """A reader of m̂/(√v̂ + ε), in float32; not under RAdam's rectification."""
+
+    def read(reading: Reading) -> Tensor | None:
+        moment, v = reading.state.get("exp_avg"), moment_of(reading)
+        if moment is None or v is None or reading.group.get("rectify"):
+            return None
+        first, second = debias_factors(reading)
+        update: Tensor = moment.float() / first / ((v.values.float() / second).sqrt() + float(reading.group["eps"]))
+        return update
+
+    return read
+
+
+def _lamb_update(reading: Reading) -> Tensor | None:
+    """The trust ratio, which the state holds, times m/(√v + ε), corrected as the library does: by 1 − β₁ᵗ alone, after the ratio.
+
+    Not read where decay is coupled: it is added before the ratio.
+    """
+    state, group = reading.state, reading.group
+    if "trust_ratio" not in state or group.get("rectify") or (group["weight_decay"] and not group["weight_decouple"]):
+        return None
+    ratio = 1.0 if group["adam"] else float(state["trust_ratio"])
+    correction = 1.0 if group.get("adam_debias") else debias_factors(reading)[0]
+    update: Tensor = state["exp_avg"].float() / (state["exp_avg_sq"].float().sqrt() + float(group["eps"]))
+    return update * (ratio / correction)
+
+
+def _sophia_update(reading: Reading) -> Tensor | None:
+    """clip(m/max(h, ε), p), in float32."""
+    state, group = reading.state, reading.group
+    if "momentum" not in state:
+        return None
+    update: Tensor = state["momentum"].float() / state["hessian_moment"].float().clamp(min=group["eps"])
+    return update.clamp(-group["p"], group["p"])
+
+
+def _lars_update(reading: Reading) -> Tensor | None:
+    """The buffer, which sums gradients that the trust ratio has scaled already."""
+    return None if reading.group["nesterov"] else entry("momentum_buffer")(reading)
+
+
+def _mini_momentum(reading: Reading) -> Tensor | None:
+    """m, kept by head where the second moment is."""
+    moment: Tensor | None = reading.state.get("m")
+    return None if moment is None else moment.reshape(reading.weight.shape)
+
+
+def _mini_second_moment(reading: Reading) -> SecondMoment | None:
+    """v of every coordinate in embeddings and heads; else v_mean: of every attention head of q and k, or of the whole matrix."""
+    if "v" in reading.state:
+        return SecondMoment(reading.state["v"], "full")
+    values = reading.state.get("v_mean")
+    return None if values is None else SecondMoment(values, "block" if values.ndim else "scalar")
+
+
+def _mini_update(reading: Reading) -> Tensor | None:
+    """m̂/(√v̂ + ε) in float32, v̂ the same all over a block."""
+    moment, v = reading.state.get("m"), _mini_second_moment(reading)
+    if moment is None or v is None:
+        return None
+    first, second = debias_factors(reading)
+    of_all = v.values.unsqueeze(-1) if v.form == "block" else v.values
+    update: Tensor = moment / first / ((of_all / second).sqrt() + float(reading.group["eps"]))
+    return update.reshape(reading.weight.shape)
+
+
+def _mars(group: Group) -> Adapter:
+    """MARS on top of AdamW, Lion or Muon (which it calls Shampoo): only the first divides by a second moment."""
+    moment = "average exp_avg of corrected and clipped gradients c_t after the step"
+    if group["mars_type"] != "shampoo":
+        adamw = group["mars_type"] == "adamw"
+        return Adapter(
+            f"{moment}; {_NOT_ORTHOGONAL}",
+            momentum=entry("exp_avg"),
+            second_moment=_largest_or("max_exp_avg_sq", "exp_avg_sq") if adamw else lambda reading: None,
+            decoupled_decay=decay_of,
+        )
+
+    def ns_input(reading: Reading) -> Tensor | None:
+        average: Tensor | None = reading.state.get("exp_avg")
+        if average is None or group["cautious"]:
+            return None  # cautious: masked by the gradient's signs first
+        scaled: Tensor = average * (1.0 / (1.0 - group["betas"][0]))  # in this order, to be the library's to the bit
+        return scaled.view(len(average), -1)
+
+    return Adapter(
+        f"exact NS input: {moment}, over 1 − β₁",
+        momentum=entry("exp_avg"),
+        decoupled_decay=decay_of,
+        orthogonalisation=Orthogonalisation(
+            ns_input,
+            lambda reading: NewtonSchulz(repeat_last((JORDAN,), 5), float(group["eps"])),
+            lambda reading, rows, cols: sqrt(max(1, reading.weight.shape[0] / reading.weight.shape[1])),
+        ),
+    )
+
+
+_EXP_AVG_SQ = _largest_or("max_exp_avg_sq", "exp_avg_sq")
+_BELIEF = _largest_or("max_exp_avg_var", "exp_avg_var")  # of g − m, with ε added at every step
+
+_ROWS: dict[str, Row] = {
+    "yogi.Yogi": Adapter(
+        _MOMENT, momentum=entry("exp_avg"), second_moment=_EXP_AVG_SQ, decoupled_decay=decay_of, intended=_adam_update(_EXP_AVG_SQ)
+    ),
+    "adabelief.AdaBelief": Adapter(
+        _MOMENT, momentum=entry("exp_avg"), second_moment=_BELIEF, decoupled_decay=decay_of, intended=_adam_update(_BELIEF)
+    ),
+    "adabound.AdaBound": Adapter(_MOMENT, momentum=entry("exp_avg"), second_moment=_EXP_AVG_SQ, decoupled_decay=decay_of),
+    "lamb.Lamb": Adapter(
+        f"{_MOMENT.removesuffix(_NOT_ORTHOGONAL)}without the trust ratio; {_NOT_ORTHOGONAL}",
+        momentum=entry("exp_avg"),
+        second_moment=second_moment("exp_avg_sq"),
+        decoupled_decay=decay_of,
+        intended=_lamb_update,
+    ),
+    "lars.LARS": Adapter(
+        f"momentum_buffer after the step, of gradients scaled by the trust ratio, the gradient where there is none; {_NOT_ORTHOGONAL}",
+        momentum=entry("momentum_buffer"),
+        intended=_lars_update,
+    ),
+    "lion.Lion": Adapter(
+        f"{_MOMENT}; the sign is taken of another average of it and the gradient", momentum=entry("exp_avg"), decoupled_decay=decay_of
+    ),
+    "novograd.NovoGrad": Adapter(
+        f"momentum moments after the step, of gradients divided by their norm; {_NOT_ORTHOGONAL}",
+        momentum=entry("moments"),
+        second_moment=second_moment("grads_ema", "scalar"),  # of ‖g‖², summed and not averaged over coordinates
+        decoupled_decay=decay_of,
+    ),
+    "sophia.SophiaH": Adapter(
+        f"first moment momentum after the step; {_NOT_ORTHOGONAL}",
+        momentum=entry("momentum"),
+        second_moment=second_moment("hessian_moment", "hessian"),
+        decoupled_decay=decay_of,
+        intended=_sophia_update,
+    ),
+    "mars.MARS": _mars,
+    "adam_mini.AdamMini": Adapter(
+        f"first moment m after the step; {_NOT_ORTHOGONAL}",
+        momentum=_mini_momentum,
+        second_moment=_mini_second_moment,
+        intended=_mini_update,
+        decoupled_decay=group_setting("weight_decay"),
+    ),
+}
+ROWS: dict[str, Row] = {f"pytorch_optimizer.optimizer.{name}": row for name, row in _ROWS.items()}

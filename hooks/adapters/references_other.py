@@ -1,0 +1,72 @@
+"""Rows for the reference optimizers in `examples/optimizers` that run no Newton–Schulz iteration."""
+
+from torch import Tensor
+
+from .adapter import Adapter, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .kronecker import implied_second_moment
+from .table import Row
+
+
+def _caspr_second_moment(reading: Reading) -> SecondMoment | None:
+    factors = [reading.state.get(key) for key in ("left", "right")]
+    diagonals = [factor.diagonal() for factor in factors if isinstance(factor, Tensor)]
+    return SecondMoment(implied_second_moment(diagonals), "preconditioner") if len(diagonals) == 2 else None
+
+
+def _onebit_second_moment(reading: Reading) -> SecondMoment | None:
+    """v: "full" while it is still averaged, "frozen" from the first step on that left it alone."""
+    values = reading.state.get("exp_avg_sq")
+    frozen = reading.state.get("step", 0) > reading.group["freeze_step"]
+    return SecondMoment(values, "frozen" if frozen else "full") if isinstance(values, Tensor) else None
+
+
+def _onebit_update(reading: Reading) -> Tensor | None:
+    """m̂/(√v̂ + ε) in float32, v̂ corrected as of the step at which v froze."""
+    state, group = reading.state, reading.group
+    if "exp_avg" not in state:
+        return None
+    beta1, beta2 = (number(beta) for beta in group["betas"])
+    corrected = state["exp_avg_sq"].float() / (1 - beta2 ** min(state["step"], group["freeze_step"]))
+    update: Tensor = state["exp_avg"].float() / (1 - beta1 ** state["step"]) / (corrected.sqrt() + group["eps"])
+    return update
+
+
+def _sophia_update(reading: Reading) -> Tensor | None:
+    """clip(m/max(γh, ε), 1) in float32."""
+    state, group = reading.state, reading.group
+    if "exp_avg" not in state:
+        return None
+    update: Tensor = state["exp_avg"].float() / (group["gamma"] * state["hessian"].float()).clamp(min=group["eps"])
+    return update.clamp(-1, 1)
+
+
+_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
+_DECAY = group_setting("weight_decay")
+
+ROWS: dict[str, Row] = {
+    "optiscope.examples.optimizers.aro.ARO": Adapter(
+        "momentum_buffer after the step, before it is rotated; no Newton–Schulz iteration follows",
+        momentum=entry("momentum_buffer"),
+        decoupled_decay=_DECAY,
+    ),
+    "optiscope.examples.optimizers.caspr.CASPR": Adapter(
+        f"first moment exp_avg after the step, before it is preconditioned; {_NOT_ORTHOGONAL}",
+        momentum=entry("exp_avg"),
+        second_moment=_caspr_second_moment,
+        decoupled_decay=_DECAY,
+    ),
+    "optiscope.examples.optimizers.onebit_adam.OneBitAdam": Adapter(
+        f"first moment exp_avg after the step, compressed to its sign and one scale after the warm-up; {_NOT_ORTHOGONAL}",
+        momentum=entry("exp_avg"),
+        second_moment=_onebit_second_moment,
+        decoupled_decay=_DECAY,
+        intended=_onebit_update,
+    ),
+    "optiscope.examples.optimizers.sophia_g.SophiaG": Adapter(
+        f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}",
+        momentum=entry("exp_avg"),
+        second_moment=second_moment("hessian", "hessian"),
+        decoupled_decay=_DECAY,
+        intended=_sophia_update,
+    ),
+}

@@ -1,0 +1,63 @@
+"""The record being filled: what was measured on each matrix at one step, until it goes to the writer."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..diagnostics.catalogue import SECOND_MOMENT_FORMS
+from ..diagnostics.observation import Measured, NewtonSchulz, Observation, measure_geometry, measure_second_moment, measure_update
+from .layout import Layout
+from .matrices import Matrix
+
+
+class Record:
+    """One record of all groups.
+
+    Attributes:
+        step: its step.
+        waits_for: labels of the optimizers whose step is still to come.
+        rows: its arrays by group, missing values where nothing was measured.
+    """
+
+    def __init__(self, step: int, layout: Layout, waits_for: set[str], ns_schedules: list[dict[str, Any]]) -> None:
+        """`ns_schedules` is the run's list of the schedules that were in force; new ones are added to it."""
+        self.step = step
+        self.waits_for = waits_for
+        self.rows: dict[str, dict[str, NDArray[Any]]] = layout.empty_rows()
+        self._row_of = layout.row_of
+        self._ns_schedules = ns_schedules
+
+    def measure(self, matrix: Matrix, seen: Observation) -> None:
+        """Measure all groups of one parameter's matrix."""
+        self.fill("update", matrix, measure_update(seen))
+        if seen.second_moment_form is not None:
+            form = SECOND_MOMENT_FORMS.index(seen.second_moment_form)
+            self.fill("second_moment", matrix, {**measure_second_moment(seen), "second_moment_form": form})
+
+    def measure_geometry(self, matrix: Matrix, seen: Observation) -> None:
+        """Measure the geometry of one Newton–Schulz problem."""
+        if "geometry" not in self.rows or not matrix.geometry or seen.ns_input is None:
+            return
+        measured = measure_geometry(seen)
+        if seen.newton_schulz is not None:
+            measured["ns_schedule"] = self._ns_schedule(seen.newton_schulz)
+        self.fill("geometry", matrix, measured)
+
+    def fill(self, group: str, matrix: Matrix, measured: Measured) -> None:
+        """Set values of one matrix, if the group is recorded and has the matrix."""
+        row = self._row_of.get(group, {}).get(matrix)
+        if group not in self.rows or row is None:
+            return
+        with np.errstate(over="ignore"):  # what does not fit into float32 is inf, which is data
+            for name, value in measured.items():
+                self.rows[group][name][row] = value
+
+    def _ns_schedule(self, newton_schulz: NewtonSchulz) -> int:
+        """Index of the schedule in the run's list, added when new."""
+        entry: dict[str, Any] = {"coefficients": [list(triple) for triple in newton_schulz.coefficients], "eps": newton_schulz.eps}
+        if newton_schulz.scaling != "frobenius":  # what an entry without it means
+            entry["scaling"] = newton_schulz.scaling
+        if entry not in self._ns_schedules:
+            self._ns_schedules.append(entry)
+        return self._ns_schedules.index(entry)

@@ -1,0 +1,1 @@
+"""The contract suite: every supported optimizer, one table of cases."""
