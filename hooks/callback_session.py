@@ -1,0 +1,121 @@
+"""The recording of one training, as the callback of a trainer sees it: its beginning, what is logged meanwhile, and its end."""
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..diagnostics.operators import OperatorRule
+from .attaching import attach
+from .cadence import Cadence
+from .recorder import Recorder
+
+log = logging.getLogger("optiscope")
+
+
+class CallbackSession:
+    """Attaches for a callback, and keeps every trouble with that out of the training.
+
+    A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open and
+    goes on behind it. A `store` that cannot be continued (a training resumed from before its last record, another model) is
+    left as it is, and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
+
+    Attributes:
+        recorder: the present recorder, or the last one; None before the first training.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        every: int | None,
+        overhead: float,
+        measure: Sequence[str],
+        operators: OperatorRule | None,
+        on_error: Literal["warn", "raise"],
+    ) -> None:
+        """Options as of :func:`attach`.
+
+        Raises:
+            ValueError: an `every` or `overhead` out of range.
+        """
+        Cadence(every, overhead)  # refuses them here, long before the training begins
+        self.recorder: Recorder | None = None
+        self._store = Path(store)
+        self._options: dict[str, Any] = {
+            "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error,
+        }  # fmt: skip
+        self._close: weakref.finalize[Any, Any] | None = None
+        self._told: set[str] = set()
+
+    def begin(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> None:
+        """Attach to `optimizers`, which have taken `steps_taken` steps. Where that fails, the training is not recorded."""
+        self.end()
+        self._told.clear()
+        before, self.recorder = self.recorder, None
+        with self.guard("this training is not recorded"):
+            self.recorder = recorder = self._attach(optimizers, model, steps_taken, before)
+            # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
+            # with the callback. The interpreter's end is looked after by the recorder itself.
+            self._close = weakref.finalize(self, recorder.close)
+            self._close.atexit = False
+
+    def _attach(
+        self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int, before: Recorder | None
+    ) -> Recorder:
+        last, following = _last_and_following(self._store)
+        try:
+            # A trainer that trains anew counts from 0; the run goes on behind what it holds.
+            first_step = steps_taken or (before.step if before else None)
+            return attach(optimizers, model, last, first_step=first_step, **self._options)
+        except ValueError as refused:
+            # Where it was not the store that was refused, the same error comes again.
+            recorder = attach(optimizers, model, following, first_step=steps_taken, **self._options)
+            log.warning("optiscope: recording to %s, because %s cannot be continued (%s)", following, last, str(refused))
+            return recorder
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Log the numbers among `values`; those that a trainer reports after its end are added to the last step."""
+        if self.recorder is not None:
+            with self.guard("numbers of the trainer were not logged"):
+                self.recorder.log(**{name: value for name, value in values.items() if _is_number(value)})
+
+    @contextmanager
+    def guard(self, trouble: str) -> Iterator[None]:
+        """Log an exception of the block, once per kind of trouble, and let the training go on; raise it with `on_error="raise"`."""
+        try:
+            yield
+        except Exception as error:
+            if self._options["on_error"] == "raise":
+                raise
+            if trouble not in self._told:
+                self._told.add(trouble)
+                log.warning("optiscope: %s (%s: %s)", trouble, type(error).__name__, error)
+
+    def flush(self) -> None:
+        """Commit what was recorded."""
+        if self.recorder is not None:
+            self.recorder.flush()
+
+    def end(self) -> None:
+        """Detach, and commit what was recorded. Ending twice is harmless."""
+        if self._close is not None:
+            self._close()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _last_and_following(store: Path) -> tuple[Path, Path]:
+    """The last of run.zarr, run-2.zarr, run-3.zarr, … that exists (the first, where none does), and the one after it."""
+    last, number = store, 2
+    while (following := store.with_name(f"{store.stem}-{number}{store.suffix}")).exists():
+        last, number = following, number + 1
+    return last, following
