@@ -33,8 +33,8 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
     _debug = debug
 
 
-def command(function: Callable[P, None]) -> Callable[P, None]:
-    """Register a command; an error becomes one sentence on standard error and exit code 2."""
+def command(function: Callable[P, None], **settings: Any) -> Callable[P, None]:
+    """Register a command, with settings of Typer's; an error becomes one sentence on standard error and exit code 2."""
 
     @functools.wraps(function)
     def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -52,7 +52,7 @@ def command(function: Callable[P, None]) -> Callable[P, None]:
             print(f"diag: {inert(' '.join(text.split()))}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
-    app.command(function.__name__)(reporting)
+    app.command(function.__name__, **settings)(reporting)
     return reporting
 
 
@@ -71,4 +71,4 @@ def print_json(result: Any) -> None:
 
 
 # Importing a module of commands registers them.
-from . import demo, run  # noqa: E402, F401
+from . import demo, run, script  # noqa: E402, F401
