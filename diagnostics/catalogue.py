@@ -76,7 +76,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("grad_rms", "update", "gradient units", "RMS of the gradient", "RMS(G_t) as the optimizer sees it: after accumulation and clipping", dtype="float64"),
     Quantity("momentum_rms", "update", "gradient units", "RMS of the momentum buffer", "RMS of the optimizer's first-moment state after the step, no bias correction", dtype="float64"),
     Quantity("update_to_weight", "update", "1", "update-to-weight ratio", "‖W_t − W_{t+1}‖_F/‖W_t‖_F", dtype="float64"),
-    Quantity("lr", "update", "1", "learning rate", "of the parameter group, before any per-shape adjustment", dtype="float64"),
+    Quantity("lr", "update", "1", "learning rate", "η that scales the update, before any per-shape adjustment; for optimizers that find their own (Adafactor, Prodigy) the one found", dtype="float64"),
     Quantity("weight_decay", "update", "1", "weight decay", "of the parameter group", dtype="float64"),
     Quantity(
         "changed_outside", "update", "1", "weights changed between the optimizer's steps",

@@ -42,7 +42,8 @@ class Observation:
         weight_before, weight_after: W_t and W_{t+1}, in their own format; arithmetic on them is in float64.
         weight_roundoff: unit roundoff of the format the weights are stored in.
         grad_rms, momentum_rms: RMS of gradient and first moment; NaN where there is none.
-        lr, weight_decay: of the parameter group, read before the step.
+        lr: η that scales the update; of the parameter group, or what the optimizer makes of it.
+        weight_decay: of the parameter group.
         decoupled_decay: the λ of W(1 − ηλ); 0 where decay is coupled or absent.
         ns_input: the matrix whose spectrum is measured: the exact NS input, or momentum or gradient where the optimizer
             does not orthogonalise; None where geometry is not measured.

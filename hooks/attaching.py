@@ -89,12 +89,12 @@ def attach(
     layout = Layout(writer, [group for group in GROUPS if group in measure])
     if not layout.describes(matrices):
         raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
-    layout.include(matrices)
     first_step = writer.last_step if first_step is None else first_step
     if first_step < writer.last_step:
         raise ValueError(
             f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
         )
+    layout.include(matrices)
     if not writer.is_new:
         continued: list[dict[str, Any]] = writer.attributes[""].setdefault("continued", [])
         # One that recorded nothing leaves no trace: the next takes its place.

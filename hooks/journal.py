@@ -55,6 +55,13 @@ class Journal:
         return self._writer.attributes[""]
 
     @property
+    def optimizers(self) -> list[dict[str, Any]]:
+        """Descriptions of the optimizers of this recording: those of the run's last continuation, if it was continued."""
+        of: dict[str, Any] = next(iter(self.attributes.get("continued", [])[-1:]), self.attributes)
+        found: list[dict[str, Any]] = of["optimizers"]
+        return found
+
+    @property
     def schedules(self) -> list[dict[str, Any]]:
         """The run's list of the Newton–Schulz schedules that were in force."""
         found: list[dict[str, Any]] = self._writer.attributes.get("geometry", {}).get("ns_schedules", [])
@@ -97,6 +104,8 @@ class Journal:
 
     def flush(self) -> None:
         """Write and commit. Where that fails, the newest records are kept and tried again."""
+        if self.taken_over:
+            return
         self._flushed = time.perf_counter()  # first, so that a full disk is tried again no sooner than another flush is due
         try:
             self._writer.flush()

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -55,11 +56,19 @@ class Layout:
             elif new:
                 self._writer.extend_group(group, _coordinates(group, new))
             keys += map(_key, new)
+            if self._writer.has(group):
+                self._create_variables(group, len(keys))
             row = {key: i for i, key in enumerate(keys)}
             row_of.update({m: row[_key(m)] for m in wanted})
         if not self._writer.has("scalars"):
             self._writer.create_group("scalars", {}, {})
         self._writer.flush()
+
+    def keep(self, matrices: Iterable[Matrix]) -> None:
+        """Forget all other matrices; their rows stay in the run."""
+        kept = set(matrices)
+        for group, row_of in self.row_of.items():
+            self.row_of[group] = {m: row for m, row in row_of.items() if m in kept}
 
     def empty_rows(self) -> dict[str, dict[str, NDArray[Any]]]:
         """One record with everything missing, by group."""
@@ -71,24 +80,36 @@ class Layout:
 
     def _create(self, group: str, matrices: Sequence[Matrix]) -> None:
         self._writer.create_group(group, _coordinates(group, matrices), deepcopy(_ATTRIBUTES.get(group, {})))
+
+    def _create_variables(self, group: str, matrices: int) -> None:
+        """Those that the group lacks: all of a new one, those that a run of an earlier version did not have."""
         for quantity in in_group(group):
-            texts = {"long_name": quantity.long_name, "units": quantity.units, "definition": quantity.definition}
-            dimensions = ("matrix",) if quantity.extra is None else ("matrix", quantity.extra)
-            self._writer.create_array(
-                group, quantity.name, _shape(quantity, len(matrices)), dimensions, quantity.dtype, texts, quantity.missing
-            )
+            if not self._writer.has(group, quantity.name):
+                texts = {"long_name": quantity.long_name, "units": quantity.units, "definition": quantity.definition}
+                dimensions = ("matrix",) if quantity.extra is None else ("matrix", quantity.extra)
+                shape = _shape(quantity, matrices)
+                self._writer.create_array(group, quantity.name, shape, dimensions, quantity.dtype, texts, quantity.missing)
 
 
 def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: Names) -> None:
     """Give parameters that were added to an optimizer, or came with a new one, their rows in the run."""
+    held = {one.label: {id(p) for group in one.optimizer.param_groups for p in group["params"] if p.ndim >= 2} for one in watched}
+    for one in watched:
+        # What has left the optimizer is let go of; its row is found again by name should it come back.
+        if any(id(m.parameter) not in held[one.label] for m in one.matrices):
+            one.matrices = [m for m in one.matrices if id(m.parameter) in held[one.label]]
+    layout.keep(m for one in watched for m in one.matrices)
     known = {id(m.parameter) for one in watched for m in one.matrices}
-    if all(id(p) in known for one in watched for group in one.optimizer.param_groups for p in group["params"] if p.ndim >= 2):
+    if set().union(*held.values()) <= known:
         return
-    new = [m for m in find_matrices(watched, names) if id(m.parameter) not in known]
+    taken = {m.name for one in watched for m in one.matrices}
+    # Numbered names are free again once a parameter has left its group, and so may be two at once.
+    found = (m for m in find_matrices(watched, names) if id(m.parameter) not in known)
+    new = [replace(m, name=f"{m.name}#2") if m.name in taken else m for m in found]
     if new:
         layout.include(new)
     for one in watched:
-        one.matrices += [m for m in new if m.optimizer == one.label]
+        one.matrices = one.matrices + [m for m in new if m.optimizer == one.label]
 
 
 def _belongs(matrix: Matrix, group: str) -> bool:

@@ -1,5 +1,6 @@
 """Which parameters are recorded, and under which names."""
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -59,7 +60,10 @@ class Names:
         """Names by `id` of the parameter, and the ids of convolutions' weights. Looked up anew: models change."""
         if self._model is None:
             return {}, set()
-        names = {id(p): clean_name(name) for name, p in self._model.named_parameters()}
+        raw = {id(p): name for name, p in self._model.named_parameters()}
+        count = Counter(map(clean_name, raw.values()))
+        # A part of a name that a wrapper would have added may be the model's own.
+        names = {key: clean_name(name) if count[clean_name(name)] == 1 else name for key, name in raw.items()}
         kernels = {id(p) for m in self._model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
         return names, kernels
 

@@ -31,13 +31,15 @@ def describe_optimizer(watched: Watched) -> dict[str, Any]:
         "wrapped_by": [class_name(type(layer)) for layer in watched.layers[:-1]],
         "read_by": [adapter.read_by for adapter in adapters],
         "spectrum_of": [adapter.spectrum_of for adapter in adapters],
-        "groups": [{key: _plain(value) for key, value in group.items() if key != "params"} for group in watched.optimizer.param_groups],
+        "groups": [
+            {str(key): _plain(value) for key, value in group.items() if key != "params"} for group in watched.optimizer.param_groups
+        ],
     }
 
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value.item()
+        return _plain(value.item())
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
     # Infinity and NaN are no JSON; a reader is better served by their names than by a file it cannot parse.

@@ -55,15 +55,7 @@ class Recorder:
     """
 
     def __init__(
-        self,
-        watched: list[Watched],
-        names: Names,
-        layout: Layout,
-        writer: Writer,
-        cadence: Cadence,
-        first_step: int,
-        *,
-        raise_errors: bool,
+        self, watched: list[Watched], names: Names, layout: Layout, writer: Writer, cadence: Cadence, first_step: int, *, raise_errors: bool
     ) -> None:
         self.step = first_step
         self.store = writer.path.resolve()
@@ -133,11 +125,10 @@ class Recorder:
         Raises:
             TypeError: something is no optimizer.
         """
-        new = watch(optimizers, self._watched)
-        descriptions = self._journal.attributes["optimizers"]
+        new = watch(optimizers, self._watched) if self._handles else []  # one that is closed stays closed
         for one in new:
             one.steps = self.step if steps is None else steps
-            descriptions.append(describe_optimizer(one))
+            self._journal.optimizers.append(describe_optimizer(one))
             self._handles += self._hook(one)
         self._watched += new
 
@@ -153,6 +144,8 @@ class Recorder:
                 "optiscope: no step of %s was seen; attach to the very objects whose step() is called",
                 ", ".join(w.label for w in self._watched),
             )
+        for watched in self._watched:
+            watched.let_go()
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -177,8 +170,10 @@ class Recorder:
 
     @_disable_dynamo
     def _before_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if watched.enter() and max(self.step, watched.steps + 1) >= self._cadence.due:
-            self._take_snapshots(watched)
+        if watched.enter():
+            watched.snapshots = []  # of a step that an exception left
+            if max(self.step, watched.steps + 1) >= self._cadence.due:
+                self._take_snapshots(watched)
         recorded = watched.snapshots and watched.snapshot_steps == watched.steps
         if (recorded or watched.identification is not None) and optimizer is watched.optimizer:
             return self._await_gradients(watched, args, kwargs)
@@ -190,7 +185,8 @@ class Recorder:
             return
         watched.seen = True
         watched.steps += 1
-        watched.note_skip()
+        if hasattr(watched.optimizer, "found_inf"):
+            self._note_skip(watched)
         if watched.steps > self.step:
             self.step = watched.steps
         if watched.snapshot_steps == watched.steps - 1:
@@ -199,19 +195,21 @@ class Recorder:
             self._identify(watched)
         if watched.steps + 1 >= self._cadence.due:
             self._note_weights(watched)
+        else:
+            watched.forget_weights()
 
     # In the first steps of an optimizer whose class is not in the adapter table.
 
     @_guarded
     def _identify(self, watched: Watched) -> None:
         if not _capturing() and watched.identify(after_step=True):
-            attributes = self._journal.attributes
-            continued = [later["optimizers"] for later in attributes.get("continued", [])[-1:]]
-            entries = [
-                entry for described in (*continued, attributes["optimizers"]) for entry in described if entry["label"] == watched.label
-            ]
             now = describe_optimizer(watched)
-            entries[0].update({key: now[key] for key in ("read_by", "spectrum_of")})
+            entry = next(entry for entry in self._journal.optimizers if entry["label"] == watched.label)
+            entry.update({key: now[key] for key in ("read_by", "spectrum_of")})
+
+    @_guarded
+    def _note_skip(self, watched: Watched) -> None:
+        watched.note_skip()
 
     # On recorded steps only.
 
@@ -222,7 +220,6 @@ class Recorder:
 
     @_guarded
     def _take_snapshots(self, watched: Watched) -> None:
-        watched.snapshots = []
         if _capturing():
             return  # reading anything would break the capture of a CUDA graph
         self._take_off_skipped(watched)
@@ -265,8 +262,7 @@ class Recorder:
 
     def _see_changes(self, watched: Watched) -> None:
         """Fill in which weights something else than the optimizer has changed since its last step, and say so once."""
-        changed = watched.changed_since()
-        found = {matrix: changed(matrix) for matrix in watched.matrices if not matrix.members}
+        found = watched.changed_since()
         assert self._record is not None
         for matrix, value in found.items():
             self._record.fill("update", matrix, {"changed_outside": value})

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..diagnostics.observation import Observation
-from .adapters import Adapter, Reader, Reading, number
+from .adapters import Adapter, Reader, Reading, number, state_of
 from .matrices import Matrix
 
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Snapshot:
         reading, adapter, parameter = self.reading, self.adapter, self.reading.parameter
         if not self.gradient_seen or parameter.shape != reading.weight.shape or any(not m.fits(parameter) for m in self.matrices):
             return []
-        reading.state = reading.optimizer.state.get(parameter) or {}
+        reading.state = state_of(reading.optimizer, parameter)
         momentum = self._read_matrix("momentum", adapter.momentum)
         second_moment = self._read(adapter.second_moment)
         coarse = unit_roundoff(parameter) > _COARSE
@@ -113,7 +113,7 @@ class Snapshot:
         value = self._read(reader)
         shape = tuple(self.reading.parameter.shape)
         if value is None or self._is_matrix(value):
-            return value
+            return None if value is None else value.reshape(shape)
         came = f"one of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         self.errors.append(ValueError(f"{name} of the adapter: expected a tensor of the parameter's shape {shape}, got {came}"))
         return None
@@ -123,7 +123,8 @@ class Snapshot:
         try:
             return reader(self.reading)
         except Exception as error:
-            self.errors.append(error)
+            # Without its traceback, whose frames hold this snapshot and its copies.
+            self.errors.append(error.with_traceback(None))
             return None
 
 

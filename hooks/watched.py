@@ -1,7 +1,7 @@
 """One watched optimizer: its matrices, its step count, and what was copied before the step under way."""
 
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from .adapters import Adapter, Group, Reading, adapter_for, row_of
+from .adapters import Adapter, Group, Reading, adapter_for, row_of, state_of
 from .adapters.identification import BY_NAMES, Identification
 from .matrices import Matrix
 from .snapshot import Snapshot
@@ -40,12 +40,24 @@ def hookable_layers(optimizer: Any) -> list[Optimizer]:
     from it without running hooks.
     """
     layers: list[Any] = []
-    while optimizer is not None and all(optimizer is not layer for layer in layers):
-        if hasattr(optimizer, "param_groups") and hasattr(optimizer, "_optimizer_step_pre_hooks"):
-            layers.append(optimizer)
-        inner = (getattr(optimizer, name, None) for name in _INNER)
-        optimizer = next((found for found in inner if hasattr(found, "param_groups")), None)
+    seen: list[Any] = []
+    while optimizer is not None and all(optimizer is not one for one in seen):
+        seen.append(optimizer)
+        hooks = _attribute(optimizer, "_optimizer_step_pre_hooks")
+        if hooks is not None and _attribute(optimizer, "param_groups") is not None:
+            # A wrapper that hands attributes through, or copies them (Lightning's), shows the hooks of what it wraps.
+            layers = [one for one in layers if one._optimizer_step_pre_hooks is not hooks] + [optimizer]
+        inner = (_attribute(optimizer, name) for name in _INNER)
+        optimizer = next((found for found in inner if _attribute(found, "param_groups") is not None), None)
     return layers
+
+
+def _attribute(thing: Any, name: str) -> Any:
+    """An attribute of somebody's object; None where it has none, or a property of that name fails."""
+    try:
+        return getattr(thing, name, None)
+    except Exception:
+        return None
 
 
 class Watched:
@@ -69,7 +81,7 @@ class Watched:
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
         self.snapshots: list[Snapshot] = []
         self.snapshot_steps = -1  # `steps` when the snapshots were taken; they are of this step only if it still is
-        self._weights_left: dict[int, tuple[float, float]] = {}  # norms of the weights as the last step left them
+        self._weights_left: dict[int, list[float]] = {}  # norms of the weights as the last step left them
 
     @property
     def in_table(self) -> bool:
@@ -119,37 +131,56 @@ class Watched:
         for matrix in self.matrices:
             if not matrix.members and id(matrix.parameter) in group_of:
                 of_parameter.setdefault(id(matrix.parameter), []).append(matrix)
+        adapters = {id(group): self.adapter(group) for group in self.optimizer.param_groups}
         for matrices in of_parameter.values():
             parameter = matrices[0].parameter
             group = group_of[id(parameter)]
-            # `get`, not `[]`: the state is a defaultdict, looking must not add to it.
-            reading = Reading(self.optimizer, parameter, parameter.detach().clone(), dict(group), self.optimizer.state.get(parameter) or {})
-            self.snapshots.append(Snapshot(matrices, self.adapter(group), reading))
+            reading = Reading(self.optimizer, parameter, parameter.detach().clone(), dict(group), state_of(self.optimizer, parameter))
+            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading))
 
     def note_weights(self) -> None:
         """Keep the weights' norms as this step leaves them, to see at the next one whether something else changed them."""
         self._weights_left = self._norms()
 
-    def changed_since(self) -> "Callable[[Matrix], int]":
+    def forget_weights(self) -> None:
+        """Keep none: another step has been taken since."""
+        self._weights_left = {}
+
+    def changed_since(self) -> dict[Matrix, int]:
         """Per matrix whether its weights changed since `note_weights`: 1, 0, or −1 where that is not known."""
         left, self._weights_left = self._weights_left, {}
         now = self._norms() if left else {}
-        return lambda matrix: int(left[id(matrix.parameter)] != now.get(id(matrix.parameter))) if id(matrix.parameter) in left else -1
+        changed: dict[Matrix, int] = {}
+        for matrix in (m for m in self.matrices if not m.members):
+            before, after = left.get(id(matrix.parameter)), now.get(id(matrix.parameter))
+            if before is None or after is None:
+                changed[matrix] = -1
+            else:
+                # NaN is the same as NaN here: a training that diverged has not been changed from outside.
+                changed[matrix] = int(any(a != b and not (a != a and b != b) for a, b in zip(before, after, strict=True)))
+        return changed
 
-    def _norms(self) -> dict[int, tuple[float, float]]:
-        parameters = list({id(m.parameter): m.parameter for m in self.matrices}.values())
-        if not parameters:
-            return {}
-        weights = [p.detach() for p in parameters]
-        wide = torch.float64 if any(weight.dtype == torch.float64 for weight in weights) else torch.float32
-        norms = [torch._foreach_norm(weights, order, wide) for order in (1, 2)]
-        by_device = [[float(norm) for norm in of_order] for of_order in norms]
-        return {id(p): (one, two) for p, one, two in zip(parameters, *by_device, strict=True)}
+    def _norms(self) -> dict[int, list[float]]:
+        """Norms ‖W‖_1 and ‖W‖_2 of every parameter, fetched at once per device and format."""
+        parameters = {id(m.parameter): m.parameter.detach() for m in self.matrices if not m.members}
+        kinds: dict[Any, dict[int, Tensor]] = {}
+        for key, weight in parameters.items():
+            kinds.setdefault((weight.device, weight.dtype), {})[key] = weight
+        found: dict[int, list[float]] = {}
+        for (_, dtype), weights in kinds.items():
+            wide = torch.float64 if dtype == torch.float64 else torch.float32
+            norms = [torch.stack(list(torch._foreach_norm(list(weights.values()), order, wide))) for order in (1, 2)]
+            found.update(zip(weights, torch.stack(norms, 1).tolist(), strict=True))
+        return found
+
+    def let_go(self) -> None:
+        """Drop all copies of weights and gradients, and the parameters."""
+        self.snapshots, self.matrices, self.identification, self._weights_left = [], [], None, {}
 
     def note_skip(self) -> None:
         """Add this step to the skipped ones if the scaler found infinities, without waiting for the accelerator."""
         found = getattr(self.optimizer, "found_inf", None)
-        if found is not None:
+        if isinstance(found, Tensor):
             self.skipped = found.detach().clone() if self.skipped is None else self.skipped + found
 
     def take_off_skipped(self) -> bool:

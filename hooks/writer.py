@@ -61,9 +61,16 @@ class Writer:
             for key, array in arrays.items():
                 if _metadata(self.path / name / key)["shape"] != list(array.shape):
                     array.resize(array.shape)
+        # From here on as it is on disk: the consolidated metadata knows nothing of what is added.
+        self._root = zarr.open_group(self.path, mode="r+", zarr_format=3, use_consolidated=False)
 
     def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
-        """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional)."""
+        """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional).
+
+        Raises:
+            TakenOver: as in :meth:`flush`.
+        """
+        self._check_ours()
         # Read by xarray as the names of its non-index coordinates.
         declared = {"coordinates": " ".join(coordinates)} if coordinates else {}
         group = self._root.create_group(name, attributes={**attributes, **declared}, overwrite=True)
@@ -81,7 +88,11 @@ class Writer:
         """Add matrices to a group; earlier records hold missing values for them.
 
         A reader goes on seeing the committed shapes, and no value within them changes, until the next commit.
+
+        Raises:
+            TakenOver: as in :meth:`flush`.
         """
+        self._check_ours()
         along_matrix: list[Any] = [self._root[f"{name}/{key}"] for key in coordinates]
         records: list[Any] = [array for array in self._groups[name].values() if array.ndim > 1]
         shapes = [array.shape for array in (*along_matrix, *records)]
@@ -155,8 +166,7 @@ class Writer:
         Raises:
             TakenOver: another writer has committed to the run since; going on would undo what it committed.
         """
-        if _metadata(self.path)["attributes"].get("writer") not in self._writers:
-            raise TakenOver(f"{self.path} is now written by another recorder")
+        self._check_ours()
         written = {name: len(rows) for name, rows in self._pending.items()}
         for name, count in written.items():
             if count:
@@ -165,6 +175,10 @@ class Writer:
         for name, count in written.items():
             # In one statement, so that an interrupt cannot fall between and make the next flush write rows twice.
             self.committed[name], self._pending[name] = self.committed[name] + count, self._pending[name][count:]
+
+    def _check_ours(self) -> None:
+        if _metadata(self.path)["attributes"].get("writer") not in self._writers:
+            raise TakenOver(f"{self.path} is now written by another recorder")
 
     def trim(self) -> int:
         """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; how many records."""

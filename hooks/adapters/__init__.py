@@ -1,6 +1,19 @@
 """Where each optimizer keeps what: the adapter table, and what stands behind it for classes it does not hold."""
 
-from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, State, entry, group_setting, number, second_moment
+from .adapter import (
+    Adapter,
+    Group,
+    Orthogonalisation,
+    Reader,
+    Reading,
+    SecondMoment,
+    State,
+    entry,
+    group_setting,
+    number,
+    second_moment,
+    state_of,
+)
 from .table import UNKNOWN, adapter_for, class_name, register_adapter, row_of
 
 __all__ = [
@@ -20,4 +33,5 @@ __all__ = [
     "register_adapter",
     "row_of",
     "second_moment",
+    "state_of",
 ]

@@ -37,6 +37,16 @@ class Reading:
     before: Any = None
 
 
+def state_of(optimizer: Any, parameter: Tensor) -> State:
+    """The optimizer's live state of a parameter; empty where it keeps none, or none that is a mapping.
+
+    `get`, not `[]`: the state is a defaultdict, looking must not add to it.
+    """
+    states = optimizer.state
+    state = states.get(parameter) if isinstance(states, Mapping) else None
+    return state if isinstance(state, Mapping) else {}
+
+
 Reader: TypeAlias = Callable[[Reading], Tensor | None]
 
 

@@ -134,7 +134,7 @@ def test_nothing_is_done_for_a_class_in_the_table(mlp: Make) -> None:
 
 
 def test_conclusion_is_written_where_the_training_is_described(mlp: Make, tmp_path: Path, read: Read) -> None:
-    """Of a run that is continued, what was said of the earlier training stays; of an optimizer that came later, in its own entry."""
+    """Of a run that is continued, what was said of the earlier training stays; an optimizer that came later has an entry beside it."""
     model = mlp(dropout=0.0)
     run(Odd(weights(model), average("q7")), model, tmp_path / "run.zarr", lambda p: None)
     optimizer, later = Odd(weights(model), average("r9")), Odd(weights(mlp(seed=1)), average("u3"))
@@ -146,7 +146,7 @@ def test_conclusion_is_written_where_the_training_is_described(mlp: Make, tmp_pa
             optimizer.step()
             later.step()
     attrs = read(tmp_path / "run.zarr").attrs
-    texts = [attrs["optimizers"][0], attrs["continued"][0]["optimizers"][0], attrs["optimizers"][1]]
+    texts = [attrs["optimizers"][0], *attrs["continued"][0]["optimizers"]]
     assert [next(key for key in ("q7", "r9", "u3") if key in text["spectrum_of"][0]) for text in texts] == ["q7", "r9", "u3"]
     assert [text["label"] for text in texts] == ["Odd", "Odd", "Odd#2"]
 
