@@ -105,8 +105,10 @@ def test_muon_ns_input_is_bitwise_what_torch_orthogonalises(
             else:
                 backward(model, step)
                 optimizer.step()
-    assert len(observed) == len(calls) == 4 * 3
-    for observation, call in zip(observed, calls, strict=True):
+    # With bfloat16 weights the recorder runs the iteration once more after each step, for the update that was intended.
+    own = [call for i, call in enumerate(calls) if dtype == torch.float32 or i // 3 % 2 == 0]
+    assert len(observed) == len(own) == 4 * 3
+    for observation, call in zip(observed, own, strict=True):
         assert observation.ns_input is not None
         assert observation.ns_input.tobytes() == call.ns_input.float().numpy().tobytes()
         assert observation.ns_roundoff == {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}[dtype]
@@ -133,7 +135,7 @@ def test_trap_bfloat16_buffer_is_overwritten_by_the_step(mlp: Make, tmp_path: Pa
     with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise"):
         backward(model, 0)
         optimizer.step()
-    for p, call, observation in zip(weights(model), calls, observed, strict=True):
+    for p, call, observation in zip(weights(model), calls[:3], observed, strict=True):
         buffer = optimizer.state[p]["momentum_buffer"].float()
         assert buffer.norm().item() == pytest.approx(1, rel=0.01)  # normalised
         assert call.ns_input.float().norm().item() < 0.1
