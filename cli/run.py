@@ -27,7 +27,12 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
         return
     say(run, f"begun {described['created']}")
     for optimizer in described["optimizers"]:
-        say(optimizer["label"], f"{optimizer['class']}; geometry describes the {optimizer['geometry_describes']}")
+        around = "".join(f"{wrapper} around " for wrapper in optimizer.get("wrapped_by", ()))
+        read_by = ", ".join(dict.fromkeys(optimizer.get("read_by", ())))
+        say(
+            optimizer["label"],
+            f"{around}{optimizer['class']}, read by {read_by or 'table'}; geometry describes the {optimizer['geometry_describes']}",
+        )
     for group, records in described["groups"].items():
         say(
             group,

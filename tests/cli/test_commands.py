@@ -23,7 +23,7 @@ def test_info_tells_what_is_in_a_run(diag, recorded):
     assert result.stderr == ""
     lines = result.stdout.splitlines()
     assert lines[0].startswith(f"{recorded}: begun 20")
-    assert "Muon: torch.optim.Muon; geometry describes the exact NS input: " in result.stdout
+    assert "Muon: torch.optim.Muon, read by table; geometry describes the exact NS input: " in result.stdout
     assert "geometry: 12 records, steps 1 to 12" in lines
     # operator, matrices, shapes, layers
     assert ["attn_q", "2", "6×6", "0–1"] in [line.split() for line in lines]
