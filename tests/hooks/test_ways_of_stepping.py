@@ -200,3 +200,50 @@ def test_attaching_and_detaching_many_times_leaves_nothing(mlp: Make, tmp_path: 
     assert set(vars(optimizer)) | set(vars(model)) == keys
     assert not still_open
     assert late - early < 100  # one object a cycle would be 1,980; seen: 0
+
+
+def test_autocast(mlp: Make, tmp_path: Path, read: Read) -> None:
+    """Activations in bfloat16, weights and gradients in float32: recorded as float32, training the same to the bit."""
+
+    def train(store: Path | None) -> list[bytes]:
+        model = mlp(dropout=0.1)
+        optimizer = AdamW(model.parameters(), lr=0.01)
+        recorder = attach(optimizer, model, store, every=1, on_error="raise") if store else None
+        sizes = []
+        for t in range(3):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                output = model(data(t))
+            assert output.dtype == torch.bfloat16
+            output.float().square().mean().backward()
+            sizes.append([p.grad.double().square().mean().sqrt().item() for p in model.parameters() if p.ndim == 2])
+            optimizer.step()
+        if recorder is not None:
+            recorder.close()
+            assert read(tmp_path / "run.zarr")["update"]["grad_rms"].values == pytest.approx(np.array(sizes), rel=1e-12)
+        return bits(model)
+
+    assert train(None) == train(tmp_path / "run.zarr")
+
+
+def test_bfloat16_weights_tell_the_applied_update_from_the_intended_one(mlp: Make, tmp_path: Path, read: Read) -> None:
+    """At a small learning rate most bfloat16 weights do not move; what AdamW meant to do follows from its state."""
+    model = mlp(dropout=0.0, dtype=torch.bfloat16)
+    optimizer = AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.0)
+    intended, applied = [], []
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise"):
+        for t in range(1, 5):
+            optimizer.zero_grad()
+            model(data(t).bfloat16()).square().mean().backward()
+            weights = [p for p in model.parameters() if p.ndim == 2]
+            before = [p.detach().double() for p in weights]
+            optimizer.step()
+            states = [optimizer.state[p] for p in weights]
+            updates = [(s["exp_avg"].double() / (1 - 0.9**t)) / ((s["exp_avg_sq"].double() / (1 - 0.99**t)).sqrt() + 1e-8) for s in states]
+            intended.append([u.square().mean().sqrt().item() for u in updates])
+            applied.append([(a - b.detach().double()).square().mean().sqrt().item() / 1e-4 for a, b in zip(before, weights, strict=True)])
+    update = read(tmp_path / "run.zarr")["update"]
+    np.testing.assert_allclose(update["update_rms_intended"].values, intended, rtol=1e-5)  # read in float32
+    np.testing.assert_allclose(update["update_rms_per_lr"].values, applied, rtol=1e-9)
+    assert (update["update_noise"].values > 0.1).all()
+    assert np.abs(np.divide(applied, intended) - 1).min() > 0.05
