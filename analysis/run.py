@@ -19,7 +19,7 @@ from ..diagnostics.spectrum_sketch import unsketch
 
 
 def open_run(path: str | Path) -> xr.DataTree:
-    """The run at `path`: groups `geometry`, `update` and `scalars`, as far as they were recorded.
+    """The run at `path`: groups `geometry`, `update`, `second_moment` and `scalars`, as far as they were recorded.
 
     Arrays are read when used. A run that is still being written, or whose writer was killed, shows its committed records;
     open it again to see newer ones.

@@ -27,7 +27,7 @@ class CallbackSession:
     left as it is, and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
 
     Attributes:
-        recorder: the present recorder, or the last one; None before the first training.
+        recorder: the present recorder, or the last one; None before the first training, and after `let_go`.
     """
 
     def __init__(
@@ -51,29 +51,26 @@ class CallbackSession:
         self._options: dict[str, Any] = {
             "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error,
         }  # fmt: skip
+        self._steps: int | None = None  # of the training let go of last
         self._close: weakref.finalize[Any, Any] | None = None
         self._told: set[str] = set()
 
     def begin(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> None:
         """Attach to `optimizers`, which have taken `steps_taken` steps. Where that fails, the training is not recorded."""
-        self.end()
+        self.let_go()
         self._told.clear()
-        before, self.recorder = self.recorder, None
         with self.guard("this training is not recorded"):
-            self.recorder = recorder = self._attach(optimizers, model, steps_taken, before)
+            self.recorder = recorder = self._attach(optimizers, model, steps_taken)
             # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
             # with the callback. The interpreter's end is looked after by the recorder itself.
             self._close = weakref.finalize(self, recorder.close)
             self._close.atexit = False
 
-    def _attach(
-        self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int, before: Recorder | None
-    ) -> Recorder:
+    def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> Recorder:
         last, following = _last_and_following(self._store)
         try:
             # A trainer that trains anew counts from 0; the run goes on behind what it holds.
-            first_step = steps_taken or (before.step if before else None)
-            return attach(optimizers, model, last, first_step=first_step, **self._options)
+            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **self._options)
         except ValueError as refused:
             # Where it was not the store that was refused, the same error comes again.
             recorder = attach(optimizers, model, following, first_step=steps_taken, **self._options)
@@ -107,6 +104,12 @@ class CallbackSession:
         """Detach, and commit what was recorded. Ending twice is harmless."""
         if self._close is not None:
             self._close()
+
+    def let_go(self) -> None:
+        """End, and hold nothing of the training any more, whose memory its owner may want back."""
+        self.end()
+        if self.recorder is not None:
+            self._steps, self.recorder = self.recorder.step, None
 
 
 def _is_number(value: Any) -> bool:

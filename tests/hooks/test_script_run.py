@@ -2,13 +2,18 @@
 
 import gc
 import logging
+import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
+import zarr
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from optiscope.hooks import attach
+from optiscope.hooks import script_run as module
 from optiscope.hooks.model_search import Several, owners, parameters_of
 from optiscope.hooks.script_run import ScriptRun
 
@@ -19,12 +24,32 @@ def script_run(tmp_path):
     # What other tests keep is put out of the garbage collector's sight.
     gc.collect()
     gc.freeze()
-    script_run = ScriptRun(tmp_path / "run.zarr", every=1, overhead=0.01)
+    script_run = ScriptRun(tmp_path / "run.zarr", every=1, overhead=1.0)
     handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: script_run.before_step(optimizer))
     yield script_run
     handle.remove()
     script_run.end()
     gc.unfreeze()
+
+
+@pytest.fixture
+def passing(monkeypatch):
+    """Lets time pass: a function of how many seconds."""
+    passed = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: time.perf_counter() + passed[0]))
+    return lambda seconds: passed.append(passed.pop() + seconds)
+
+
+@pytest.fixture
+def hurried(script_run, monkeypatch):
+    """The same run, of whose time next to nothing may be spent: after its first beginning, seconds are owed as hours."""
+    monkeypatch.setattr(module, "GRACE", 0)
+    monkeypatch.setattr(script_run, "_overhead", 1e-4)
+    return script_run
+
+
+def told_by_the_run(caplog):
+    return [record.getMessage() for record in caplog.records if record.module == "script_run"]
 
 
 class Generator(nn.Module):
@@ -151,6 +176,124 @@ def test_one_let_go_of_too_early_is_recorded_together_with_the_other(script_run,
     assert one is not two
     assert {name for name, _ in runs[-1]} == {"Generator.up_proj.weight", "Generator.down_proj.weight", "Discriminator.fc1.weight"}
     assert all(len(steps) >= 2 for steps in runs[-1].values())
+
+
+def test_optimizers_that_take_turns_are_recorded_until_they_do(script_run, read, tmp_path, caplog):
+    model = Discriminator()
+    before = model.fc1.weight.detach().clone()
+    turns = torch.optim.SGD(model.parameters(), lr=0.1), torch.optim.Adam(model.parameters()), torch.optim.SGD(model.parameters(), lr=0.2)
+    train(*turns, steps=5)
+    script_run.end()
+    # Each is attached to once, at its first step, and the last one stays.
+    steps = {path.name: recorded(read(path)) for path in tmp_path.iterdir()}
+    assert steps == {
+        "run.zarr": {("fc1.weight", "SGD"): [1]},
+        "run-2.zarr": {("fc1.weight", "Adam"): [1]},
+        "run-3.zarr": {("fc1.weight", "SGD"): [1, 2, 3, 4, 5]},
+    }
+    assert told_by_the_run(caplog) == [
+        "optiscope: SGD takes turns with another optimizer of the same parameters; it is not recorded any more"
+    ]
+    # All fifteen steps were taken; a constant gradient g makes Adam's −lr·g/(|g| + eps).
+    gradient = torch.linspace(-1, 2, 15).view(5, 3).sin()
+    torch.testing.assert_close(model.fc1.weight.detach(), before - 5 * (0.3 * gradient + 1e-3 * gradient / (gradient.abs() + 1e-8)))
+
+
+def test_an_optimizer_inside_one_that_takes_turns_is_no_new_one(script_run, tmp_path):
+    class Lookahead(torch.optim.Optimizer):
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+            super().__init__(optimizer.param_groups, {})
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
+
+    model = Discriminator()
+    train(Lookahead(torch.optim.SGD(model.parameters(), lr=0.1)), torch.optim.SGD(model.parameters(), lr=0.1), steps=4)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_optimizers_made_anew_at_every_turn_are_recorded_while_time_allows(hurried, read, tmp_path, passing, caplog):
+    model, counted = Discriminator(), Discriminator()
+    counted.load_state_dict(model.state_dict())
+    for _ in range(20):
+        train(torch.optim.SGD(model.parameters(), lr=0.1), steps=3)
+    passing(hurried._look_again - time.perf_counter())
+    for _ in range(20):
+        train(torch.optim.SGD(model.parameters(), lr=0.1), steps=3)
+    hurried.end()
+    # One of the first twenty, and one of the second: of its own three steps, counted on from those of the first.
+    assert recorded(read(tmp_path / "run.zarr")) == {("fc1.weight", "SGD"): [1, 2, 3, 4, 5, 6]}
+    assert len(zarr.open_group(tmp_path / "run.zarr").attrs["continued"]) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
+    told = [
+        r.getMessage() for r in caplog.records if "are recorded behind" not in r.getMessage() and "is recorded behind" not in r.getMessage()
+    ]
+    assert told == ["optiscope: optimizers are made too often to record each of them; further ones, as this SGD, are not recorded for now"]
+    # Every step was taken: weight − lr·gradient, 120 times.
+    gradient = torch.linspace(-1, 2, 15).view(5, 3).sin()
+    torch.testing.assert_close(model.fc1.weight.detach(), counted.fc1.weight.detach() - 12 * gradient)
+
+
+def test_one_that_was_passed_over_is_recorded_once_there_is_time(hurried, read, tmp_path, passing):
+    train(torch.optim.SGD(Generator().parameters(), lr=0.1))
+    late = torch.optim.SGD((model := Discriminator()).parameters(), lr=0.1)
+    train(late, steps=3)
+    assert not (tmp_path / "run-2.zarr").exists()
+    passing(1e6)
+    train(late, steps=4)
+    hurried.end()
+    assert recorded(read(tmp_path / "run-2.zarr")) == {("fc1.weight", "SGD"): [1, 2, 3, 4]}
+    assert model is not None
+
+
+def test_a_training_that_is_passed_over_does_not_share_its_memory_with_the_one_before(hurried, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("optiscope"), "disabled", True)
+    model = Generator()
+    optimizer = torch.optim.Adam(model.parameters())
+    train(optimizer)
+    gone = weakref.ref(model), weakref.ref(optimizer), weakref.ref(model.up_proj.weight)
+    del model, optimizer
+    train(torch.optim.Adam(Discriminator().parameters()), steps=1)
+    gc.collect()
+    assert [reference() for reference in gone] == [None] * 3
+
+
+def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, tmp_path):
+    model = Generator()
+    first = torch.optim.SGD(model.up_proj.parameters(), lr=0.1)
+    train(first)
+    # The script records to the same path by itself.
+    with attach(first, model, tmp_path / "run.zarr", every=1):
+        late = torch.optim.SGD(model.down_proj.parameters(), lr=0.1)
+        train(late, first)
+    assert not late._optimizer_step_pre_hooks
+    assert not late._optimizer_step_post_hooks
+    script_run.end()
+    assert recorded(read(tmp_path / "run.zarr")) == {("up_proj.weight", "SGD"): [1, 2, 3, 4]}
+
+
+def test_an_optimizer_that_raises_when_it_is_looked_at_is_left_alone(script_run, read, tmp_path):
+    class Odd(torch.optim.SGD):
+        @property
+        def optimizer(self):
+            raise RuntimeError("asked")
+
+    class Odder(torch.optim.SGD):
+        @property
+        def param_groups(self):
+            raise RuntimeError("asked")
+
+    class Unmade(Odder):
+        def __init__(self):
+            pass
+
+    unrelated = Odd([nn.Parameter(torch.ones(2, 2))], lr=0.1), Unmade()
+    model = Discriminator()
+    train(torch.optim.SGD(model.parameters(), lr=0.1))
+    script_run.end()
+    assert recorded(read(tmp_path / "run.zarr"))["fc1.weight", "SGD"] == [1, 2]
+    assert len(unrelated) == 2
 
 
 def test_without_a_model_names_are_numbers(script_run, read, tmp_path, caplog):
