@@ -10,10 +10,8 @@ from math import inf, nan, sqrt
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Group, Reading, SecondMoment, entry, group_setting, number
+from .adapter import NOT_ORTHOGONAL, Adapter, Group, Reading, SecondMoment, entry, group_setting, number
 from .table import Row
-
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
 
 
 def multiplied_out(rows: Tensor, columns: Tensor, smallest_mean: float = 0.0) -> Tensor:
@@ -107,11 +105,11 @@ def _torch_eps(reading: Reading) -> float:
 
 
 # exp_avg is an average of updates, learning rate included, not of gradients.
-_SPECTRUM = f"average of updates exp_avg after the step where there is one (beta1), else the gradient; {_NOT_ORTHOGONAL}"
+_SPECTRUM = f"average of updates exp_avg after the step where there is one (beta1), else the gradient; {NOT_ORTHOGONAL}"
 
 ROWS: dict[str, Row] = {
     "torch.optim.Adafactor": Adapter(
-        f"gradient; the optimizer keeps no first moment; {_NOT_ORTHOGONAL}",
+        f"gradient; the optimizer keeps no first moment; {NOT_ORTHOGONAL}",
         second_moment=_second_moment,
         learning_rate=_torch_rate,
         decoupled_decay=_torch_decay,

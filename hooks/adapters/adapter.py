@@ -75,6 +75,8 @@ def group_setting(key: str) -> Callable[[Reading], float]:
     return lambda reading: number(reading.group.get(key, 0.0))
 
 
+NOT_ORTHOGONAL = "the optimizer does not orthogonalise"  # ends what is said of a spectrum that no iteration is run on
+
 _LEARNING_RATE = group_setting("lr")
 
 
@@ -150,6 +152,11 @@ def second_moment(key: str, form: str = "full") -> Callable[[Reading], SecondMom
         return SecondMoment(values, form) if isinstance(values, Tensor) else None
 
     return read
+
+
+def adam_update(moment: Tensor, v: Tensor, moment_weight: float, v_weight: float, eps: float) -> Tensor:
+    """m̂/(√v̂ + ε) in float32, the weights being those of all gradients in each average, 1 − β₁ᵗ and 1 − β₂ᵗ."""
+    return (moment.float() / moment_weight) / ((v.float() / v_weight).sqrt() + float(eps))
 
 
 def number(setting: Any) -> float:

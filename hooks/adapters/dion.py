@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...diagnostics.ns_families import Coefficients, fold_normalisation
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Group, Orthogonalisation, Reading, entry, group_setting, number, second_moment
+from .adapter import NOT_ORTHOGONAL, Adapter, Group, Orthogonalisation, Reading, entry, group_setting, number, second_moment
 from .table import Row
 
 # The speedrun's five steps before Polar Express, of You Jiacheng.
@@ -89,10 +89,9 @@ def _rows(of_matrices: Callable[[Group], Adapter]) -> Row:
 
 
 _MOMENTUM = entry("momentum")
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
-_LION = Adapter(f"momentum after the step; {_NOT_ORTHOGONAL}", momentum=_MOMENTUM, decoupled_decay=_decay)
+_LION = Adapter(f"momentum after the step; {NOT_ORTHOGONAL}", momentum=_MOMENTUM, decoupled_decay=_decay)
 _ADAMW = Adapter(
-    f"first moment momentum after the step; {_NOT_ORTHOGONAL}",
+    f"first moment momentum after the step; {NOT_ORTHOGONAL}",
     momentum=_MOMENTUM,
     second_moment=second_moment("variance"),
     decoupled_decay=_decay,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, entry, group_setting, second_moment
+from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, adam_update, entry, group_setting, second_moment
 from .table import Row
 
 
@@ -79,8 +79,7 @@ def _adam_update(reading: Reading) -> Tensor | None:
     if "exp_avg" not in state:
         return None
     first, second = (1 - beta ** state["step"] for beta in group["betas"])
-    update: Tensor = (state["exp_avg"].float() / first) / ((state["exp_avg_sq"].float() / second).sqrt() + group["eps"])
-    return update
+    return adam_update(state["exp_avg"], state["exp_avg_sq"], first, second, group["eps"])
 
 
 _ADAM = Adapter(

@@ -11,11 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Group, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .adapter import NOT_ORTHOGONAL, Adapter, Group, Reading, SecondMoment, entry, group_setting, number, second_moment
 from .table import Row
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
-_MOMENT = f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}"
+_MOMENT = f"first moment exp_avg after the step; {NOT_ORTHOGONAL}"
 _DECAY = group_setting("weight_decay")
 
 
@@ -81,7 +80,7 @@ def _low_rank_second_moment(reading: Reading) -> SecondMoment | None:
 def _galore(group: Group) -> Adapter:
     where = "lifted from the gradient's low-rank subspace" if "rank" in group else "of every coordinate, as the group has no rank"
     return Adapter(
-        f"first moment exp_avg after the step, {where}; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, {where}; {NOT_ORTHOGONAL}",
         momentum=_low_rank_momentum,
         second_moment=_low_rank_second_moment,
         decoupled_decay=_DECAY,  # taken from W after the update: a relative difference of ηλ
@@ -126,7 +125,7 @@ def _correction(group: Group, step: int) -> float:
 
 def _prodigy(rate: Any, decay: Any) -> Adapter:
     return Adapter(
-        f"first moment exp_avg after the step, of gradients times d; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, of gradients times d; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("exp_avg_sq"),
         learning_rate=rate,
@@ -162,7 +161,7 @@ def _step_of(reading: Reading) -> int:
 
 
 _SCHEDULE_FREE = Adapter(
-    f"gradient; the optimizer keeps no first moment; {_NOT_ORTHOGONAL}",
+    f"gradient; the optimizer keeps no first moment; {NOT_ORTHOGONAL}",
     second_moment=second_moment("exp_avg_sq"),
     learning_rate=_schedule_free_rate,
     decoupled_decay=_schedule_free_decay,
@@ -176,7 +175,7 @@ ROWS: dict[str, Row] = {
         _MOMENT, momentum=entry("exp_avg"), second_moment=second_moment("hessian", "hessian"), decoupled_decay=_DECAY
     ),
     "adam_mini.adam_mini.Adam_mini": Adapter(
-        f"first moment m after the step; {_NOT_ORTHOGONAL}",
+        f"first moment m after the step; {NOT_ORTHOGONAL}",
         momentum=_mini_momentum,
         second_moment=_mini_second_moment,
         decoupled_decay=_DECAY,

@@ -11,11 +11,22 @@ from torch import Tensor
 
 from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Group, Orthogonalisation, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .adapter import (
+    NOT_ORTHOGONAL,
+    Adapter,
+    Group,
+    Orthogonalisation,
+    Reading,
+    SecondMoment,
+    adam_update,
+    entry,
+    group_setting,
+    number,
+    second_moment,
+)
 from .table import Row
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
-_MOMENT = f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}"
+_MOMENT = f"first moment exp_avg after the step; {NOT_ORTHOGONAL}"
 
 
 def decay_of(reading: Reading) -> float:
@@ -52,8 +63,7 @@ def _adam_update(moment_of: Callable[[Reading], SecondMoment | None]) -> Callabl
         if moment is None or v is None or reading.group.get("rectify"):
             return None
         first, second = debias_factors(reading)
-        update: Tensor = moment.float() / first / ((v.values.float() / second).sqrt() + float(reading.group["eps"]))
-        return update
+        return adam_update(moment, v.values, first, second, reading.group["eps"])
 
     return read
 
@@ -117,7 +127,7 @@ def _mars(group: Group) -> Adapter:
     if group["mars_type"] != "shampoo":
         adamw = group["mars_type"] == "adamw"
         return Adapter(
-            f"{moment}; {_NOT_ORTHOGONAL}",
+            f"{moment}; {NOT_ORTHOGONAL}",
             momentum=entry("exp_avg"),
             second_moment=_largest_or("max_exp_avg_sq", "exp_avg_sq") if adamw else lambda reading: None,
             decoupled_decay=decay_of,
@@ -154,14 +164,14 @@ _ROWS: dict[str, Row] = {
     ),
     "adabound.AdaBound": Adapter(_MOMENT, momentum=entry("exp_avg"), second_moment=_EXP_AVG_SQ, decoupled_decay=decay_of),
     "lamb.Lamb": Adapter(
-        f"{_MOMENT.removesuffix(_NOT_ORTHOGONAL)}without the trust ratio; {_NOT_ORTHOGONAL}",
+        f"{_MOMENT.removesuffix(NOT_ORTHOGONAL)}without the trust ratio; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("exp_avg_sq"),
         decoupled_decay=decay_of,
         intended=_lamb_update,
     ),
     "lars.LARS": Adapter(
-        f"momentum_buffer after the step, of gradients scaled by the trust ratio, the gradient where there is none; {_NOT_ORTHOGONAL}",
+        f"momentum_buffer after the step, of gradients scaled by the trust ratio, the gradient where there is none; {NOT_ORTHOGONAL}",
         momentum=entry("momentum_buffer"),
         intended=_lars_update,
     ),
@@ -169,13 +179,13 @@ _ROWS: dict[str, Row] = {
         f"{_MOMENT}; the sign is taken of another average of it and the gradient", momentum=entry("exp_avg"), decoupled_decay=decay_of
     ),
     "novograd.NovoGrad": Adapter(
-        f"momentum moments after the step, of gradients divided by their norm; {_NOT_ORTHOGONAL}",
+        f"momentum moments after the step, of gradients divided by their norm; {NOT_ORTHOGONAL}",
         momentum=entry("moments"),
         second_moment=second_moment("grads_ema", "scalar"),  # of ‖g‖², summed and not averaged over coordinates
         decoupled_decay=decay_of,
     ),
     "sophia.SophiaH": Adapter(
-        f"first moment momentum after the step; {_NOT_ORTHOGONAL}",
+        f"first moment momentum after the step; {NOT_ORTHOGONAL}",
         momentum=entry("momentum"),
         second_moment=second_moment("hessian_moment", "hessian"),
         decoupled_decay=decay_of,
@@ -183,7 +193,7 @@ _ROWS: dict[str, Row] = {
     ),
     "mars.MARS": _mars,
     "adam_mini.AdamMini": Adapter(
-        f"first moment m after the step; {_NOT_ORTHOGONAL}",
+        f"first moment m after the step; {NOT_ORTHOGONAL}",
         momentum=_mini_momentum,
         second_moment=_mini_second_moment,
         intended=_mini_update,

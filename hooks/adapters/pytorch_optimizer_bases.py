@@ -6,12 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from .adapter import Adapter, Group, Reading, SecondMoment, entry, group_setting, second_moment
+from .adapter import NOT_ORTHOGONAL, Adapter, Group, Reading, SecondMoment, entry, group_setting, second_moment
 from .kronecker import implied_second_moment
 from .pytorch_optimizer import debias_factors, decay_of
 from .table import Row
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
 _DECAY = group_setting("weight_decay")
 
 
@@ -95,7 +94,7 @@ def _apollo_decay(reading: Reading) -> float:
 def _galore(group: Group) -> Adapter:
     where = "lifted from the gradient's low-rank subspace" if "rank" in group else "of every coordinate, as the group has no rank"
     return Adapter(
-        f"first moment exp_avg after the step, {where}; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, {where}; {NOT_ORTHOGONAL}",
         momentum=_low_rank_momentum,
         second_moment=_low_rank_second_moment,
         decoupled_decay=_DECAY,  # taken from W after the update: a relative difference of ηλ
@@ -110,7 +109,7 @@ def _apollo(group: Group) -> Adapter:
         else "of every coordinate, as the group has no rank"
     )
     return Adapter(
-        f"first moment exp_avg after the step, {where}; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, {where}; {NOT_ORTHOGONAL}",
         momentum=_low_rank_momentum,
         second_moment=_low_rank_second_moment,
         decoupled_decay=_apollo_decay,  # from W after the update, as GaLore's
@@ -120,18 +119,18 @@ def _apollo(group: Group) -> Adapter:
 _ROWS: dict[str, Row] = {
     # momentum_buffer holds the last preconditioned update, which is mixed into the next gradient.
     "shampoo.Shampoo": Adapter(
-        f"gradient; the optimizer keeps no average of gradients; {_NOT_ORTHOGONAL}",
+        f"gradient; the optimizer keeps no average of gradients; {NOT_ORTHOGONAL}",
         second_moment=_shampoo_second_moment,
         decoupled_decay=decay_of,
     ),
     "shampoo.ScalableShampoo": Adapter(
-        f"momentum after the step, of preconditioned gradients; {_NOT_ORTHOGONAL}",
+        f"momentum after the step, of preconditioned gradients; {NOT_ORTHOGONAL}",
         momentum=entry("momentum"),
         second_moment=_scalable_second_moment,
         decoupled_decay=_scalable_decay,
     ),
     "soap.SOAP": Adapter(
-        f"first moment exp_avg after the step, which is kept in the parameter's own basis; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, which is kept in the parameter's own basis; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("exp_avg_sq", "rotated"),
         decoupled_decay=_DECAY,  # taken from W after the update: a relative difference of ηλ

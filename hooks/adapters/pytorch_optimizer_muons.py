@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, entry, number, second_moment
+from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, adam_update, entry, number, second_moment
 from .muons import scaled_output
 from .pytorch_optimizer import debias_factors, decay_of
 from .table import Row
@@ -82,8 +82,7 @@ def _adamw_update(reading: Reading) -> Tensor | None:
     if "exp_avg" not in state:
         return None
     first, second = debias_factors(reading)
-    update: Tensor = (state["exp_avg"].float() / first) / ((state["exp_avg_sq"].float() / second).sqrt() + float(reading.group["eps"]))
-    return update
+    return adam_update(state["exp_avg"], state["exp_avg_sq"], first, second, reading.group["eps"])
 
 
 _ADAMW = Adapter(

@@ -10,11 +10,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, Reading, SecondMoment, group_setting
+from .adapter import NOT_ORTHOGONAL, Adapter, Reading, SecondMoment, group_setting
 from .table import Row
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
-_MOMENT = f"first moment after the step, decoded where it is quantised; {_NOT_ORTHOGONAL}"
+_MOMENT = f"first moment after the step, decoded where it is quantised; {NOT_ORTHOGONAL}"
 _DECAY = group_setting("weight_decay")
 
 # A moment and whether it was decoded.

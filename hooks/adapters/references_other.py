@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from .adapter import Adapter, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .adapter import NOT_ORTHOGONAL, Adapter, Reading, SecondMoment, adam_update, entry, group_setting, number, second_moment
 from .kronecker import implied_second_moment
 from .table import Row
 
@@ -26,9 +26,8 @@ def _onebit_update(reading: Reading) -> Tensor | None:
     if "exp_avg" not in state:
         return None
     beta1, beta2 = (number(beta) for beta in group["betas"])
-    corrected = state["exp_avg_sq"].float() / (1 - beta2 ** min(state["step"], group["freeze_step"]))
-    update: Tensor = state["exp_avg"].float() / (1 - beta1 ** state["step"]) / (corrected.sqrt() + group["eps"])
-    return update
+    seen_by_v = min(state["step"], group["freeze_step"])
+    return adam_update(state["exp_avg"], state["exp_avg_sq"], 1 - beta1 ** state["step"], 1 - beta2**seen_by_v, group["eps"])
 
 
 def _sophia_update(reading: Reading) -> Tensor | None:
@@ -40,7 +39,6 @@ def _sophia_update(reading: Reading) -> Tensor | None:
     return update.clamp(-1, 1)
 
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
 _DECAY = group_setting("weight_decay")
 
 ROWS: dict[str, Row] = {
@@ -50,20 +48,20 @@ ROWS: dict[str, Row] = {
         decoupled_decay=_DECAY,
     ),
     "optiscope.examples.optimizers.caspr.CASPR": Adapter(
-        f"first moment exp_avg after the step, before it is preconditioned; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, before it is preconditioned; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=_caspr_second_moment,
         decoupled_decay=_DECAY,
     ),
     "optiscope.examples.optimizers.onebit_adam.OneBitAdam": Adapter(
-        f"first moment exp_avg after the step, compressed to its sign and one scale after the warm-up; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, compressed to its sign and one scale after the warm-up; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=_onebit_second_moment,
         decoupled_decay=_DECAY,
         intended=_onebit_update,
     ),
     "optiscope.examples.optimizers.sophia_g.SophiaG": Adapter(
-        f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("hessian", "hessian"),
         decoupled_decay=_DECAY,

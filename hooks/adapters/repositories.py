@@ -14,11 +14,10 @@ from torch import Tensor
 from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
 from . import dion, emerging_optimizers
-from .adapter import Adapter, Orthogonalisation, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .adapter import NOT_ORTHOGONAL, Adapter, Orthogonalisation, Reading, SecondMoment, entry, group_setting, number, second_moment
 from .kronecker import implied_second_moment
 from .table import Row
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
 _DECAY = group_setting("weight_decay")
 
 
@@ -110,7 +109,7 @@ def _shampoo_decay(reading: Reading) -> float:
 
 
 _SHAMPOO = Adapter(
-    f"filtered_grad, the blocks put together, after the step and before it is preconditioned; {_NOT_ORTHOGONAL}",
+    f"filtered_grad, the blocks put together, after the step and before it is preconditioned; {NOT_ORTHOGONAL}",
     momentum=_shampoo_momentum,
     second_moment=_shampoo_second_moment,
     decoupled_decay=_shampoo_decay,
@@ -166,7 +165,7 @@ ROWS: dict[str, Row] = {
     **emerging_optimizers.ROWS,
     "distributed_shampoo.distributed_shampoo.DistributedShampoo": _SHAMPOO,
     "soap.SOAP": Adapter(
-        f"first moment exp_avg after the step, turned back from the optimizer's basis; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step, turned back from the optimizer's basis; {NOT_ORTHOGONAL}",
         momentum=_soap_momentum,
         second_moment=second_moment("exp_avg_sq", "rotated"),
         decoupled_decay=_soap_decay,

@@ -9,7 +9,19 @@ from torch import Tensor
 
 from ...diagnostics.ns_families import Coefficients, repeat_last
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Group, Orthogonalisation, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .adapter import (
+    NOT_ORTHOGONAL,
+    Adapter,
+    Group,
+    Orthogonalisation,
+    Reading,
+    SecondMoment,
+    adam_update,
+    entry,
+    group_setting,
+    number,
+    second_moment,
+)
 from .muons import scaled_output, torch_iteration
 from .table import Row
 
@@ -66,8 +78,7 @@ def _adam_update(reading: Reading) -> Tensor | None:
     beta1, beta2 = (float(beta) for beta in reading.group["betas"])
     step = float(reading.state["step"])
     # Under `maximize` the moment is already one of −g.
-    update: Tensor = (moment.float() / (1 - beta1**step)) / ((v.values.float() / (1 - beta2**step)).sqrt() + float(reading.group["eps"]))
-    return update
+    return adam_update(moment, v.values, 1 - beta1**step, 1 - beta2**step, reading.group["eps"])
 
 
 def _adamax_second_moment(reading: Reading) -> SecondMoment | None:
@@ -131,7 +142,7 @@ def _rmsprop(group: Group) -> Adapter:
             return entry("momentum_buffer")(reading)
         return None if group.get("centered") else _divided(reading, reading.state.get("square_avg"), float(group["eps"]))
 
-    return Adapter(f"{buffer}; {_NOT_ORTHOGONAL}", momentum=momentum, second_moment=second_moment("square_avg"), intended=intended)
+    return Adapter(f"{buffer}; {NOT_ORTHOGONAL}", momentum=momentum, second_moment=second_moment("square_avg"), intended=intended)
 
 
 def _asgd_rate(reading: Reading) -> float:
@@ -139,11 +150,10 @@ def _asgd_rate(reading: Reading) -> float:
     return number(reading.before)
 
 
-_NOT_ORTHOGONAL = "the optimizer does not orthogonalise"
-_NO_MOMENTUM = f"gradient; the optimizer keeps no first moment; {_NOT_ORTHOGONAL}"
+_NO_MOMENTUM = f"gradient; the optimizer keeps no first moment; {NOT_ORTHOGONAL}"
 
 ADAM = Adapter(
-    f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}",
+    f"first moment exp_avg after the step; {NOT_ORTHOGONAL}",
     momentum=entry("exp_avg"),
     second_moment=_adam_second_moment,
     decoupled_decay=_adam_decay,
@@ -164,14 +174,14 @@ ROWS: dict[str, Row] = {
     "torch.optim.adamw.AdamW": ADAM,
     "torch.optim.adam.Adam": ADAM,
     "torch.optim.sgd.SGD": Adapter(
-        f"momentum_buffer after the step, the gradient where there is no momentum; {_NOT_ORTHOGONAL}",
+        f"momentum_buffer after the step, the gradient where there is no momentum; {NOT_ORTHOGONAL}",
         momentum=entry("momentum_buffer"),
         intended=_sgd_update,
     ),
     "torch.optim.nadam.NAdam": replace(ADAM, intended=lambda reading: None),
     "torch.optim.radam.RAdam": replace(ADAM, intended=lambda reading: None),
     "torch.optim.adamax.Adamax": Adapter(
-        f"first moment exp_avg after the step; {_NOT_ORTHOGONAL}",
+        f"first moment exp_avg after the step; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=_adamax_second_moment,
         intended=_adamax_update,
