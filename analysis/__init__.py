@@ -8,20 +8,20 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import (
-        allocation,
-        kappa_by_layer,
-        kappa_by_operator,
-        kappa_vs_residual,
-        residual_curves,
-        rms_alignment,
-        shallow_vs_deep,
-    )
+    from . import allocation
     from .checks import Finding, check
     from .run import open_run
     from .scheduling import derive_schedule
+    from .studies import kappa_by_layer, kappa_by_operator, kappa_vs_residual, residual_curves, rms_alignment, shallow_vs_deep
 
-STUDIES = ("kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment")
+STUDIES = (
+    "kappa_vs_residual",
+    "kappa_by_operator",
+    "kappa_by_layer",
+    "shallow_vs_deep",
+    "residual_curves",
+    "rms_alignment",
+)  # in the order of the report
 
 # No name here is also a module's: importing that module would bind it in place of the function.
 _HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "checks", "Finding": "checks"}
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(f".{_HOME[name]}", __name__), name)
     elif name in __all__:
-        value = import_module(f".{name}", __name__)
+        value = import_module(f".studies.{name}" if name in STUDIES else f".{name}", __name__)
     else:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     globals()[name] = value

@@ -9,8 +9,8 @@ import xarray as xr
 from numpy.typing import ArrayLike
 
 from ..diagnostics.update_size import READABLE_NOISE
-from . import rms_alignment
 from .run import ns_schedules, records
+from .studies import rms_alignment
 
 Severity = Literal["info", "warning", "error"]
 SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")

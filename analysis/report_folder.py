@@ -16,7 +16,7 @@ def analyse_study(run: xr.DataTree, name: str, folder: Path, *, required: bool) 
 
     A study that a run does not allow (no orthogonalised matrix, say) is skipped with the reason, unless `required`.
     """
-    module = import_module(f".{name}", __package__)
+    module = import_module(f".studies.{name}", __package__)
     try:
         dataset = module.study(run)
     except ValueError as error:

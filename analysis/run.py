@@ -48,11 +48,12 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     """One group of a run, names as plain strings.
 
     Raises:
-        ValueError: the run has no records of that group.
+        ValueError: the run has no records of that group; the text says how to record them.
     """
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
-        raise ValueError(f"run: no {group} records yet; record at least one step with measure including {group!r}")
+        how = "call recorder.curvature(loss_fn) from time to time" if group == "curvature" else f"attach with measure=(…, {group!r})"
+        raise ValueError(f"run: no {group} records; to record them, {how}")
     # Zarr gives NumPy's variable-width strings, which few functions take.
     texts = {name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str)) for name in ("name", "operator", "optimizer")}
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset

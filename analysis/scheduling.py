@@ -10,9 +10,9 @@ from ..diagnostics.newton_schulz import ns_flops
 from ..diagnostics.schedule import OperatorSchedule, Schedule
 from ..diagnostics.spectrum import precision_floor
 from ..diagnostics.spectrum_sketch import unsketch
-from . import residual_curves
 from .allocation import RULES, Allocation, Problem, lower_bound, problem, uniform
 from .run import orthogonalised, own_residual, records
+from .studies import residual_curves
 
 # Momentum of 0.95 forgets its zero start in about this many steps.
 BURN_IN = 20

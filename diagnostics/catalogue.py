@@ -12,8 +12,22 @@ from .update_size import READABLE_NOISE
 SCHEMA = 1  # of the store; raised when a reader of the old one would misread a run
 NS_STEPS = 10  # residuals are predicted after 0, 1, …, NS_STEPS steps
 
-# Sizes of the dimensions beyond (step, matrix).
-EXTRA_DIMENSIONS = {"quantile": POINTS, "ns_step": NS_STEPS + 1}
+# Levels of the quantiles over a matrix's elements: logarithmic into both tails, where ε and clipping act.
+LEVELS = (0.0, 1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999, 0.9999, 1.0)
+SIDES = ("left", "right")  # of a matrix: its rows, its columns
+BLOCK_STATISTICS = ("mean", "max", "min", "norm")  # of v in a block, from which the block's one learning rate could be made
+MAP_SIDE = 16  # a map of a matrix has at most 16×16 tiles
+
+# Dimensions beyond (step, matrix): size, and the coordinate along them where there is one for all matrices.
+EXTRA_DIMENSIONS = {
+    "quantile": POINTS,
+    "ns_step": NS_STEPS + 1,
+    "level": len(LEVELS),
+    "side": len(SIDES),
+    "statistic": len(BLOCK_STATISTICS),
+    "tile": MAP_SIDE * MAP_SIDE,
+}
+EXTRA_COORDINATES: dict[str, tuple[float, ...] | tuple[str, ...]] = {"level": LEVELS, "side": SIDES, "statistic": BLOCK_STATISTICS}
 
 
 @dataclass(frozen=True)
@@ -56,8 +70,28 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("ns_schedule", "geometry", "1", "NS schedule in force", "index into the attribute ns_schedules of this group; −1: the optimizer does not orthogonalise", dtype="int16"),
     Quantity("ns_residual", "geometry", "1", "predicted NS residual (Gram)", f"{_GRAM}, after ns_step steps of {_OWN}, from the full spectrum in float64", extra="ns_step"),
     Quantity("ns_residual_polar", "geometry", "1", "predicted NS residual (polar)", f"‖O − UVᵀ‖_F/√r after ns_step steps of {_OWN}, from the full spectrum in float64", extra="ns_step"),
+    Quantity(
+        "recoverable_share", "geometry", "1", "share of singular values that bfloat16 carries",
+        "share of σ/‖M‖_F ≥ 0.425·2⁻⁸·(1/√rows + 1/√cols), the rounding noise of a bfloat16 iteration's input",
+    ),
     Quantity("ns_residual_achieved", "geometry", "1", "achieved NS residual (Gram)", f"{_GRAM}, of the O read back from the applied update; missing where update_noise > {READABLE_NOISE}"),
     Quantity("alignment", "geometry", "1", "alignment of update and NS input", f"⟨M, O⟩/‖M‖_*, O read back from the applied update; missing where update_noise > {READABLE_NOISE}"),
+    Quantity(
+        "row_dispersion", "geometry", "1", "dispersion of O's row norms",
+        "standard deviation over mean of ‖O_i·‖², O the orthogonalised update before any normalisation; missing where O is not known",
+    ),
+    Quantity(
+        "column_dispersion", "geometry", "1", "dispersion of O's column norms",
+        "standard deviation over mean of ‖O_·j‖², O the orthogonalised update before any normalisation; missing where O is not known",
+    ),
+    Quantity(
+        "rotation_drift", "geometry", "1", "drift of the rotation",
+        "1 − Σ_i (R_tᵀR_{t−1})_ii²/rows, R the rotation that the optimizer keeps (ARO): 0 where it stays, towards 1 where all axes turn; missing without one",
+    ),
+    Quantity(
+        "rotation_gain", "geometry", "1", "gain of the rotation",
+        "⟨M, R f(RᵀM)⟩/⟨M, f(M)⟩ with the optimizer's own f, f(M) scaled to the same Frobenius norm: above 1 where the rotated rule follows M better; missing without one",
+    ),
     Quantity("update_rms", "update", "parameter units", "RMS of the applied update", "RMS(W_t − W_{t+1}), learning rate and weight decay included", dtype="float64"),
     Quantity("update_norm", "update", "parameter units", "Frobenius norm of the applied update", "‖W_t − W_{t+1}‖_F, learning rate and weight decay included", dtype="float64"),
     Quantity("update_rms_per_lr", "update", "1", "RMS of the update per learning rate", "RMS(W_t(1 − ηλ) − W_{t+1})/η, decoupled decay taken out; coupled decay cannot be", dtype="float64"),
@@ -84,6 +118,16 @@ QUANTITIES: tuple[Quantity, ...] = (
         "−1 where that was not seen", dtype="int16",
     ),
     Quantity(
+        "trust_ratio", "update", "1", "trust ratio in force",
+        "the factor by which the optimizer scales this matrix's step (LAMB: φ(‖W‖)/‖U + λW‖; LARS: coefficient·‖W‖/(‖G‖ + λ‖W‖)); missing for optimizers without one",
+        dtype="float64",
+    ),
+    Quantity(
+        "correction_variance_ratio", "update", "1", "variance of the corrected gradient over that of the gradient",
+        "Var(C)/Var(G) over the matrix's elements, C the variance-reduced gradient that the optimizer averages (MARS), after its clipping; missing without one",
+    ),
+    Quantity("correction_cosine", "update", "1", "cosine of corrected and plain gradient", "⟨C, G⟩/(‖C‖_F‖G‖_F), C as in correction_variance_ratio; missing without one"),
+    Quantity(
         "second_moment_mean", "second_moment", "gradient units²", "mean of the second moment",
         "mean of the second moment as the optimizer keeps it (decoded, in the form second_moment_form), no bias correction", dtype="float64",
     ),
@@ -91,9 +135,98 @@ QUANTITIES: tuple[Quantity, ...] = (
         "second_moment_form", "second_moment", "1", "form of the second moment",
         "index into the attribute forms of this group; −1: the optimizer keeps none, or it is not known where", dtype="int16",
     ),
+    Quantity(
+        "second_moment_quantile", "second_moment", "gradient units²", "quantiles of the second moment",
+        "of v̂ over the matrix's elements at the levels `level`: v̂ = v/(1 − β₂ᵗ) where the optimizer corrects its bias, else v; right to the width of a bin, 2⁻⁴ of the value",
+        extra="level",
+    ),
+    Quantity("second_moment_eps", "second_moment", "gradient units", "ε of the optimizer", "the ε that √v̂ is added to or bounded by; missing where there is none", dtype="float64"),
+    Quantity("eps_share", "second_moment", "1", "share of coordinates under ε", "share of √v̂ < ε; at equality the step is half of what it would be"),
+    Quantity("near_eps_share", "second_moment", "1", "share of coordinates near ε", "share of √v̂ < 1000·ε, where ε takes more than 0.1 % off the step"),
+    Quantity(
+        "snr_quantile", "second_moment", "1", "quantiles of the signal-to-noise ratio",
+        "of |m̂|/√v̂ over the matrix's elements at the levels `level`, both bias-corrected where the optimizer corrects them; right to the width of a bin, 2⁻⁴ of the value",
+        extra="level",
+    ),
+    Quantity(
+        "rank1_information", "second_moment", "nat", "mutual information of rows and columns of v",
+        "of v/Σv read as a joint distribution: Σ v/Σv·ln(v/v̂₁), v̂₁ = row sums × column sums/Σv (Adafactor). 0: v is its rank-1 form; at most ln min(rows, cols)",
+    ),
+    Quantity("rank1_log_error", "second_moment", "decade", "error of the rank-1 second moment", "RMS of log10(v/v̂₁) over elements with v > 0"),
+    Quantity("rank1_log_error_max", "second_moment", "decade", "largest error of the rank-1 second moment", "max |log10(v/v̂₁)| over elements with v > 0"),
+    Quantity(
+        "block_partition", "second_moment", "1", "blocks of the Adam-mini partition",
+        "index into the attribute partitions of this group: what the block_ quantities are blocks of; −1 where v is not of every coordinate", dtype="int16",
+    ),
+    Quantity("block_dispersion", "second_moment", "nat", "dispersion of v within blocks", "τ = √(mean over blocks of Var(ln v)), elements with v > 0; 0: one learning rate for a block loses nothing"),
+    Quantity("block_variance_ratio", "second_moment", "1", "variance of v between over within blocks", "Var over blocks of mean ln v, over the mean within-block variance of ln v"),
+    Quantity("block_cv2", "second_moment", "1", "squared coefficient of variation of v within blocks", "mean over blocks of Var(v)/mean(v)²"),
+    Quantity("block_step_ratio", "second_moment", "1", "step of single coordinates over step of their block", "mean over elements of √(mean_b v/v); e^{3τ²/8} for log-normal v"),
+    Quantity(
+        "block_cosine", "second_moment", "1", "cosine of Adam's update and one with a learning rate per block",
+        "of m/√v and m/√s_b, s_b the block's `statistic` of v (mean: Adam-mini; norm: ‖v‖₂); e^{−τ²/8} for the mean, log-normal v and m∼N(0, v)", extra="statistic",
+    ),
+    Quantity(
+        "decay_spread", "second_moment", "decade", "spread of the effective weight decay",
+        "log10 of the 95 % over the 5 % quantile of the rate ηλ/(√v̂ + ε) at which coupled decay (Adam with L2) shrinks a coordinate; 0 for decoupled decay, missing without decay",
+    ),
+    Quantity("sophia_win_rate", "second_moment", "1", "Sophia's win rate", "share of coordinates whose update |m|/max(γh, ε) stays under the clip at 1; missing for optimizers without Hessian estimate and clip"),
+    Quantity("sophia_nonpositive_share", "second_moment", "1", "share of coordinates with h ≤ 0", "of the Hessian-diagonal estimate h that the optimizer keeps; such coordinates take sign steps"),
+    Quantity("factor_condition", "second_moment", "1", "condition number of a Kronecker factor", "λ_max/λ_min of the symmetric factor on that `side` (Shampoo's L and R), λ_min at least 1e-12·λ_max", extra="side", dtype="float64"),
+    Quantity("factor_effective_rank", "second_moment", "1", "effective rank of a Kronecker factor", "tr(L)/λ_max on that `side`", extra="side"),
+    Quantity("factor_exponent", "second_moment", "1", "exponent of the Kronecker factors", "p of LᵖGRᵖ as the optimizer applies it: −1/4 (Shampoo), −1/2 (idealised); missing where the eigenbasis is used instead (SOAP)"),
+    Quantity("eigenbasis_off_diagonal", "second_moment", "1", "energy off the diagonal in the kept eigenbasis", "1 − Σ_i (QᵀLQ)_ii²/‖QᵀLQ‖_F² on that `side`, Q the basis that the optimizer keeps: 0 where it is up to date; missing without one", extra="side"),
+    Quantity("eigenbasis_information", "second_moment", "nat", "mutual information of v in the eigenbasis", "rank1_information of the second moment kept in the rotated basis (SOAP): 0 means that the Kronecker factors alone suffice (Shampoo)"),
+    Quantity("second_moment_map", "second_moment_map", "decade", "map of the second moment", "mean of log10 v over tiles of the matrix, min(16, rows) × min(16, cols) of them, row by row, the rest missing", extra="tile"),
+    Quantity("rank1_map", "second_moment_map", "decade", "map of the rank-1 second moment", "mean of log10 v̂₁ over the tiles of second_moment_map", extra="tile"),
+    Quantity(
+        "gradient_sigma_quantile", "gradient", "1", "normalised singular values of the gradient",
+        "σ(G)/‖G‖_F in ascending order at the levels quantile_level, both extremes included", extra="quantile",
+    ),
+    Quantity("gradient_fro_norm", "gradient", "gradient units", "Frobenius norm of the gradient", "‖G_t‖_F as the optimizer sees it", dtype="float64"),
+    Quantity("gradient_condition_number", "gradient", "1", "condition number of the gradient", "σ_1/σ_r; a lower bound where gradient_condition_is_floor", dtype="float64"),
+    Quantity("gradient_condition_is_floor", "gradient", "1", "condition number of the gradient is a lower bound", "true where σ_r lies under the rounding noise of the gradient's storage format", dtype="bool"),
+    Quantity("gradient_stable_rank", "gradient", "1", "stable rank of the gradient", "‖G‖_F²/σ_1²"),
+    Quantity("gradient_cosine", "gradient", "1", "cosine of gradient and NS input", "⟨G, M⟩/(‖G‖_F‖M‖_F), M the matrix that the group geometry describes"),
+    Quantity(
+        "block_sigma_quantile", "blocks", "1", "normalised singular values of a block",
+        "of the block's rows of the matrix that the group geometry describes, in ascending order at the levels quantile_level", extra="quantile",
+    ),
+    Quantity("block_fro_norm", "blocks", "gradient units", "Frobenius norm of a block", "of the block's rows of the matrix that the group geometry describes", dtype="float64"),
+    Quantity("block_condition_number", "blocks", "1", "condition number of a block", "σ_1/σ_r of the block; a lower bound where block_condition_is_floor", dtype="float64"),
+    Quantity("block_condition_is_floor", "blocks", "1", "condition number of a block is a lower bound", "true where σ_r lies under the rounding noise of the storage format", dtype="bool"),
+    Quantity("block_stable_rank", "blocks", "1", "stable rank of a block", "‖B‖_F²/σ_1² of the block B"),
+    Quantity("block_update_rms_per_lr", "blocks", "1", "RMS of a block's update per learning rate", "as update_rms_per_lr, over the block", dtype="float64"),
+    Quantity(
+        "subspace_overlap", "stacking", "1", "overlap of leading singular subspaces",
+        "‖U_1ᵀU_2‖_F²/q, U_k the q leading singular vectors on that `side` of the pair's matrices, q the larger of their stable ranks rounded up", extra="side",
+    ),
+    Quantity("subspace_overlap_null", "stacking", "1", "overlap of random subspaces", "q/n, what subspace_overlap is on average for random subspaces, n the vectors' length", extra="side"),
+    Quantity("gram_distance", "stacking", "1", "distance of Gram matrices", "‖A_1 − A_2‖_F/2, A_k = G_kG_kᵀ/tr on the left `side`, G_kᵀG_k/tr on the right: 0 where stacking equals the layers' own orthogonalisation", extra="side"),
+    Quantity("stack_condition_number", "stacking", "1", "condition number of the stacked pair", "κ of [M_1 M_2] (left `side`, shared left vectors: TEON's mode 1) and of M_1 over M_2 (right)", extra="side", dtype="float64"),
+    Quantity("stack_condition_gain", "stacking", "decade", "conditioning gained by stacking", "log10 of the larger κ of the pair's matrices over κ of the stack", extra="side"),
+    Quantity(
+        "ns_residual_bfloat16", "precision", "1", "NS residual of the bfloat16 iteration (Gram)",
+        f"{_GRAM}, after ns_step steps of the optimizer's own coefficients run in bfloat16 (products summed in float32)", extra="ns_step",
+    ),
+    Quantity(
+        "ns_residual_polar_bfloat16", "precision", "1", "NS residual of the bfloat16 iteration (polar)",
+        "‖O − UVᵀ‖_F/√r of that iteration's output against the exact polar factor of the NS input", extra="ns_step",
+    ),
 )  # fmt: skip
 
-GROUPS = ("geometry", "update", "second_moment")
+DEFAULT_GROUPS = ("geometry", "update", "second_moment")
+# Recorded when asked for: each costs about as much as the geometry, the map in storage.
+ON_REQUEST = ("second_moment_map", "gradient", "blocks", "stacking", "precision")
+GROUPS = DEFAULT_GROUPS + ON_REQUEST
+
+# Blocks of coordinates that Adam-mini gives one learning rate (arXiv 2406.16793).
+PARTITIONS = (
+    "head",  # a head's rows: query and key projections
+    "row",  # an output neuron: value and output projections, MLPs
+    "token",  # a row of an embedding or of the head
+    "whole",  # the whole matrix
+)
 
 # What an optimizer keeps as its second moment v.
 SECOND_MOMENT_FORMS = (

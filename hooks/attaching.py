@@ -8,7 +8,7 @@ from typing import Any, Literal
 from torch import nn
 from torch.optim import Optimizer
 
-from ..diagnostics.catalogue import GROUPS
+from ..diagnostics.catalogue import DEFAULT_GROUPS, GROUPS
 from ..diagnostics.operators import OperatorRule
 from .cadence import Cadence
 from .layout import Layout
@@ -29,7 +29,7 @@ def attach(
     *,
     every: int | None = None,
     overhead: float = 0.01,
-    measure: Sequence[str] = GROUPS,
+    measure: Sequence[str] = DEFAULT_GROUPS,
     operators: OperatorRule | None = None,
     first_step: int | None = None,
     on_error: Literal["warn", "raise"] = "warn",
@@ -46,7 +46,8 @@ def attach(
         store: a path for the run. An existing run of the same matrices is continued.
         every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
         overhead: share of training time that recording may take, with `every=None`.
-        measure: groups of quantities to record, of "geometry", "update" and "second_moment".
+        measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", "gradient",
+            "blocks", "stacking" and "precision".
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
         first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.

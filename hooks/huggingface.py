@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-from ..diagnostics.catalogue import GROUPS
+from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
 from .callback_session import CallbackSession
 
@@ -32,7 +32,7 @@ class OptiscopeCallback(TrainerCallback):
         *,
         every: int | None = None,
         overhead: float = 0.01,
-        measure: Sequence[str] = GROUPS,
+        measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..diagnostics.catalogue import EXTRA_DIMENSIONS, SECOND_MOMENT_FORMS, Quantity, in_group
+from ..diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, PARTITIONS, SECOND_MOMENT_FORMS, Quantity, in_group
 from .matrices import Matrix, Names, coordinates, find_matrices, quantile_levels
 from .writer import Writer
 
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
     from .watched import Watched
 
 # Lists that variables of a group hold indices into.
-_ATTRIBUTES: dict[str, dict[str, Any]] = {"geometry": {"ns_schedules": []}, "second_moment": {"forms": list(SECOND_MOMENT_FORMS)}}
+_ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "geometry": {"ns_schedules": []},
+    "second_moment": {"forms": list(SECOND_MOMENT_FORMS), "partitions": list(PARTITIONS)},
+}
 
 Key: TypeAlias = tuple[str, int, int, str]  # what tells a row of the store: name, rows, cols, optimizer
 
@@ -84,6 +87,8 @@ class Layout:
     def _create_variables(self, group: str, matrices: int) -> None:
         """Those that the group lacks: all of a new one, those that a run of an earlier version did not have."""
         for quantity in in_group(group):
+            if quantity.extra in EXTRA_COORDINATES and not self._writer.has(group, quantity.extra):
+                self._writer.create_coordinate(group, quantity.extra, _along(quantity.extra))
             if not self._writer.has(group, quantity.name):
                 texts = {"long_name": quantity.long_name, "units": quantity.units, "definition": quantity.definition}
                 dimensions = ("matrix",) if quantity.extra is None else ("matrix", quantity.extra)
@@ -128,7 +133,16 @@ def _stored_keys(writer: Writer, group: str) -> list[Key]:
 
 def _coordinates(group: str, matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
     along_matrix = coordinates(matrices)
-    return {**along_matrix, "quantile_level": quantile_levels(matrices)} if group == "geometry" else along_matrix
+    return (
+        {**along_matrix, "quantile_level": quantile_levels(matrices)}
+        if any(q.extra == "quantile" for q in in_group(group))
+        else along_matrix
+    )
+
+
+def _along(dimension: str) -> NDArray[Any]:
+    values = EXTRA_COORDINATES[dimension]
+    return np.array(values, dtype=np.dtypes.StringDType()) if isinstance(values[0], str) else np.array(values)
 
 
 def _shape(quantity: Quantity, matrices: int) -> tuple[int, ...]:

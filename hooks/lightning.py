@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..diagnostics.catalogue import GROUPS
+from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
 from .callback_session import CallbackSession
 
@@ -42,7 +42,7 @@ class OptiscopeCallback(*_callback_classes()):  # type: ignore[misc]
         *,
         every: int | None = None,
         overhead: float = 0.01,
-        measure: Sequence[str] = GROUPS,
+        measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:

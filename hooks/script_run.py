@@ -13,7 +13,7 @@ import zarr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..diagnostics.catalogue import GROUPS
+from ..diagnostics.catalogue import DEFAULT_GROUPS
 from .cadence import Stopwatch
 from .callback_session import CallbackSession
 from .lifetime import still_open
@@ -50,7 +50,7 @@ class ScriptRun:
         Raises:
             ValueError: an `every` or `overhead` out of range.
         """
-        self._session = CallbackSession(store, every=every, overhead=overhead, measure=GROUPS, operators=None, on_error="warn")
+        self._session = CallbackSession(store, every=every, overhead=overhead, measure=DEFAULT_GROUPS, operators=None, on_error="warn")
         self._optimizers: list[Optimizer] = []  # attached to
         self._layers: set[int] = set()  # ids of them, and of those that they wrap
         self._models: list[nn.Module] = []

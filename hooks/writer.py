@@ -67,6 +67,8 @@ class Writer:
     def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
         """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional).
 
+        Coordinates along other dimensions are added by :meth:`create_coordinate`.
+
         Raises:
             TakenOver: as in :meth:`flush`.
         """
@@ -109,6 +111,11 @@ class Writer:
                 array.resize(shape)
             raise
 
+    def create_coordinate(self, group: str, name: str, values: NDArray[Any]) -> None:
+        """Add a static coordinate along the dimension of its own name."""
+        self._root[group].create_array(name, data=values, dimension_names=(name,), overwrite=True)  # type: ignore[union-attr]
+        self._static[group].add(name)
+
     def create_array(
         self,
         group: str,
@@ -131,7 +138,7 @@ class Writer:
 
     def has(self, group: str, name: str | None = None) -> bool:
         """Whether the run has the group, or the group the variable."""
-        return group in self._groups and (name is None or name in self._groups[group])
+        return group in self._groups and (name is None or name in self._groups[group] or name in self._static[group])
 
     @property
     def last_step(self) -> int:

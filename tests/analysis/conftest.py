@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
+from optiscope.diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, PARTITIONS, SECOND_MOMENT_FORMS, in_group
 from optiscope.diagnostics.operators import classify, layer_index
 from optiscope.diagnostics.spectrum_sketch import sketch, sketch_levels
 
@@ -30,9 +31,12 @@ def build_run():
     shape: (r, r); optimizer: "Muon", or any other name for one that does not orthogonalise; schedule: index into
     `schedules`; target: RMS of ΔW/lr for an exact polar factor; size: factor on the update; floor: κ is a bound;
     update, geometry: entries of those groups that are set to something else.
+
+    `groups={"second_moment": {"rank1_information": values, …}}` adds quantities of other groups, or of these two, as arrays of
+    shape (steps, matrices) or (steps, matrices, extra); `scalars={"loss": values}` what was logged.
     """
 
-    def build_run(matrices, *, steps=(10, 20, 30), schedules=((JORDAN,) * 5,), eps=1e-7, lr=0.02, attrs=None):
+    def build_run(matrices, *, steps=(10, 20, 30), schedules=((JORDAN,) * 5,), eps=1e-7, lr=0.02, attrs=None, groups=None, scalars=None):
         steps, names = np.array(steps), list(matrices)
         described = [_described(matrix, len(steps)) for matrix in matrices.values()]
         text = np.dtypes.StringDType()
@@ -47,17 +51,31 @@ def build_run():
         }
         levels = np.stack([sketch_levels(min(m["shape"])) for m in described])
         cells = [[_cell(m, t, schedules, _at(lr, t)) for m in described] for t in range(len(steps))]
-        groups = {}
-        for group, dtypes in (("geometry", GEOMETRY), ("update", UPDATE)):
+        built = {}
+        for group in dict.fromkeys(("geometry", "update", *(groups or {}))):
+            dtypes = {"geometry": GEOMETRY, "update": UPDATE}.get(group, {})
             variables = {
                 name: (("step", "matrix", *extra), np.array([[cell[group][name] for cell in row] for row in cells], dtype=dtype))
                 for name, (dtype, *extra) in dtypes.items()
             }
-            groups[group] = xr.Dataset(variables, coords=coords)
-        groups["geometry"] = groups["geometry"].assign_coords(quantile_level=(("matrix", "quantile"), levels))
-        groups["geometry"].attrs["ns_schedules"] = [{"coefficients": [list(t) for t in s], "eps": eps} for s in schedules]
+            given = (groups or {}).get(group, {})
+            for quantity in in_group(group):
+                dims, sizes = _dims(quantity)
+                if quantity.name in given or quantity.name not in variables:
+                    values = np.full((len(steps), len(names), *sizes), quantity.missing, dtype=quantity.dtype)
+                    values[...] = given.get(quantity.name, values)
+                    variables[quantity.name] = (("step", "matrix", *dims), values)
+            along = {q.extra: list(EXTRA_COORDINATES[q.extra]) for q in in_group(group) if q.extra in EXTRA_COORDINATES}
+            built[group] = xr.Dataset(variables, coords={**coords, **along})
+            if any(q.extra == "quantile" for q in in_group(group)):
+                built[group] = built[group].assign_coords(quantile_level=(("matrix", "quantile"), levels))
+        built["geometry"].attrs["ns_schedules"] = [{"coefficients": [list(t) for t in s], "eps": eps} for s in schedules]
+        if "second_moment" in built:
+            built["second_moment"].attrs |= {"forms": list(SECOND_MOMENT_FORMS), "partitions": list(PARTITIONS)}
+        if scalars:
+            built["scalars"] = xr.Dataset({name: ("step", np.asarray(v, float)) for name, v in scalars.items()}, coords={"step": steps})
         root = {"optiscope_schema": 1, "created": "2026-01-01T00:00:00+00:00", "optimizers": [], "versions": {}, **(attrs or {})}
-        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=root), **groups})
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=root), **built})
 
     return build_run
 
@@ -74,6 +92,10 @@ UPDATE = {
         "update_to_weight", "update_rms_target", "update_rms_intended", "lr", "weight_decay", "changed_outside",
     )
 }  # fmt: skip
+
+
+def _dims(quantity):
+    return ((), ()) if quantity.extra is None else ((quantity.extra,), (EXTRA_DIMENSIONS[quantity.extra],))
 
 
 def _described(matrix, steps):

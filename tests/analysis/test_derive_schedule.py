@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from optiscope.analysis import derive_schedule, open_run
-from optiscope.analysis.residual_curves import SCHEDULES
 from optiscope.analysis.scheduling import default_window
+from optiscope.analysis.studies.residual_curves import SCHEDULES
 from optiscope.diagnostics import FAMILIES, Schedule, matched_coefficients
 
 JORDAN = (3.4445, -4.7750, 2.0315)

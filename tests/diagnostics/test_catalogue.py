@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import optiscope.diagnostics
-from optiscope.diagnostics.catalogue import EXTRA_DIMENSIONS, GROUPS, NS_STEPS, QUANTITIES, in_group
+from optiscope.diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, GROUPS, LEVELS, NS_STEPS, QUANTITIES, in_group
 from optiscope.diagnostics.spectrum_sketch import POINTS
 
 # Names that runs already written, and their readers, rely on.
@@ -40,7 +40,14 @@ def test_groups_share_out_the_quantities_in_order():
 
 
 def test_dimensions_are_known_and_have_their_sizes():
-    assert EXTRA_DIMENSIONS == {"quantile": POINTS, "ns_step": NS_STEPS + 1} == {"quantile": 64, "ns_step": 11}
+    assert (
+        {name: EXTRA_DIMENSIONS[name] for name in ("quantile", "ns_step")}
+        == {"quantile": POINTS, "ns_step": NS_STEPS + 1}
+        == {"quantile": 64, "ns_step": 11}
+    )
+    assert {name: len(values) for name, values in EXTRA_COORDINATES.items()}.items() <= EXTRA_DIMENSIONS.items()
+    assert list(LEVELS) == sorted(LEVELS)
+    assert [1 - level for level in reversed(LEVELS)] == pytest.approx(LEVELS)
     assert {quantity.extra for quantity in QUANTITIES} == {None, *EXTRA_DIMENSIONS}
 
 
@@ -55,9 +62,9 @@ def test_types_can_hold_what_they_must():
 
 def test_every_number_has_a_unit():
     units = {quantity.name: quantity.units for quantity in QUANTITIES}
-    assert set(units.values()) == {"1", "gradient units", "gradient units²", "parameter units"}
+    assert set(units.values()) == {"1", "gradient units", "gradient units²", "parameter units", "nat", "decade"}
     assert {name for name, unit in units.items() if unit == "parameter units"} == {"update_rms", "update_norm", "weight_rms"}
-    assert {name for name, unit in units.items() if unit == "gradient units"} == {"fro_norm", "grad_rms", "momentum_rms"}
+    assert {name for name, unit in units.items() if unit == "gradient units"} >= {"fro_norm", "grad_rms", "momentum_rms"}
 
 
 def test_the_public_surface_is_sorted_and_complete():

@@ -50,7 +50,11 @@ def test_bad_arguments(mlp: Make, tmp_path: Path) -> None:
     refused(ValueError, "^every: expected a number of steps of at least 1, .*; got 0$", every=0)
     refused(ValueError, "^overhead: expected a share of the training time above 0 and up to 1, got 2$", overhead=2)
     refused(ValueError, "^overhead: .* got 0$", overhead=0)
-    refused(ValueError, r"^measure: expected one or more of geometry, update, second_moment; got \['spectra'\]$", measure=["spectra"])
+    refused(
+        ValueError,
+        r"^measure: expected one or more of geometry, update, second_moment, second_moment_map, gradient, blocks, stacking, precision; got \['spectra'\]$",
+        measure=["spectra"],
+    )
     refused(ValueError, r"^measure: .*; got \(\)$", measure=())
     refused(ValueError, "^on_error: expected 'warn' or 'raise', got 'ignore'$", on_error="ignore")
 

@@ -5,8 +5,14 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from .figures import axes, finish
-from .run import median_by, spectra
+from ..figures import axes, finish
+from ..run import median_by, spectra
+
+QUESTION = "How does conditioning change with depth?"
+READING = (
+    "Each line is one moment of the training. A line that rises to the right says that deep layers are harder to orthogonalise "
+    "than shallow ones."
+)
 
 SNAPSHOTS = 4
 

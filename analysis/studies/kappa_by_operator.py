@@ -5,9 +5,16 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from .figures import axes, finish, operator_palette
-from .run import median_by, operators_of, spectra
-from .shape_null import null_log10_condition
+from ..figures import axes, finish, operator_palette
+from ..run import median_by, operators_of, spectra
+from ..shape_null import null_log10_condition
+
+QUESTION = "Which operators have ill-conditioned Newton–Schulz inputs, and how much of that is their shape?"
+READING = (
+    "Left: the higher a line, the more Newton–Schulz steps that kind of matrix needs; dotted lines show what random matrices of "
+    "the same shape have. Right: what remains when the shape's own part is taken off; lines above zero are harder than their "
+    "shape explains."
+)
 
 
 def study(run: xr.DataTree) -> xr.Dataset:

@@ -8,8 +8,14 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from .figures import axes, finish, operator_palette
-from .run import median_by, operators_of, spectra
+from ..figures import axes, finish, operator_palette
+from ..run import median_by, operators_of, spectra
+
+QUESTION = "Do shallow and deep layers of one operator go different ways?"
+READING = (
+    "Solid and dashed lines of one colour are the first and the last layers of the same operator. Where they part, one schedule "
+    "for the whole operator suits only one of them."
+)
 
 
 def study(run: xr.DataTree, operators: Sequence[str] | None = None) -> xr.Dataset:

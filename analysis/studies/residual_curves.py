@@ -7,10 +7,16 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
-from ..diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
-from .figures import axes, finish, operator_palette
-from .run import operators_of, orthogonalised, residual_of_records
+from ...diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
+from ...diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from ..figures import axes, finish, operator_palette
+from ..run import operators_of, orthogonalised, residual_of_records
+
+QUESTION = "How many Newton–Schulz steps does each operator need?"
+READING = (
+    "Each line shows how much of an operator's matrices is left unorthogonalised after k steps. Lines that are already low at few "
+    "steps can give steps away; lines that still fall steeply at the right would use more."
+)
 
 STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
 

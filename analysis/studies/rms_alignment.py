@@ -10,11 +10,17 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..diagnostics.newton_schulz import ns_map
-from ..diagnostics.spectrum_sketch import unsketch
-from ..diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
-from .figures import axes, finish, operator_palette
-from .run import ns_schedules, operators_of, own_residual, records
+from ...diagnostics.newton_schulz import ns_map
+from ...diagnostics.spectrum_sketch import unsketch
+from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
+from ..figures import axes, finish, operator_palette
+from ..run import ns_schedules, operators_of, own_residual, records
+
+QUESTION = "Are update sizes what they are meant to be?"
+READING = (
+    "Left: 1 means that updates have exactly the size an ideal orthogonalisation would give them. Right: size of an update per "
+    "unit of learning rate; 0.2 is what AdamW usually has, so that matrices near 0.2 can share AdamW's learning rate."
+)
 
 # o below this is counted as under-lifted: an NS budget problem; the rest of a² − 1 is the coefficients' band.
 UNDER_LIFTED = 0.5

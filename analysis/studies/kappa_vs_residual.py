@@ -7,10 +7,17 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
-from ..diagnostics.spectrum_sketch import TINY
-from .figures import axes, finish
-from .run import operators_of, orthogonalised, own_residual
-from .shape_null import null_log10_condition
+from ...diagnostics.spectrum_sketch import TINY
+from ..figures import axes, finish
+from ..run import operators_of, orthogonalised, own_residual
+from ..shape_null import null_log10_condition
+
+QUESTION = "Does the condition number tell how well a matrix is orthogonalised?"
+READING = (
+    "Every point is one matrix at one recorded step. Further right, the matrix that Newton–Schulz is given is worse conditioned; "
+    "further up, more of it is left unorthogonalised. If the points rise, the condition number predicts the residual. Triangles "
+    "mark condition numbers that are only known to be at least that large."
+)
 
 
 def study(run: xr.DataTree) -> xr.Dataset:

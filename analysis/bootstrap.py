@@ -1,0 +1,49 @@
+"""Error bars: what a statistic would be had the run had other layers of the same kind."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.stats import bootstrap
+
+RESAMPLES = 999
+LEVEL = 0.95
+
+
+def layer_interval(statistic: Callable[[NDArray[np.int64]], float], layers: ArrayLike) -> tuple[float, float]:
+    """95 % percentile interval of a statistic over resampled layers, whole layers at a time (a cluster bootstrap).
+
+    Matrices of one layer are not independent of each other and records of one matrix even less, so what is drawn, with
+    replacement, are layers with all that belongs to them. Seeded: the same run gives the same interval. An interval over
+    few layers is too narrow (with 4 of them a nominal 95 % covers about 80 %); it is missing under 3.
+
+    Args:
+        statistic: a function of the chosen matrices' indices (with repetitions) to a number; NaN where it has none.
+        layers: the layer of every matrix, shape (matrices,); matrices without one (−1) each count as a layer of their own.
+
+    Returns:
+        Lower and upper end, NaN where there are fewer than 3 layers or the statistic has no value.
+    """
+    label = np.asarray(layers, dtype=np.int64)
+    label = np.where(label < 0, -1 - np.arange(len(label)), label)
+    members = [np.flatnonzero(label == layer) for layer in np.unique(label)]
+    if len(members) < 3:
+        return float("nan"), float("nan")
+
+    def of_layers(chosen: NDArray[np.int64]) -> float:
+        return statistic(np.concatenate([members[int(i)] for i in chosen]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a resample may hold no value
+        found: Any = bootstrap(
+            (np.arange(len(members)),), of_layers, n_resamples=RESAMPLES, confidence_level=LEVEL, vectorized=False, method="percentile",
+            rng=np.random.default_rng(0),
+        )  # fmt: skip
+    # Of the finite resamples only: one without a value (all its matrices unrecorded) says nothing.
+    drawn = found.bootstrap_distribution[np.isfinite(found.bootstrap_distribution)]
+    if len(drawn) < RESAMPLES / 2:
+        return float("nan"), float("nan")
+    low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return float(low), float(high)
