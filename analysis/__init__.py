@@ -14,20 +14,21 @@ if TYPE_CHECKING:
     from .scheduling import derive_schedule
     from .studies import kappa_by_layer, kappa_by_operator, kappa_vs_residual, residual_curves, rms_alignment, shallow_vs_deep
 
-STUDIES = (
-    "kappa_vs_residual",
-    "kappa_by_operator",
-    "kappa_by_layer",
-    "shallow_vs_deep",
-    "residual_curves",
-    "rms_alignment",
-)  # in the order of the report
+# A study registers under its theme, in the order in which a report shows them.
+THEMES: dict[str, tuple[str, ...]] = {
+    "geometry": ("kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves"),
+    "update sizes": ("rms_alignment",),
+    "second moment": (),
+    "curvature": (),
+    "comparison": (),
+}
+STUDIES = tuple(name for names in THEMES.values() for name in names)
 
 # No name here is also a module's: importing that module would bind it in place of the function.
 _HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "checks", "Finding": "checks"}
 
 __all__ = [
-    "STUDIES", "Finding", "allocation", "check", "derive_schedule", "kappa_by_layer", "kappa_by_operator",
+    "STUDIES", "THEMES", "Finding", "allocation", "check", "derive_schedule", "kappa_by_layer", "kappa_by_operator",
     "kappa_vs_residual", "open_run", "residual_curves", "rms_alignment", "shallow_vs_deep",
 ]  # fmt: skip
 
