@@ -52,11 +52,38 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     """
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
-        how = "call recorder.curvature(loss_fn) from time to time" if group == "curvature" else f"attach with measure=(…, {group!r})"
-        raise ValueError(f"run: no {group} records; to record them, {how}")
+        raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
     # Zarr gives NumPy's variable-width strings, which few functions take.
     texts = {name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str)) for name in ("name", "operator", "optimizer")}
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+
+
+def _how_to_record(group: str) -> str:
+    return "call recorder.curvature(loss_fn) from time to time" if group == "curvature" else f"attach with measure=(…, {group!r})"
+
+
+def recorded(run: xr.DataTree, group: str, *names: str, otherwise: str) -> xr.Dataset:
+    """Chosen quantities of a group, read, of those matrices for which the first of them was recorded at least once.
+
+    Args:
+        run: as from `open_run`.
+        group: its name in the catalogue.
+        names: of quantities of the group; the first is the one without which there is nothing to study.
+        otherwise: why a record may hold none of it, for the message: "no optimizer in it keeps …".
+
+    Raises:
+        ValueError: the group was not recorded, or by a version without these quantities, or the first is missing throughout.
+    """
+    dataset = records(run, group)
+    if unknown := [name for name in names if name not in dataset]:
+        raise ValueError(f"run: recorded by an earlier version, without {', '.join(unknown)}; to record it, {_how_to_record(group)}")
+    dataset = dataset[list(names)].load()
+    first = dataset[names[0]]
+    there = (first.values >= 0) if first.dtype.kind == "i" else np.isfinite(first.values)
+    kept = np.flatnonzero(there.reshape(*first.shape[:2], -1).any(axis=(0, 2)))
+    if not len(kept):
+        raise ValueError(f"run: {otherwise}")
+    return dataset.isel(matrix=kept)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ import xarray as xr
 from optiscope import analysis
 from optiscope.analysis import open_run
 from optiscope.analysis.run import median_by, ns_schedules, operators_of, orthogonalised, own_residual, records
+from optiscope.analysis.run import recorded as recorded_quantities
 
 
 def test_a_recorded_run_is_what_plain_xarray_reads(recorded):
@@ -191,3 +192,37 @@ def test_median_by_is_the_quantile_of_each_label():
     np.testing.assert_array_equal(upper, [[2.5], [np.nan]])
     # A label that no matrix has is missing, not an error.
     assert np.isnan(median_by(xr.DataArray(values, dims=("step", "matrix")), list("aaabc"), ["none"])).all()
+
+
+def test_recorded_quantities_are_those_of_matrices_that_have_them(build_run):
+    names = [f"layers.{i}.attn.q_proj.weight" for i in range(3)]
+    values = np.array([[0.5, np.nan, np.nan], [0.25, np.nan, 1.0], [np.nan, np.nan, 2.0]])
+    run = build_run({name: {"sigma": (2.0, 1.0)} for name in names}, groups={"second_moment": {"block_dispersion": values}})
+    found = recorded_quantities(run, "second_moment", "block_dispersion", "block_cosine", otherwise="none")
+    assert found["name"].values.tolist() == [names[0], names[2]]
+    np.testing.assert_array_equal(found["block_dispersion"].values, values[:, [0, 2]].astype(np.float32))
+    # Quantities along a further dimension count where any of it is there, and an index where it points to something.
+    cosine, index = np.full((3, 3, 4), np.nan), np.full((3, 3), -1)
+    cosine[1, 2, 3], index[0, 1] = 0.5, 0
+    run = build_run(
+        {name: {"sigma": (2.0, 1.0)} for name in names}, groups={"second_moment": {"block_cosine": cosine, "block_partition": index}}
+    )
+    for quantity, name in (("block_cosine", names[2]), ("block_partition", names[1])):
+        assert recorded_quantities(run, "second_moment", quantity, otherwise="none")["name"].values.tolist() == [name]
+
+
+def test_what_was_not_recorded_is_told_from_what_no_optimizer_has(build_run):
+    matrices = {"layers.0.attn.q_proj.weight": {"sigma": (2.0, 1.0)}}
+
+    def message(run):
+        with pytest.raises(ValueError, match=r"^run: ") as caught:
+            recorded_quantities(run, "second_moment", "block_dispersion", "block_cosine", otherwise="no optimizer in it keeps one")
+        return str(caught.value)
+
+    assert message(build_run(matrices)) == "run: no second_moment records; to record them, attach with measure=(…, 'second_moment')"
+    run = build_run(matrices, groups={"second_moment": {}})
+    assert message(run) == "run: no optimizer in it keeps one"
+    del run["second_moment"]["block_cosine"]
+    assert message(run) == (
+        "run: recorded by an earlier version, without block_cosine; to record it, attach with measure=(…, 'second_moment')"
+    )
