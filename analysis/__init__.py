@@ -1,4 +1,4 @@
-"""What a run means: opening it, the studies, the allocator, the checks.
+"""What a run means: opening it, the studies, the allocator, the findings.
 
 A study is a module with `study(run) -> xarray.Dataset`, `plot(dataset) -> matplotlib Figure` and `summary(dataset) -> str`.
 Names are imported when first used, so that opening a run does not wait for the plotting libraries.
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import allocation
-    from .checks import Finding, check
+    from .findings import Finding, check
     from .run import open_run
     from .scheduling import derive_schedule
     from .studies import kappa_by_layer, kappa_by_operator, kappa_vs_residual, residual_curves, rms_alignment, shallow_vs_deep
@@ -25,7 +25,7 @@ THEMES: dict[str, tuple[str, ...]] = {
 STUDIES = tuple(name for names in THEMES.values() for name in names)
 
 # No name here is also a module's: importing that module would bind it in place of the function.
-_HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "checks", "Finding": "checks"}
+_HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "findings", "Finding": "findings"}
 
 __all__ = [
     "STUDIES", "THEMES", "Finding", "allocation", "check", "derive_schedule", "kappa_by_layer", "kappa_by_operator",

@@ -8,7 +8,7 @@ from typing import Any
 
 import xarray as xr
 
-from .checks import check
+from .findings import check
 
 
 def analyse_study(run: xr.DataTree, name: str, folder: Path, *, required: bool) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def check(
     """Check update sizes and hazards: exit code 0 clean, 1 findings, 2 unreadable."""
     from ..analysis import check as find
     from ..analysis import open_run
-    from ..analysis.checks import SEVERITIES
+    from ..analysis.findings import SEVERITIES
 
     findings = find(open_run(run))
     failing = [f for f in findings if SEVERITIES.index(f.severity) >= SEVERITIES.index(fail_on)]

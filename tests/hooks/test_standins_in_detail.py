@@ -14,7 +14,7 @@ from contract.standins import SOAP, DistributedShampoo, KFACPreconditioner
 from contract.standins_muon import SPEEDRUN, YOU, AdaptiveMuon, Dion, DionMuon, DionNorMuon, MarsM, NvidiaMuon
 from torch import Tensor, nn
 
-from optiscope.analysis import checks, open_run
+from optiscope.analysis import check, open_run
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import class_name
 from optiscope.hooks.adapters.repositories import packed_diagonal
@@ -161,7 +161,7 @@ def test_adaptive_muon_is_flagged(tmp_path: Path) -> None:
     late = update["update_rms_per_lr"].values[60:, 0] / 0.2
     # RMS(O/√V) tends to about 1 as V, an average over 20 steps without bias correction, fills. Seen: 4.482 beside √20 = 4.472.
     assert late.mean() == pytest.approx(sqrt(20), rel=0.05)
-    [finding] = [found for found in checks.check(run) if found.rule == "rms_off_target"]
+    [finding] = [found for found in check(run) if found.rule == "rms_off_target"]
     assert finding.severity == "error"
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optiscope.analysis import check, open_run
-from optiscope.analysis.checks import SEVERITIES, Finding
+from optiscope.analysis.findings import SEVERITIES, Finding
 
 Q, UP, ADAM = "layers.0.attn.q_proj.weight", "layers.1.mlp.up_proj.weight", "layers.0.attn.v_proj.weight"
 SIGMA = np.linspace(1, 0.3, 12)
@@ -151,11 +151,12 @@ def test_a_run_without_records_cannot_be_checked(record, tmp_path):
 
 
 def test_a_finding_is_plain_data():
-    finding = Finding("dead", "warning", "A sentence.", "Advice.", ("a", "b"))
+    finding = Finding("dead", "warning", "A sentence.", "Advice.", ("a", "b"), {"share": np.float32(0.5), "unknown": np.nan})
     assert finding.as_dict() == {
         "rule": "dead",
         "severity": "warning",
         "sentence": "A sentence.",
         "advice": "Advice.",
         "matrices": ("a", "b"),
+        "numbers": {"share": 0.5},
     }

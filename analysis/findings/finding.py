@@ -1,0 +1,72 @@
+"""One thing to know about a run, and what the rules that find it read."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import xarray as xr
+from numpy.typing import ArrayLike
+
+from ...diagnostics.catalogue import in_group
+from ..run import records
+
+Severity = Literal["info", "warning", "error"]
+SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing to know about a run.
+
+    Attributes:
+        rule: name of the rule.
+        severity: "info" never fails a check.
+        sentence: what was found, numbers included.
+        advice: what to do.
+        matrices: names of those concerned.
+        numbers: what the sentence rests on, by name; finite.
+    """
+
+    rule: str
+    severity: Severity
+    sentence: str
+    advice: str
+    matrices: tuple[str, ...] = ()
+    numbers: Mapping[str, float] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON, which knows no NaN."""
+        return {**asdict(self), "numbers": {name: float(value) for name, value in self.numbers.items() if math.isfinite(value)}}
+
+
+def group(run: xr.DataTree, name: str) -> xr.Dataset:
+    """A group with all of the catalogue's quantities, so that a rule need not ask which of them a run has.
+
+    A quantity that was not recorded is missing everywhere; a group that was not is one of no records and no matrices.
+    """
+    if name in run.children and run[name].sizes.get("step") and "matrix" in run[name].sizes:
+        dataset = records(run, name)
+    else:
+        none = ("matrix", np.empty(0, dtype=int))
+        texts = {coordinate: ("matrix", np.empty(0, dtype=str)) for coordinate in ("name", "operator", "optimizer")}
+        dataset = xr.Dataset(coords={**texts, "layer": none, "rows": none, "cols": none, "step": np.empty(0, dtype=int)})
+    shape = dataset.sizes["step"], dataset.sizes["matrix"]
+    absent = {
+        quantity.name: (("step", "matrix"), np.broadcast_to(np.array(quantity.missing, dtype=quantity.dtype), shape))
+        for quantity in in_group(name)
+        if quantity.name not in dataset
+    }
+    return dataset.assign(absent)
+
+
+def count(chosen: ArrayLike) -> str:
+    """How many matrices are chosen, in words."""
+    number = int(np.sum(chosen))
+    return "1 matrix" if number == 1 else f"{number} matrices"
+
+
+def names(dataset: xr.Dataset, chosen: ArrayLike) -> tuple[str, ...]:
+    """Names of the chosen matrices."""
+    return tuple(str(name) for name in dataset["name"].values[np.asarray(chosen)])
