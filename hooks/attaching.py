@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ..diagnostics.catalogue import DEFAULT_GROUPS, GROUPS
 from ..diagnostics.operators import OperatorRule
 from .cadence import Cadence
+from .heads import HeadsGiven, check_heads
 from .layout import Layout
 from .lifetime import writing_to
 from .matrices import Names, find_matrices
@@ -31,6 +32,7 @@ def attach(
     overhead: float = 0.01,
     measure: Sequence[str] = DEFAULT_GROUPS,
     operators: OperatorRule | None = None,
+    heads: HeadsGiven = None,
     first_step: int | None = None,
     on_error: Literal["warn", "raise"] = "warn",
 ) -> "Recorder":
@@ -49,6 +51,7 @@ def attach(
         measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", "gradient",
             "blocks", "stacking" and "precision".
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
+        heads: attention heads, or (query heads, key/value heads), of all layers; None: found on the model's modules and configuration.
         first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
 
@@ -77,7 +80,7 @@ def attach(
     for recorder in writing_to(Path(store)):
         recorder.close()  # a cell that is run again: what the first recorder holds is committed before the second goes on
     watched = watch(_as_list(optimizers))
-    names = Names(model, operators)
+    names = Names(model, operators, check_heads(heads))
     matrices = find_matrices(watched, names)
     measured = [m for m in matrices if set(measure) != {"geometry"} or m.geometry]
     if not measured:

@@ -57,7 +57,9 @@ class Layout:
             if new and not self._writer.has(group):
                 self._create(group, new)
             elif new:
-                self._writer.extend_group(group, _coordinates(group, new))
+                # A run of an earlier version has fewer coordinates.
+                known_there = {key: values for key, values in _coordinates(group, new).items() if self._writer.has(group, key)}
+                self._writer.extend_group(group, known_there)
             keys += map(_key, new)
             if self._writer.has(group):
                 self._create_variables(group, len(keys))

@@ -1,7 +1,7 @@
 """Which parameters are recorded, and under which names."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..diagnostics.adam_mini import UNKNOWN_HEADS, Heads
 from ..diagnostics.operators import OperatorRule, classify, clean_name, layer_index
 from ..diagnostics.spectrum_sketch import sketch_levels
+from .heads import find_heads, heads_of
 
 if TYPE_CHECKING:
     from .watched import Watched
@@ -36,6 +38,7 @@ class Matrix:
     geometry: bool
     index: int | None = None  # which slice of the parameter, where that is a stack of matrices (experts)
     members: "tuple[Matrix, ...]" = ()  # what this matrix consists of, side by side, where its NS problem spans parameters
+    heads: Heads = UNKNOWN_HEADS  # of its attention layer, where it is a projection of one: of queries, of keys and values
 
     def fits(self, parameter: Tensor) -> bool:
         """Whether the parameter still has the shape it had when recording began."""
@@ -53,8 +56,8 @@ class Matrix:
 class Names:
     """What a model calls its parameters, and which of them belong to a convolution."""
 
-    def __init__(self, model: nn.Module | None, rule: OperatorRule | None) -> None:
-        self._model, self.rule = model, rule
+    def __init__(self, model: nn.Module | None, rule: OperatorRule | None, heads: Heads | None = None) -> None:
+        self._model, self.rule, self._heads = model, rule, heads
 
     def look_up(self) -> tuple[dict[int, str], set[int]]:
         """Names by `id` of the parameter, and the ids of convolutions' weights. Looked up anew: models change."""
@@ -67,6 +70,11 @@ class Names:
         kernels = {id(p) for m in self._model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
         return names, kernels
 
+    def heads(self) -> Callable[[nn.Parameter], Heads]:
+        """A function of the parameter: the heads that were given, else those that the model tells."""
+        found = find_heads(self._model) if self._heads is None else {}
+        return lambda parameter: found.get(id(parameter), self._heads or UNKNOWN_HEADS)
+
 
 def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
     """Every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
@@ -75,6 +83,7 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
         ValueError: a parameter is sharded.
     """
     name_of, kernels = names.look_up()
+    heads = names.heads()
     found: dict[int, list[Matrix]] = {}
     stacked: list[Matrix] = []
     for one in watched:
@@ -93,7 +102,10 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
                     )
                 operator = classify(name, names.rule)
                 geometry = (ns is not None or operator not in _NO_GEOMETRY) and id(p) not in stacked_ids
-                whole = Matrix(p, one.label, name, operator, layer_index(name), p.shape[0], p.numel() // p.shape[0], geometry)
+                whole = Matrix(
+                    p, one.label, name, operator, layer_index(name), p.shape[0], p.numel() // p.shape[0], geometry,
+                    heads=heads_of(operator, heads(p)),
+                )  # fmt: skip
                 is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)
                 found[id(p)] = _slices(whole) if is_stack else [whole]
             stacked += [_side_by_side([found[id(p)][0] for p in stack]) for stack in stacks]
@@ -114,7 +126,7 @@ def _side_by_side(members: list[Matrix]) -> Matrix:
 
 
 def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
-    """Coordinates along `matrix`. Text as NumPy's variable-width strings, which Zarr stores without a warning."""
+    """Coordinates along `matrix`; heads are 0 where they are not known, or there are none. Text as NumPy's variable-width strings, which Zarr stores without a warning."""
     text = np.dtypes.StringDType()
     return {
         "name": np.array([m.name for m in matrices], dtype=text),
@@ -123,6 +135,8 @@ def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
         "rows": np.array([m.rows for m in matrices], dtype="int64"),
         "cols": np.array([m.cols for m in matrices], dtype="int64"),
         "optimizer": np.array([m.optimizer for m in matrices], dtype=text),
+        "query_heads": np.array([m.heads[0] for m in matrices], dtype="int32"),
+        "kv_heads": np.array([m.heads[1] for m in matrices], dtype="int32"),
     }
 
 
