@@ -1,15 +1,19 @@
 """`diag run`: somebody's training script, unmodified and recorded."""
 
+import json
 import os
 import shutil
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import command
+
+if TYPE_CHECKING:
+    from ..diagnostics.about import Value
 
 STARTUP = Path(__file__).with_name("startup")
 
@@ -26,6 +30,14 @@ def run(
         float | None,
         typer.Option(
             help="Record so often that it takes at most this share of the time; 0.01 by default.", metavar="P", show_default=False
+        ),
+    ] = None,
+    about: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What you state about the run, as seed=0, data=wiki or tokens_per_step=8192; may be given several times.",
+            metavar="NAME=VALUE",
+            show_default=False,
         ),
     ] = None,
     overwrite: Annotated[
@@ -47,15 +59,22 @@ def run(
         raise ValueError(f"--every: expected a number of steps of at least 1, got {every}")
     if overhead is not None and not 0 < overhead <= 1:
         raise ValueError(f"--overhead: expected a share of the training time above 0 and up to 1, got {overhead}")
+    stated = _stated(about) if about else {}
     if not sys.executable:
         raise RuntimeError("sys.executable: expected the path of the Python interpreter to run the script with, got none")
     environment = dict(os.environ)
     if _records():
         if output.exists():
             _make_way(output, overwrite)
-        environment |= _settings(output, every, overhead)
+        environment |= _settings(output, every, overhead, stated)
     # In place of this process: signals, exit code and streams need nobody to pass them on.
     os.execve(sys.executable, [sys.executable, *(["-m"] if module else []), script, *(arguments or [])], environment)
+
+
+def _stated(about: list[str]) -> "dict[str, Value]":
+    from ..diagnostics.about import parsed  # loads NumPy, which nothing else here needs
+
+    return parsed(about)
 
 
 def _records() -> bool:
@@ -71,10 +90,11 @@ def _make_way(output: Path, overwrite: bool) -> None:
         shutil.rmtree(output)
 
 
-def _settings(output: Path, every: int | None, overhead: float | None) -> dict[str, str]:
+def _settings(output: Path, every: int | None, overhead: float | None, about: "dict[str, Value]") -> dict[str, str]:
     """The environment that `startup/sitecustomize.py` reads, and takes away again before the script sees it."""
     path = os.environ.get("PYTHONPATH")
-    wanted = {"STORE": output.absolute(), "EVERY": every, "OVERHEAD": overhead, "PYTHONPATH": path}
+    stated = json.dumps(about) if about else None
+    wanted = {"STORE": output.absolute(), "EVERY": every, "OVERHEAD": overhead, "ABOUT": stated, "PYTHONPATH": path}
     settings = {f"OPTISCOPE_RUN_{name}": str(value) for name, value in wanted.items() if value is not None}
     # An empty entry would be the current folder.
     return {**settings, "PYTHONPATH": os.pathsep.join([str(STARTUP), *([path] if path else [])])}

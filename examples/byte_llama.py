@@ -7,6 +7,7 @@ are trained by Muon, the rest by AdamW. About 80 s of CPU time.
 """
 
 import argparse
+import hashlib
 import pydoc_data.topics
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -153,7 +154,13 @@ def train(store: str | Path, config: Config, report: Callable[[int, float], None
     adamw = torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)
     before = validation_loss(model, validation, config)
 
-    with attach([muon, adamw], model, store, every=config.every) as recorder:
+    about = {  # what the recorder cannot see, for `diag compare`
+        "data": f"Python language reference {hashlib.sha256(bytes(training.tolist())).hexdigest()[:12]}",
+        "tokens_per_step": config.batch * config.sequence,
+        "seed": config.seed,
+        "budget": f"{config.steps} steps",
+    }
+    with attach([muon, adamw], model, store, every=config.every, about=about) as recorder:
         for step in range(1, config.steps + 1):
             loss = model(*batches(training, config, generator))
             loss.backward()

@@ -1,13 +1,14 @@
 """`attach`: checking what is asked for, laying out the run, and setting a recorder on its optimizers."""
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import nn
 from torch.optim import Optimizer
 
+from ..diagnostics.about import Value, checked
 from ..diagnostics.catalogue import DEFAULT_GROUPS, GROUPS
 from ..diagnostics.operators import OperatorRule
 from .cadence import Cadence
@@ -34,6 +35,7 @@ def attach(
     operators: OperatorRule | None = None,
     heads: HeadsGiven = None,
     first_step: int | None = None,
+    about: Mapping[str, Value] | None = None,
     on_error: Literal["warn", "raise"] = "warn",
 ) -> "Recorder":
     """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
@@ -53,10 +55,12 @@ def attach(
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
         heads: attention heads, or (query heads, key/value heads), of all layers; None: found on the model's modules and configuration.
         first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
+        about: what you state about this training, kept with the run: texts, numbers and truth values. `data`, `tokens_per_step`, `seed`
+            and `budget` are read by `diag compare`.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
 
     Raises:
-        TypeError: something in `optimizers` is no optimizer, or `model` no module.
+        TypeError: something in `optimizers` is no optimizer, `model` no module, or something in `about` no plain value.
         ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued.
 
     Example:
@@ -77,6 +81,7 @@ def attach(
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     cadence = Cadence(every, overhead)
+    stated: dict[str, Any] = {"about": checked(about)} if about else {}
     for recorder in writing_to(Path(store)):
         recorder.close()  # a cell that is run again: what the first recorder holds is committed before the second goes on
     watched = watch(_as_list(optimizers))
@@ -89,7 +94,7 @@ def attach(
             f"{' and '.join(measure)} of, so nothing can be recorded"
         )
     optimizers_now = [describe_optimizer(w) for w in watched]
-    writer = Writer(store, {**describe_software(), "optimizers": optimizers_now})
+    writer = Writer(store, {**describe_software(), "optimizers": optimizers_now, **stated})
     layout = Layout(writer, [group for group in GROUPS if group in measure])
     if not layout.describes(matrices):
         raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
@@ -103,7 +108,7 @@ def attach(
         continued: list[dict[str, Any]] = writer.attributes[""].setdefault("continued", [])
         # One that recorded nothing leaves no trace: the next takes its place.
         continued[:] = [entry for entry in continued if entry["first_step"] < first_step]
-        continued.append({"first_step": first_step, **describe_software(), "optimizers": optimizers_now})
+        continued.append({"first_step": first_step, **describe_software(), "optimizers": optimizers_now, **stated})
         log.warning(
             "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on",
             store,

@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..diagnostics.about import Value, checked
 from ..diagnostics.operators import OperatorRule
 from .attaching import attach
 from .cadence import Cadence
@@ -39,17 +40,18 @@ class CallbackSession:
         measure: Sequence[str],
         operators: OperatorRule | None,
         on_error: Literal["warn", "raise"],
+        about: Mapping[str, Value] | None = None,
     ) -> None:
         """Options as of :func:`attach`.
 
         Raises:
-            ValueError: an `every` or `overhead` out of range.
+            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
         """
         Cadence(every, overhead)  # refuses them here, long before the training begins
         self.recorder: Recorder | None = None
         self._store = Path(store)
         self._options: dict[str, Any] = {
-            "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error,
+            "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error, "about": checked(about),
         }  # fmt: skip
         self._steps: int | None = None  # of the training let go of last
         self._close: weakref.finalize[Any, Any] | None = None

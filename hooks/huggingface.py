@@ -5,6 +5,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
+from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
 from .callback_session import CallbackSession
@@ -34,11 +35,12 @@ class OptiscopeCallback(TrainerCallback):
         overhead: float = 0.01,
         measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
+        about: Mapping[str, Value] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         """`store` and the options are those of :func:`optiscope.hooks.attach`."""
         self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=operators, on_error=on_error
+            store, every=every, overhead=overhead, measure=measure, operators=operators, about=about, on_error=on_error
         )  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:

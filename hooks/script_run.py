@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import inf
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import zarr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from .cadence import Stopwatch
 from .callback_session import CallbackSession
@@ -44,13 +45,15 @@ class ScriptRun:
         outcome: what was recorded, in a clause; known after the end.
     """
 
-    def __init__(self, store: str | Path, *, every: int | None, overhead: float) -> None:
+    def __init__(self, store: str | Path, *, every: int | None, overhead: float, about: Mapping[str, Value] | None = None) -> None:
         """Options as of :func:`optiscope.hooks.attach`.
 
         Raises:
-            ValueError: an `every` or `overhead` out of range.
+            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
         """
-        self._session = CallbackSession(store, every=every, overhead=overhead, measure=DEFAULT_GROUPS, operators=None, on_error="warn")
+        self._session = CallbackSession(
+            store, every=every, overhead=overhead, measure=DEFAULT_GROUPS, operators=None, about=about, on_error="warn"
+        )
         self._optimizers: list[Optimizer] = []  # attached to
         self._layers: set[int] = set()  # ids of them, and of those that they wrap
         self._models: list[nn.Module] = []

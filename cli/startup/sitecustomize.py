@@ -25,9 +25,10 @@ AWAITED = "torch.optim.optimizer"
 class Start:
     """Waits on `sys.meta_path` for torch's optimizers, then at their steps, and tells at the end what came of it."""
 
-    def __init__(self, store: str, every: str | None, overhead: str | None) -> None:
+    def __init__(self, store: str, every: str | None, overhead: str | None, about: str | None = None) -> None:
         self._store = store
         self._options = {"every": every and int(every), "overhead": float(overhead or 0.01)}
+        self._about = about
         self._process = os.getpid()
         self._recording: Any = None
         self._hook: Any = None
@@ -74,6 +75,7 @@ class Start:
             self._give_up(error)
 
     def _begin(self, optimizer: "Any") -> None:
+        import json
         import logging
         from importlib import import_module
 
@@ -86,8 +88,9 @@ class Start:
         asyncio = logging.getLogger("asyncio")  # tells of the event loop that Zarr makes
         level = asyncio.level
         asyncio.setLevel(logging.WARNING)
+        about = json.loads(self._about or "{}")
         try:
-            self._recording = import_module("optiscope.hooks.script_run").ScriptRun(self._store, **self._options)
+            self._recording = import_module("optiscope.hooks.script_run").ScriptRun(self._store, about=about, **self._options)
             self._recording.before_step(optimizer)
         finally:
             asyncio.setLevel(level)
@@ -133,7 +136,7 @@ def start() -> None:
     folder = os.path.dirname(__file__)
     sys.path.remove(folder)
     sys.path_importer_cache.pop(folder, None)
-    waiting = Start(settings["STORE"], settings.get("EVERY"), settings.get("OVERHEAD"))
+    waiting = Start(settings["STORE"], settings.get("EVERY"), settings.get("OVERHEAD"), settings.get("ABOUT"))
     sys.meta_path.insert(0, waiting)
     atexit.register(waiting.end)
     _import_the_environments_own()

@@ -23,6 +23,7 @@ def test_the_demo_records_what_it_says(demo, strict_json):
     said = strict_json(result.stdout)
     assert said["run"] == str(folder / "demo.zarr")
     run = open_run(said["run"])
+    assert run.attrs["about"].keys() == {"data", "tokens_per_step", "seed", "budget"}
     assert run["geometry"]["step"].values.tolist() == list(range(10, 301, 10))
     scalars = run["scalars"].to_dataset()
     assert float(scalars["validation_loss"][-1]) == said["validation_loss"][1]

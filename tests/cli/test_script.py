@@ -55,12 +55,15 @@ def told(path, records, last):
 def test_a_gpt_of_the_usual_public_form(tmp_path):
     """Fused attention, tied weights, decay groups, accumulation, clipping, torch.compile, settings through exec."""
     command = SCRIPTS / "train_gpt.py", "--n_head=4", "--compile=True"
-    (code, out, err), plain = both(tmp_path, *command, options=["--every", 2])
+    (code, out, err), plain = both(
+        tmp_path, *command, options=["--every", 2, "--about", "seed=1", "--about", "data=a=b", "--about", "lr=0.5"]
+    )
     assert (code, out) == plain[:2]
     assert out.count("loss 0x") == 6 + 2
     assert (code, err) == (0, plain[2] + told(tmp_path / "run.zarr", 3, 6))
     run = open_run(tmp_path / "run.zarr")
     assert steps(run) == {group: [2, 4, 6] for group in ("update", "geometry", "second_moment")}
+    assert run.attrs["about"] == {"seed": 1, "data": "a=b", "lr": 0.5}
     layers = {
         f"transformer.h.{i}.{name}.weight": operator
         for i in range(2)
@@ -248,6 +251,7 @@ REFUSED = {
     "--overhead: expected a share of the training time above 0 and up to 1, got 1.5": ["--overhead", "1.5", "train.py"],
     "--overhead: expected a share of the training time above 0 and up to 1, got nan": ["--overhead", "nan", "train.py"],
     "--every and --overhead: expected one of them, got both": ["--every", "1", "--overhead", "0.1", "train.py"],
+    "about: expected NAME=VALUE, for example seed=0, got 'seed'": ["--about", "seed", "train.py"],
     "run: photos is not an Optiscope run": ["--overwrite", "-o", "photos", "train.py"],
 }
 

@@ -166,6 +166,24 @@ def test_settings_of_a_continued_run_are_recorded_as_they_are(tmp_path: Path, re
     assert run.attrs["continued"][0]["optimizers"][0]["groups"][0]["adjust_lr_fn"] == "match_rms_adamw"
 
 
+def test_what_the_user_states_is_kept(tmp_path: Path, read: Read) -> None:
+    model = nn.Linear(8, 4, bias=False)
+    optimizer = SGD(model.parameters(), lr=0.1)
+    model.weight.grad = torch.ones_like(model.weight)
+    for seed in (np.int64(0), 1):
+        with attach(optimizer, model, tmp_path / "run.zarr", every=1, about={"data": "ones", "seed": seed}):
+            optimizer.step()
+    attributes = read(tmp_path / "run.zarr").attrs
+    assert attributes["about"] == {"data": "ones", "seed": 0}
+    assert [session["about"] for session in attributes["continued"]] == [{"data": "ones", "seed": 1}]
+    with attach(optimizer, model, tmp_path / "plain.zarr", every=1):
+        optimizer.step()
+    assert "about" not in read(tmp_path / "plain.zarr").attrs
+    with pytest.raises(TypeError, match=r"^about: expected a text, a number or a truth value for 'data', got list$"):
+        attach(optimizer, model, tmp_path / "refused.zarr", about={"data": ["a"]})  # type: ignore[dict-item]
+    assert not (tmp_path / "refused.zarr").exists()
+
+
 # The end
 
 

@@ -125,12 +125,14 @@ def test_a_training_is_recorded_and_stays_the_same_to_the_bit(tmp_path: Path, re
     plain = trainer(tmp_path / "plain", **evaluating)
     plain.train()
     told = Told()
-    watched = trainer(tmp_path / "watched", OptiscopeCallback(tmp_path / "run.zarr", every=1, on_error="raise"), told, **evaluating)
+    callback = OptiscopeCallback(tmp_path / "run.zarr", every=1, about={"seed": 1}, on_error="raise")
+    watched = trainer(tmp_path / "watched", callback, told, **evaluating)
     watched.train()
     assert fingerprint(watched) == fingerprint(plain)
     assert hooks_on(watched) == 0
 
     run = read(tmp_path / "run.zarr")
+    assert run.attrs["about"] == {"seed": 1}
     # Accumulation: 12 batches, 6 steps.
     assert (told.steps, told.micro_steps) == (6, 6)
     assert steps_in(run) == [1, 2, 3, 4, 5, 6]
@@ -292,6 +294,8 @@ def test_bad_arguments_are_refused_before_the_training() -> None:
         OptiscopeCallback("run.zarr", every=0)
     with pytest.raises(ValueError, match=r"^overhead: expected a share"):
         OptiscopeCallback("run.zarr", overhead=2)
+    with pytest.raises(TypeError, match=r"^about: expected a text, a number or a truth value"):
+        OptiscopeCallback("run.zarr", about={"data": None})
 
 
 def test_a_missing_library_is_named_with_its_installation() -> None:

@@ -147,11 +147,12 @@ def test_a_fit_is_recorded_and_stays_the_same_to_the_bit(tmp_path: Path, read: R
         return module, fingerprint(module, fitting)
 
     module, plain = fit()
-    recorded, watched = fit(OptiscopeCallback(tmp_path / "run.zarr", every=1, on_error="raise"))
+    recorded, watched = fit(OptiscopeCallback(tmp_path / "run.zarr", every=1, about={"seed": 1}, on_error="raise"))
     assert watched == plain
     assert recorded.losses == module.losses
 
     run = read(tmp_path / "run.zarr")
+    assert run.attrs["about"] == {"seed": 1}
     # Accumulation: 2 epochs of 8 batches, 8 steps.
     assert len(module.losses) == 16
     assert steps_in(run) == list(range(1, 9))
