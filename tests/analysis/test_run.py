@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 
@@ -182,6 +183,22 @@ def test_orthogonalised_leaves_out_what_no_record_orthogonalised(build_run):
         }
     )
     assert orthogonalised(run)["name"].values.tolist() == ["layers.0.attn.q_proj.weight"]
+
+
+def test_median_by_is_numpys_quantile_with_gaps():
+    rng = np.random.default_rng(0)
+    values, labels = rng.standard_normal((40, 12)), np.repeat(["a", "b", "c"], (1, 4, 7))
+    values[rng.random(values.shape) < 0.4] = np.nan
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # rows without a value
+        for q in (0, 0.05, 0.25, 0.5, 0.9, 1):
+            expected = np.stack([np.nanquantile(values[:, labels == label], q, axis=1) for label in "abc"], axis=1)
+            # Both interpolate linearly, in another order: 2e-16 apart.
+            np.testing.assert_allclose(
+                median_by(xr.DataArray(values, dims=("step", "matrix")), labels, list("abc"), q), expected, rtol=1e-14
+            )
+    infinite = xr.DataArray([[1.0, np.inf, np.inf, np.nan]], dims=("step", "matrix"))
+    assert median_by(infinite, list("aaaa"), "a")[0, 0] == np.inf
 
 
 def test_median_by_is_the_quantile_of_each_label():
