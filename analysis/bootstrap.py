@@ -1,10 +1,11 @@
 """Error bars: what a statistic would be had the run had other layers of the same kind."""
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 from scipy.stats import bootstrap
 
@@ -47,3 +48,29 @@ def layer_interval(statistic: Callable[[NDArray[np.int64]], float], layers: Arra
         return float("nan"), float("nan")
     low, high = np.quantile(drawn, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
+
+
+def medians_by(values: xr.DataArray, labels: ArrayLike, order: Sequence[Any]) -> NDArray[np.float64]:
+    """Of the matrices of each label: lower end, median, upper end, the ends over resampled layers; shape (3, len(order)).
+
+    A matrix counts once, with its median over the records; what is missing or not finite is left out, and an end is missing
+    where `layer_interval` has none.
+
+    Args:
+        values: (step, matrix), with the coordinate `layer`.
+        labels: of every matrix, shape (matrices,).
+        order: the labels asked for.
+    """
+    finite = np.where(np.isfinite(values.values), values.values, np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # matrices without any value
+        per_matrix = np.nanmedian(finite, axis=0)
+    known, label, layers = np.isfinite(per_matrix), np.asarray(labels), values["layer"].values
+    found = np.full((3, len(order)), np.nan)
+    for i, one in enumerate(order):
+        chosen = known & (label == one)
+        if chosen.any():
+            own = per_matrix[chosen]
+            low, high = layer_interval(lambda drawn, own=own: float(np.median(own[drawn])), layers[chosen])  # type: ignore[misc]
+            found[:, i] = low, np.median(own), high
+    return found

@@ -4,11 +4,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import seaborn as sns
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ..diagnostics.operators import OPERATORS
+
+FEW = 12  # records that are marked one by one
 
 
 def axes(columns: int = 1, *, width: float = 6.0, height: float = 4.2) -> tuple[Figure, list[Axes]]:
@@ -41,6 +46,65 @@ def finish(ax: Axes, *, title: str, x: str, y: str, log_x: bool = False, log_y: 
         sns.move_legend(
             ax, "center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, title=legend.get_title().get_text() or None
         )
+
+
+def operator_lines(ax: Axes, dataset: xr.Dataset, name: str, *, legend: bool = True) -> None:
+    """`name` (step, operator) over training, one line per operator, with a band from `name_lower` to `name_upper` where there are such."""
+    operators = [str(o) for o in dataset["operator"].values]
+    palette = operator_palette(operators)
+    table = dataset[name].to_dataframe().reset_index()
+    marker = "o" if dataset.sizes["step"] <= FEW else None  # a line through one point is not seen
+    sns.lineplot(
+        table,
+        x="step",
+        y=name,
+        hue="operator",
+        palette=palette,
+        hue_order=operators,
+        marker=marker,
+        markersize=5,
+        ax=ax,
+        legend=legend,
+        errorbar=None,
+    )
+    if f"{name}_lower" in dataset:
+        for o in operators:
+            one = dataset.sel(operator=o)
+            low, high = one[f"{name}_lower"].values, one[f"{name}_upper"].values
+            ax.fill_between(one["step"].values, low, high, color=palette[o], alpha=0.12, linewidth=0)
+
+
+def intervals(
+    ax: Axes,
+    names: Sequence[str],
+    bars: NDArray[np.float64],
+    colours: Sequence[Any],
+    *,
+    label: str | None = None,
+    offset: float = 0.0,
+    **look: Any,
+) -> None:
+    """One mark per name, from the top down, with its error bar where there is one.
+
+    Args:
+        ax: the axes.
+        names: of the rows.
+        bars: lower end, value, upper end, shape (3, len(names)).
+        colours: of the marks.
+        label: in the legend, where the marks are grey.
+        offset: downwards, in rows, so that two marks of one row do not cover each other.
+        look: of `Axes.errorbar`: `marker`, `markerfacecolor`, `markersize`.
+    """
+    low, value, high = bars
+    # A percentile interval need not hold the estimate itself.
+    reach = np.stack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
+    style = {"marker": "o", "linestyle": "none", "markersize": 6, "elinewidth": 1.4, "capsize": 0} | look
+    for i, colour in enumerate(colours):
+        ax.errorbar(value[i : i + 1], [i + offset], xerr=reach[:, i : i + 1], color=colour, **style)
+    if label:
+        ax.errorbar([], [], label=label, color="0.4", **style)
+    ax.set_yticks(np.arange(len(names)), names)
+    ax.set_ylim(len(names) - 0.4, -0.6)
 
 
 def _style() -> AbstractContextManager[Any]:

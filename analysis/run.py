@@ -85,6 +85,27 @@ def recorded(run: xr.DataTree, group: str, *names: str, otherwise: str) -> xr.Da
     return dataset.isel(matrix=kept)
 
 
+def common(*datasets: xr.Dataset) -> list[xr.Dataset]:
+    """Of groups of one run, the records and matrices that all of them have: a run may have been continued with other groups.
+
+    Raises:
+        ValueError: there are none.
+    """
+    steps = [dataset["step"].values.tolist() for dataset in datasets]
+    names = [dataset["name"].values.tolist() for dataset in datasets]
+    shared = [set(labels[0]).intersection(*labels[1:]) for labels in (steps, names)]
+    if not all(shared):
+        raise ValueError("run: the groups this needs were never recorded together; attach with all of them in one measure=(…)")
+    # In the order of the first, whatever order a later record of the run has.
+    matrices = [name for name in names[0] if name in shared[1]]
+    chosen = []
+    for dataset, own_steps, own_names in zip(datasets, steps, names, strict=True):
+        place = {name: i for i, name in enumerate(own_names)}
+        kept = [i for i, step in enumerate(own_steps) if step in shared[0]]
+        chosen.append(dataset.isel(step=kept, matrix=[place[name] for name in matrices]))
+    return chosen
+
+
 @dataclass(frozen=True)
 class NsSchedule:
     """A Newton–Schulz schedule that was in force during a run; `scaling` as in `diagnostics.observation.NewtonSchulz`."""

@@ -14,7 +14,7 @@ import xarray as xr
 
 from optiscope import analysis
 from optiscope.analysis import open_run
-from optiscope.analysis.run import median_by, ns_schedules, operators_of, orthogonalised, own_residual, records
+from optiscope.analysis.run import common, median_by, ns_schedules, operators_of, orthogonalised, own_residual, records
 from optiscope.analysis.run import recorded as recorded_quantities
 
 
@@ -243,3 +243,16 @@ def test_what_was_not_recorded_is_told_from_what_no_optimizer_has(build_run):
     assert message(run) == (
         "run: recorded by an earlier version, without block_cosine; to record it, attach with measure=(…, 'second_moment')"
     )
+
+
+def test_common_records_and_matrices_of_groups(build_run):
+    names = [f"layers.{i}.attn.q_proj.weight" for i in range(3)]
+    run = build_run({name: {"sigma": (2.0, 1.0)} for name in names}, steps=(10, 20, 30))
+    geometry = records(run, "geometry").isel(step=[1, 2], matrix=[2, 0])
+    update = records(run, "update").isel(step=[0, 1], matrix=[0, 1, 2])
+    first, second = common(geometry, update)
+    for found in (first, second):
+        assert found["step"].values.tolist() == [20]
+        assert found["name"].values.tolist() == [names[2], names[0]]
+    with pytest.raises(ValueError, match=r"^run: the groups this needs were never recorded together; attach with all of them"):
+        common(geometry, update.isel(step=[0]))

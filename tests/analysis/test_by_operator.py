@@ -1,0 +1,45 @@
+"""Medians per operator and their error bars, against NumPy and against what is known of the interval of a median."""
+
+import numpy as np
+import pytest
+import xarray as xr
+
+from optiscope.analysis.bootstrap import layer_interval, medians_by
+from optiscope.analysis.by_operator import by_operator
+
+
+def matrices(values, operators, layers, steps=None):
+    values = np.asarray(values, float)
+    coords = {"operator": ("matrix", np.array(operators)), "layer": ("matrix", layers), "step": steps or range(len(values))}
+    return xr.DataArray(values, dims=("step", "matrix"), coords=coords)
+
+
+def test_over_training_quartiles_of_the_operators_matrices():
+    values = np.random.default_rng(0).standard_normal((4, 7))
+    values[1, 2] = np.nan
+    values[2, :4] = np.nan
+    found = by_operator({"drift": matrices(values, ["attn_q"] * 4 + ["mlp_up"] * 3, [0, 1, 2, 3, 0, 1, 2])})
+    assert found["operator"].values.tolist() == ["attn_q", "mlp_up"]
+    for t in (0, 1, 3):
+        for name, q in (("drift_lower", 0.25), ("drift", 0.5), ("drift_upper", 0.75)):
+            for operator, own in (("attn_q", values[t, :4]), ("mlp_up", values[t, 4:])):
+                expected = np.quantile(own[np.isfinite(own)], q)
+                assert float(found[name].sel(operator=operator)[t]) == pytest.approx(expected, abs=1e-12)
+    assert np.isnan(found["drift"][2, 0])
+
+
+def test_a_matrix_counts_once_with_its_median_over_the_records():
+    # One matrix has five records, one a single record: medians 3 and 10, not the median 4 of all six.
+    values = [[1, np.nan], [2, np.nan], [3, 10], [4, np.nan], [5, np.inf]]
+    low, median, high = medians_by(matrices(values, ["a", "a"], [0, 1]), ["a", "a"], ["a", "none"])
+    np.testing.assert_array_equal(median, [6.5, np.nan])
+    # Two layers say nothing about other layers.
+    assert np.isnan([low, high]).all()
+
+
+def test_ends_are_those_of_the_layer_bootstrap():
+    values, layers = np.random.default_rng(1).standard_normal((3, 10)), np.arange(10) // 2
+    low, median, high = medians_by(matrices(values, ["a"] * 10, layers), ["a"] * 10, ["a"])
+    own = np.median(values, axis=0)
+    assert (low[0], high[0]) == layer_interval(lambda drawn: float(np.median(own[drawn])), layers)
+    assert low[0] < median[0] < high[0]
