@@ -98,7 +98,7 @@ def intervals(
     low, value, high = bars
     # A percentile interval need not hold the estimate itself.
     reach = np.stack([np.maximum(value - low, 0), np.maximum(high - value, 0)])
-    style = {"marker": "o", "linestyle": "none", "markersize": 6, "elinewidth": 1.4, "capsize": 0} | look
+    style: dict[str, Any] = {"marker": "o", "linestyle": "none", "markersize": 6, "elinewidth": 1.4, "capsize": 0} | look
     for i, colour in enumerate(colours):
         ax.errorbar(value[i : i + 1], [i + offset], xerr=reach[:, i : i + 1], color=colour, **style)
     if label:

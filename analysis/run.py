@@ -178,7 +178,7 @@ def own_residual(geometry: xr.Dataset) -> xr.DataArray:
     return xr.DataArray(residual, dims=("step", "matrix"), coords=geometry["ns_schedule"].coords)
 
 
-def operators_of(dataset: xr.Dataset) -> list[str]:
+def operators_of(dataset: xr.Dataset | xr.DataArray) -> list[str]:
     """The operators of a dataset, in the table's order."""
     return ordered(dataset["operator"].values.tolist())
 
