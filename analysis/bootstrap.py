@@ -27,19 +27,41 @@ def layer_interval(statistic: Callable[[NDArray[np.int64]], float], layers: Arra
     Returns:
         Lower and upper end, NaN where there are fewer than 3 layers or the statistic has no value.
     """
-    label = np.asarray(layers, dtype=np.int64)
-    label = np.where(label < 0, -1 - np.arange(len(label)), label)
-    members = [np.flatnonzero(label == layer) for layer in np.unique(label)]
-    if len(members) < 3:
-        return float("nan"), float("nan")
+    members = _members(layers)
 
     def of_layers(chosen: NDArray[np.int64]) -> float:
         return statistic(np.concatenate([members[int(i)] for i in chosen]))
 
+    return _interval(of_layers, len(members), vectorized=False)
+
+
+def median_interval(values: NDArray[np.float64], layers: ArrayLike) -> tuple[float, float]:
+    """`layer_interval` of the median of finite `values` (matrices,), all resamples at once."""
+    members = _members(layers)
+    padded = np.full((len(members), max(map(len, members))), np.nan)
+    for own, matrices in zip(padded, members, strict=True):
+        own[: len(matrices)] = values[matrices]
+
+    def of_layers(chosen: NDArray[np.int64], axis: int) -> NDArray[np.float64]:
+        return np.asarray(np.nanmedian(padded[chosen].reshape(*chosen.shape[:-1], -1), axis=-1))
+
+    return _interval(of_layers, len(members), vectorized=True)
+
+
+def _members(layers: ArrayLike) -> list[NDArray[np.int64]]:
+    """The matrices of each layer."""
+    label = np.asarray(layers, dtype=np.int64)
+    label = np.where(label < 0, -1 - np.arange(len(label)), label)
+    return [np.flatnonzero(label == layer) for layer in np.unique(label)]
+
+
+def _interval(of_layers: Callable[..., Any], layers: int, *, vectorized: bool) -> tuple[float, float]:
+    if layers < 3:
+        return float("nan"), float("nan")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # a resample may hold no value
         found: Any = bootstrap(
-            (np.arange(len(members)),), of_layers, n_resamples=RESAMPLES, confidence_level=LEVEL, vectorized=False, method="percentile",
+            (np.arange(layers),), of_layers, n_resamples=RESAMPLES, confidence_level=LEVEL, vectorized=vectorized, method="percentile",
             rng=np.random.default_rng(0),
         )  # fmt: skip
     # Of the finite resamples only: one without a value (all its matrices unrecorded) says nothing.
@@ -71,6 +93,6 @@ def medians_by(values: xr.DataArray, labels: ArrayLike, order: Sequence[Any]) ->
         chosen = known & (label == one)
         if chosen.any():
             own = per_matrix[chosen]
-            low, high = layer_interval(lambda drawn, own=own: float(np.median(own[drawn])), layers[chosen])  # type: ignore[misc]
+            low, high = median_interval(own, layers[chosen])
             found[:, i] = low, np.median(own), high
     return found

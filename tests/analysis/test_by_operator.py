@@ -43,3 +43,7 @@ def test_ends_are_those_of_the_layer_bootstrap():
     own = np.median(values, axis=0)
     assert (low[0], high[0]) == layer_interval(lambda drawn: float(np.median(own[drawn])), layers)
     assert low[0] < median[0] < high[0]
+    # Layers of different size, and matrices without one, which are clusters of their own.
+    layers = np.array([0, 0, 0, 1, 2, 2, 3, 3, -1, -1])
+    low, _, high = medians_by(matrices(values, ["a"] * 10, layers), ["a"] * 10, ["a"])
+    assert (low[0], high[0]) == layer_interval(lambda drawn: float(np.median(own[drawn])), layers)
