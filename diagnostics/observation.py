@@ -12,6 +12,7 @@ from .aol import aol_start
 from .catalogue import NS_STEPS
 from .newton_schulz import achieved_residual, alignment, residual_curves
 from .ns_families import Coefficients, repeat_last
+from .second_moment import Moments, measure_maps, measure_moments
 from .spectrum import Spectrum, spectrum
 from .spectrum_sketch import sketch
 from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
@@ -51,8 +52,7 @@ class Observation:
         newton_schulz: None where the optimizer does not orthogonalise.
         output_scale: s in ΔW = −η·s·O, decay aside; NaN where more than a scale follows the iteration.
         target_rms: RMS of ΔW/η if O were the exact polar factor, under the optimizer's own scaling.
-        second_moment_mean: mean of the second moment as kept, no bias correction; NaN where there is none.
-        second_moment_form: one of `catalogue.SECOND_MOMENT_FORMS`.
+        moments: first and second moment as kept; None where there is no second one.
         intended_rms: RMS of the update per learning rate before it was rounded into the weights, decay aside; NaN where not known.
     """
 
@@ -69,8 +69,7 @@ class Observation:
     newton_schulz: NewtonSchulz | None = None
     output_scale: float = float("nan")
     target_rms: float = float("nan")
-    second_moment_mean: float = float("nan")
-    second_moment_form: str | None = None
+    moments: Moments | None = None
     intended_rms: float = float("nan")
 
     @cached_property
@@ -129,9 +128,16 @@ def measure_update(seen: Observation) -> Measured:
     }
 
 
+@_quietly
 def measure_second_moment(seen: Observation) -> Measured:
-    """The quantities of the group `second_moment` but its form."""
-    return {"second_moment_mean": seen.second_moment_mean}
+    """The quantities of the group `second_moment` but its form; none without a second moment."""
+    return {} if seen.moments is None else measure_moments(seen.moments)
+
+
+@_quietly
+def measure_second_moment_map(seen: Observation) -> Measured:
+    """The quantities of the group `second_moment_map`."""
+    return {} if seen.moments is None else measure_maps(seen.moments)
 
 
 @_quietly

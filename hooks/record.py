@@ -6,7 +6,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..diagnostics.catalogue import SECOND_MOMENT_FORMS
-from ..diagnostics.observation import Measured, NewtonSchulz, Observation, measure_geometry, measure_second_moment, measure_update
+from ..diagnostics.observation import (
+    Measured,
+    NewtonSchulz,
+    Observation,
+    measure_geometry,
+    measure_second_moment,
+    measure_second_moment_map,
+    measure_update,
+)
 from .layout import Layout
 from .matrices import Matrix
 
@@ -31,9 +39,11 @@ class Record:
     def measure(self, matrix: Matrix, seen: Observation) -> None:
         """Measure all groups of one parameter's matrix."""
         self.fill("update", matrix, measure_update(seen))
-        if seen.second_moment_form is not None:
-            form = SECOND_MOMENT_FORMS.index(seen.second_moment_form)
+        if seen.moments is not None and "second_moment" in self.rows:
+            form = SECOND_MOMENT_FORMS.index(seen.moments.form)
             self.fill("second_moment", matrix, {**measure_second_moment(seen), "second_moment_form": form})
+        if seen.moments is not None and "second_moment_map" in self.rows:
+            self.fill("second_moment_map", matrix, measure_second_moment_map(seen))
 
     def measure_geometry(self, matrix: Matrix, seen: Observation) -> None:
         """Measure the geometry of one Newton–Schulz problem."""

@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..diagnostics.observation import Observation
-from .adapters import Adapter, Reader, Reading, number, state_of
+from .adapters import Adapter, Averages, Reader, Reading, number, state_of
 from .matrices import Matrix
+from .moments import Kept
 
 T = TypeVar("T")
 
@@ -70,7 +71,13 @@ class Snapshot:
             spectrum_input = self._read_matrix("ns_input", ns.ns_input)
             newton_schulz = self._read(ns.settings)
         lr = self._read(adapter.learning_rate)
+        weight_decay = number(reading.group.get("weight_decay", reading.group.get("wd", 0.0)))  # Moonlight, MARS-M: wd
         decay = self._read(adapter.decoupled_decay)
+        kept = None
+        if second_moment is not None:
+            averages = self._read(adapter.averages) or Averages()
+            kronecker, clipped = self._read(adapter.kronecker), self._read_matrix("clipped", adapter.clipped)
+            kept = Kept(second_moment, momentum, averages, kronecker, clipped, weight_decay, or_nan(decay))
 
         def observation(matrix: Matrix, grad_rms: float) -> Observation:
             rows, cols = matrix.rows, matrix.cols
@@ -84,15 +91,14 @@ class Snapshot:
                 grad_rms=grad_rms,
                 momentum_rms=math.nan if momentum is None else tensor_rms(matrix.of(momentum)),
                 lr=or_nan(lr),
-                weight_decay=number(reading.group.get("weight_decay", reading.group.get("wd", 0.0))),  # Moonlight, MARS-M: wd
+                weight_decay=weight_decay,
                 decoupled_decay=or_nan(decay),
                 ns_input=None if seen_by_ns is None else as_array(seen_by_ns),
                 ns_roundoff=0.0 if seen_by_ns is None else unit_roundoff(seen_by_ns),
                 newton_schulz=newton_schulz,
                 output_scale=or_nan(output_scale),
                 target_rms=or_nan(target),
-                second_moment_mean=math.nan if second_moment is None else tensor_mean(matrix.of(second_moment.values)),
-                second_moment_form=None if second_moment is None else second_moment.form,
+                moments=None if kept is None else kept.of(matrix, as_array, tensor_mean),
                 intended_rms=math.nan if intended is None else tensor_rms(matrix.of(intended)),
             )
 

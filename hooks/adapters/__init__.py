@@ -2,6 +2,7 @@
 
 from .adapter import (
     Adapter,
+    Averages,
     Group,
     Orthogonalisation,
     Reader,
@@ -19,6 +20,7 @@ from .table import UNKNOWN, adapter_for, class_name, register_adapter, row_of
 __all__ = [
     "UNKNOWN",
     "Adapter",
+    "Averages",
     "Group",
     "Orthogonalisation",
     "Reader",

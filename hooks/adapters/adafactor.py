@@ -10,7 +10,7 @@ from math import inf, nan, sqrt
 import torch
 from torch import Tensor
 
-from .adapter import NOT_ORTHOGONAL, Adapter, Group, Reading, SecondMoment, entry, group_setting, number
+from .adapter import NOT_ORTHOGONAL, Adapter, Averages, Group, Reading, SecondMoment, entry, group_setting, number
 from .table import Row
 
 
@@ -104,6 +104,19 @@ def _torch_eps(reading: Reading) -> float:
     return float(torch.finfo(reading.weight.dtype).eps if eps is None else eps)
 
 
+def _averages(reading: Reading) -> Averages:
+    """Both factors are averages whose weights add up to 1 from the first step on; ε is added to the squares of the gradient.
+
+    Coupled decay enters the gradient at another place in each of them.
+    """
+    return Averages(second=1.0, decay_in_gradient=False)
+
+
+def _torch_averages(reading: Reading) -> Averages:
+    """As the others, with V̂ bounded by ε₁²."""
+    return Averages(second=1.0, eps=_torch_eps(reading))
+
+
 # exp_avg is an average of updates, learning rate included, not of gradients.
 _SPECTRUM = f"average of updates exp_avg after the step where there is one (beta1), else the gradient; {NOT_ORTHOGONAL}"
 
@@ -111,6 +124,7 @@ ROWS: dict[str, Row] = {
     "torch.optim.Adafactor": Adapter(
         f"gradient; the optimizer keeps no first moment; {NOT_ORTHOGONAL}",
         second_moment=_second_moment,
+        averages=_torch_averages,
         learning_rate=_torch_rate,
         decoupled_decay=_torch_decay,
         intended=_update(_torch_rate, group_setting("d"), _torch_eps),
@@ -119,6 +133,7 @@ ROWS: dict[str, Row] = {
         _SPECTRUM,
         momentum=entry("exp_avg"),
         second_moment=_second_moment,
+        averages=_averages,
         learning_rate=_transformers_rate,
         decoupled_decay=group_setting("weight_decay"),
         intended=_update(_transformers_rate, group_setting("clip_threshold")),
@@ -127,6 +142,7 @@ ROWS: dict[str, Row] = {
         _SPECTRUM,
         momentum=entry("exp_avg"),
         second_moment=_second_moment,
+        averages=_averages,
         learning_rate=_po_rate,
         decoupled_decay=_po_decay,
         intended=_update(_po_rate, lambda reading: float(getattr(reading.optimizer, "clip_threshold", inf))),

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from math import sqrt
+from math import nan, sqrt
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from ...diagnostics.catalogue import SECOND_MOMENT_FORMS
 from ...diagnostics.observation import NewtonSchulz
+from .kronecker import Kronecker
 
 Group: TypeAlias = Mapping[str, Any]  # a parameter group
 State: TypeAlias = Mapping[str, Any]  # the optimizer's state of one parameter; empty before its first step
@@ -57,6 +58,7 @@ class SecondMoment:
     Attributes:
         values: decoded: of the parameter's shape, or of the smaller shape that the form has.
         form: one of `diagnostics.catalogue.SECOND_MOMENT_FORMS`.
+        moment: the first moment in the basis of `values` and of their shape, where that is not the parameter's own (rotated, projected).
 
     Raises:
         ValueError: another form.
@@ -64,10 +66,52 @@ class SecondMoment:
 
     values: Tensor
     form: str
+    moment: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.form not in SECOND_MOMENT_FORMS:
             raise ValueError(f"form: expected one of {', '.join(SECOND_MOMENT_FORMS)}, got {self.form!r}")
+
+
+@dataclass(frozen=True)
+class Averages:
+    """How an update is made of the two averages.
+
+    Attributes:
+        first, second: weight of all gradients in them, as the optimizer corrects for it: 1 − β₁ᵗ and 1 − β₂ᵗ; 1 where it does not
+            correct; NaN where that is not known, or `Adapter.momentum` is no average of gradients.
+        eps: the denominator at v = 0, in units of √v̂: ε of √v̂ + ε, ε/√(1 − β₂ᵗ) where √v + ε is corrected as a whole, √ε of √(v̂ + ε);
+            NaN where there is none or it is not known.
+        decay_in_gradient: weight decay that is not decoupled is added to the gradient that both average.
+    """
+
+    first: float = nan
+    second: float = nan
+    eps: float = nan
+    decay_in_gradient: bool = True
+
+
+def state_step(reading: Reading) -> float:
+    """t, as the state counts it."""
+    return number(reading.state.get("step"))
+
+
+def corrected(steps: Callable[[Reading], float] = state_step, *, as_a_whole: bool = False) -> Callable[[Reading], Averages]:
+    """A reader for m̂/(√v̂ + ε) with the group's `betas` and `eps`; `as_a_whole`: for m/(√v + ε), corrected after."""
+
+    def read(reading: Reading) -> Averages:
+        group, step = reading.group, steps(reading)
+        betas = group["betas"] if "betas" in group else (group["beta1"], group["beta2"])
+        first, second = (1 - number(beta) ** step for beta in betas[:2])
+        eps = number(group.get("eps"))
+        return Averages(first, second, eps / sqrt(second) if as_a_whole and second > 0 else eps)
+
+    return read
+
+
+def uncorrected(reading: Reading) -> Averages:
+    """For m/(√v + ε) with the group's `eps`."""
+    return Averages(1.0, 1.0, number(reading.group.get("eps")))
 
 
 def group_setting(key: str) -> Callable[[Reading], float]:
@@ -113,6 +157,9 @@ class Adapter:
         spectrum_of: what the group `geometry` describes, in words; written into the run.
         momentum: first moment, decoded into the parameter's basis and shape; None where there is none.
         second_moment: second moment with its form; None where there is none.
+        averages: how the update is made of the two moments.
+        kronecker: Kronecker factors of a matrix; None where the optimizer keeps none, or not one of each side.
+        clipped: the update's coordinates before they are clipped at 1; None where it is not clipped so.
         learning_rate: η that scales the update, the number that `update_rms_per_lr` divides by.
         decoupled_decay: λ in W(1 − ηλ); 0 where weight decay is coupled to the gradient, NaN where that is not known.
         intended: the update per η, decay aside, that the optimizer computes before it is rounded into the weights. Asked for
@@ -126,6 +173,9 @@ class Adapter:
     spectrum_of: str
     momentum: Reader = lambda reading: None
     second_moment: Callable[[Reading], SecondMoment | None] = lambda reading: None
+    averages: Callable[[Reading], Averages] = lambda reading: Averages()
+    kronecker: Callable[[Reading], Kronecker | None] = lambda reading: None
+    clipped: Reader = lambda reading: None
     learning_rate: Callable[[Reading], float] = _LEARNING_RATE
     decoupled_decay: Callable[[Reading], float] = lambda reading: 0.0
     intended: Reader = lambda reading: None

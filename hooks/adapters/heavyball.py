@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Orthogonalisation, Reading, SecondMoment, number
+from .adapter import Adapter, Averages, Orthogonalisation, Reading, SecondMoment, number
 from .dion import YOU
+from .kronecker import Kronecker, kept_sides
 from .table import Row
 
 
@@ -100,8 +101,23 @@ def _soap_momentum(reading: Reading) -> Tensor | None:
 
 
 def _soap_second_moment(reading: Reading) -> SecondMoment | None:
-    values = _found(reading, "scale_by_soap_exp_avg_sq")
-    return None if values is None else SecondMoment(values[0].reshape(reading.weight.shape), "rotated")
+    values, moment = _found(reading, "scale_by_soap_exp_avg_sq"), _found(reading, "scale_by_soap_exp_avg")
+    if values is None:
+        return None
+    shape = reading.weight.shape
+    return SecondMoment(values[0].reshape(shape), "rotated", None if moment is None else moment[0].reshape(shape))
+
+
+def _soap_averages(reading: Reading) -> Averages:
+    """Both averages' decays are such that their weights add up to 1 at every step; √v is bounded by ε."""
+    return Averages(1.0, 1.0, number(reading.group["eps"]))
+
+
+def _soap_factors(reading: Reading) -> Kronecker | None:
+    """Of each axis, behind an axis of length 1."""
+    kept = [_found(reading, f"scale_by_soap_{name}") for name in ("GG", "Q")]
+    factors, bases = ([one[0] if isinstance(one, Tensor) else None for one in sides or ()] for sides in kept)
+    return kept_sides(factors, bases)
 
 
 def _soap_decay(reading: Reading) -> float:
@@ -121,6 +137,8 @@ ROWS: dict[str, Row] = {
         "first moment exp_avg after the step, turned back from the optimizer's basis; the optimizer does not orthogonalise",
         momentum=_soap_momentum,
         second_moment=_soap_second_moment,
+        averages=_soap_averages,
+        kronecker=_soap_factors,
         learning_rate=_learning_rate,
         decoupled_decay=_soap_decay,
         before=lambda reading: _found(reading, "scale_by_soap_Q") is not None,

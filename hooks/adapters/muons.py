@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
-from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, adam_update, entry, group_setting, second_moment
+from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, adam_update, corrected, entry, group_setting, second_moment
 from .table import Row
 
 
@@ -86,6 +86,7 @@ _ADAM = Adapter(
     "first moment exp_avg after the step; the optimizer does not orthogonalise this group",
     momentum=entry("exp_avg"),
     second_moment=second_moment("exp_avg_sq"),
+    averages=corrected(),
     decoupled_decay=group_setting("weight_decay"),
     intended=_adam_update,
 )

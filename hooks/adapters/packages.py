@@ -5,13 +5,27 @@ weights in training are y, between the average x and the sequence z.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from math import nan, sqrt
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .adapter import NOT_ORTHOGONAL, Adapter, Group, Reading, SecondMoment, entry, group_setting, number, second_moment
+from .adapter import (
+    NOT_ORTHOGONAL,
+    Adapter,
+    Averages,
+    Group,
+    Reading,
+    SecondMoment,
+    corrected,
+    entry,
+    group_setting,
+    number,
+    second_moment,
+    uncorrected,
+)
 from .table import Row
 
 _MOMENT = f"first moment exp_avg after the step; {NOT_ORTHOGONAL}"
@@ -22,6 +36,17 @@ def _lion_decay(reading: Reading) -> float:
     """λ, or over the learning rate that the optimizer was made with, so that it does not depend on it."""
     optimizer = reading.optimizer
     return _DECAY(reading) / optimizer._init_lr if optimizer.decoupled_wd else _DECAY(reading)
+
+
+def _sophia_clipped(reading: Reading) -> Tensor | None:
+    """The applied update |m|/(ρ·B·h + 1e-15), clipped at 1 already: B is an argument of `step`, which nothing keeps.
+
+    Read back from float32 weights it is right to about 1e-5, so what is within 1e-3 of the clip counts as clipped.
+    """
+    lr, weight = number(reading.group["lr"]), reading.weight.float()
+    if not lr or torch.finfo(reading.weight.dtype).eps > 1e-6:
+        return None
+    return (weight * (1 - lr * _DECAY(reading)) - reading.parameter.detach().float()) / (lr * (1 - 1e-3))
 
 
 # Adam-mini: one group per parameter, whose name says how it is cut into blocks.
@@ -73,8 +98,14 @@ def _low_rank_momentum(reading: Reading) -> Tensor | None:
 
 
 def _low_rank_second_moment(reading: Reading) -> SecondMoment | None:
-    values = reading.state.get("exp_avg_sq")
-    return None if values is None else SecondMoment(values, "projected" if "projector" in reading.state else "full")
+    values, projected = reading.state.get("exp_avg_sq"), "projector" in reading.state
+    if values is None:
+        return None
+    return SecondMoment(values, "projected", reading.state.get("exp_avg")) if projected else SecondMoment(values, "full")
+
+
+def _galore_averages(reading: Reading) -> Averages:
+    return corrected(as_a_whole=True)(reading) if reading.group["correct_bias"] else uncorrected(reading)
 
 
 def _galore(group: Group) -> Adapter:
@@ -83,6 +114,7 @@ def _galore(group: Group) -> Adapter:
         f"first moment exp_avg after the step, {where}; {NOT_ORTHOGONAL}",
         momentum=_low_rank_momentum,
         second_moment=_low_rank_second_moment,
+        averages=_galore_averages,
         decoupled_decay=_DECAY,  # taken from W after the update: a relative difference of ηλ
     )
 
@@ -123,11 +155,23 @@ def _correction(group: Group, step: int) -> float:
     return sqrt(1 - float(beta2) ** step) / (1 - float(beta1) ** step)
 
 
-def _prodigy(rate: Any, decay: Any) -> Adapter:
+def _prodigy_averages(flag: str, step: Any, *, decay_in_gradient: bool) -> Any:
+    """Of the averages of d·g and (d·g)²; √v + dε with the d that this step found, corrected as a whole."""
+
+    def read(reading: Reading) -> Averages:
+        first_group = reading.optimizer.param_groups[0]
+        found = corrected(step, as_a_whole=True)(reading) if reading.group[flag] else uncorrected(reading)
+        return replace(found, eps=found.eps * number(first_group["d"]), decay_in_gradient=decay_in_gradient)
+
+    return read
+
+
+def _prodigy(rate: Any, decay: Any, averages: Any) -> Adapter:
     return Adapter(
         f"first moment exp_avg after the step, of gradients times d; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("exp_avg_sq"),
+        averages=averages,
         learning_rate=rate,
         decoupled_decay=decay,
     )
@@ -160,9 +204,16 @@ def _step_of(reading: Reading) -> int:
     return int(reading.group.get("k", reading.group.get("step", 0))) + 1
 
 
+def _po_schedule_free_averages(reading: Reading) -> Averages:
+    """Of √(v̂ + 1e-15) + ε."""
+    found = corrected(_step_of)(reading)
+    return replace(found, eps=found.eps + sqrt(1e-15))
+
+
 _SCHEDULE_FREE = Adapter(
     f"gradient; the optimizer keeps no first moment; {NOT_ORTHOGONAL}",
     second_moment=second_moment("exp_avg_sq"),
+    averages=corrected(_step_of),
     learning_rate=_schedule_free_rate,
     decoupled_decay=_schedule_free_decay,
 )
@@ -172,18 +223,32 @@ ROWS: dict[str, Row] = {
         f"{_MOMENT}; the sign is taken of another average of it and the gradient", momentum=entry("exp_avg"), decoupled_decay=_lion_decay
     ),
     "sophia_opt.SophiaG": Adapter(
-        _MOMENT, momentum=entry("exp_avg"), second_moment=second_moment("hessian", "hessian"), decoupled_decay=_DECAY
+        _MOMENT,
+        momentum=entry("exp_avg"),
+        second_moment=second_moment("hessian", "hessian"),
+        averages=uncorrected,
+        clipped=_sophia_clipped,
+        decoupled_decay=_DECAY,
     ),
     "adam_mini.adam_mini.Adam_mini": Adapter(
         f"first moment m after the step; {NOT_ORTHOGONAL}",
         momentum=_mini_momentum,
         second_moment=_mini_second_moment,
+        averages=corrected(),
         decoupled_decay=_DECAY,
         intended=_mini_update,
     ),
     "galore_torch.adamw.AdamW": _galore,
-    "prodigyopt.prodigy.Prodigy": _prodigy(_prodigy_rate, _prodigy_decay),
-    "pytorch_optimizer.optimizer.prodigy.Prodigy": _prodigy(_po_prodigy_rate, _po_prodigy_decay),
+    "prodigyopt.prodigy.Prodigy": _prodigy(
+        _prodigy_rate,
+        _prodigy_decay,
+        _prodigy_averages("use_bias_correction", lambda reading: int(reading.group["k"]) + 1, decay_in_gradient=True),
+    ),
+    "pytorch_optimizer.optimizer.prodigy.Prodigy": _prodigy(
+        _po_prodigy_rate,
+        _po_prodigy_decay,
+        _prodigy_averages("bias_correction", lambda reading: int(reading.group["step"]), decay_in_gradient=False),
+    ),
     "schedulefree.adamw_schedulefree.AdamWScheduleFree": _SCHEDULE_FREE,
-    "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeAdamW": _SCHEDULE_FREE,
+    "pytorch_optimizer.optimizer.schedulefree.ScheduleFreeAdamW": replace(_SCHEDULE_FREE, averages=_po_schedule_free_averages),
 }

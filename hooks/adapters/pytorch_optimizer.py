@@ -5,6 +5,7 @@ what they wrap is read.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import nan, sqrt
 
 from torch import Tensor
@@ -14,15 +15,18 @@ from ...diagnostics.observation import NewtonSchulz
 from .adapter import (
     NOT_ORTHOGONAL,
     Adapter,
+    Averages,
     Group,
     Orthogonalisation,
     Reading,
     SecondMoment,
     adam_update,
+    corrected,
     entry,
     group_setting,
     number,
     second_moment,
+    uncorrected,
 )
 from .table import Row
 
@@ -43,6 +47,36 @@ def debias_factors(reading: Reading) -> tuple[float, float]:
     step = int(reading.group.get("step", 0)) + 1
     beta1, beta2 = (number(beta) for beta in reading.group["betas"][:2])
     return 1 - beta1**step, 1 - beta2**step
+
+
+def _step(reading: Reading) -> float:
+    """t: the group's count was copied before the step."""
+    return number(reading.group.get("step", 0)) + 1
+
+
+def averages(*, as_a_whole: bool = False, under_root: float = 0.0, decay_in_gradient: bool = True) -> Callable[[Reading], Averages]:
+    """A reader for m̂/(√(v̂ + δ) + ε), or m/(√(v + δ) + ε) corrected after (`as_a_whole`), δ being `under_root`.
+
+    Rectification (RAdam's) brings the second; under `adam_debias` the first moment is not corrected.
+    """
+
+    def read(reading: Reading) -> Averages:
+        whole = as_a_whole or bool(reading.group.get("rectify"))
+        found = corrected(_step, as_a_whole=whole)(reading)
+        root = sqrt(under_root / found.second) if whole and found.second > 0 else sqrt(under_root)
+        first = 1.0 if reading.group.get("adam_debias") else found.first
+        return replace(found, first=first, eps=found.eps + root, decay_in_gradient=decay_in_gradient)
+
+    return read
+
+
+BOUND = 1e-15  # that the library adds to v in the optimizers that can take AMSGrad's maximum
+
+
+def _lamb_averages(reading: Reading) -> Averages:
+    """m̂/(√v + ε): v is not corrected, and decay that is not decoupled is added to the update."""
+    found = averages(decay_in_gradient=False)(reading)
+    return found if reading.group.get("rectify") else replace(found, second=1.0)
 
 
 def _largest_or(largest: str, key: str) -> Callable[[Reading], SecondMoment | None]:
@@ -82,13 +116,19 @@ def _lamb_update(reading: Reading) -> Tensor | None:
     return update * (ratio / correction)
 
 
-def _sophia_update(reading: Reading) -> Tensor | None:
-    """clip(m/max(h, ε), p), in float32."""
+def _sophia_clipped(reading: Reading) -> Tensor | None:
+    """m/max(h, ε)/p in float32, before the clip at 1: p is this library's 1/γ, with which steps are multiplied."""
     state, group = reading.state, reading.group
     if "momentum" not in state:
         return None
-    update: Tensor = state["momentum"].float() / state["hessian_moment"].float().clamp(min=group["eps"])
-    return update.clamp(-group["p"], group["p"])
+    ratio: Tensor = state["momentum"].float() / state["hessian_moment"].float().clamp(min=group["eps"])
+    return ratio / float(group["p"])
+
+
+def _sophia_update(reading: Reading) -> Tensor | None:
+    """clip(m/max(h, ε), p), in float32."""
+    ratio = _sophia_clipped(reading)
+    return None if ratio is None else ratio.clamp(-1, 1) * float(reading.group["p"])
 
 
 def _lars_update(reading: Reading) -> Tensor | None:
@@ -130,6 +170,7 @@ def _mars(group: Group) -> Adapter:
             f"{moment}; {NOT_ORTHOGONAL}",
             momentum=entry("exp_avg"),
             second_moment=_largest_or("max_exp_avg_sq", "exp_avg_sq") if adamw else lambda reading: None,
+            averages=averages(as_a_whole=True, under_root=BOUND, decay_in_gradient=False),
             decoupled_decay=decay_of,
         )
 
@@ -157,16 +198,33 @@ _BELIEF = _largest_or("max_exp_avg_var", "exp_avg_var")  # of g − m, with ε a
 
 _ROWS: dict[str, Row] = {
     "yogi.Yogi": Adapter(
-        _MOMENT, momentum=entry("exp_avg"), second_moment=_EXP_AVG_SQ, decoupled_decay=decay_of, intended=_adam_update(_EXP_AVG_SQ)
+        _MOMENT,
+        momentum=entry("exp_avg"),
+        second_moment=_EXP_AVG_SQ,
+        averages=averages(),
+        decoupled_decay=decay_of,
+        intended=_adam_update(_EXP_AVG_SQ),
     ),
     "adabelief.AdaBelief": Adapter(
-        _MOMENT, momentum=entry("exp_avg"), second_moment=_BELIEF, decoupled_decay=decay_of, intended=_adam_update(_BELIEF)
+        _MOMENT,
+        momentum=entry("exp_avg"),
+        second_moment=_BELIEF,
+        averages=averages(),
+        decoupled_decay=decay_of,
+        intended=_adam_update(_BELIEF),
     ),
-    "adabound.AdaBound": Adapter(_MOMENT, momentum=entry("exp_avg"), second_moment=_EXP_AVG_SQ, decoupled_decay=decay_of),
+    "adabound.AdaBound": Adapter(
+        _MOMENT,
+        momentum=entry("exp_avg"),
+        second_moment=_EXP_AVG_SQ,
+        averages=averages(as_a_whole=True, under_root=BOUND),
+        decoupled_decay=decay_of,
+    ),
     "lamb.Lamb": Adapter(
         f"{_MOMENT.removesuffix(NOT_ORTHOGONAL)}without the trust ratio; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("exp_avg_sq"),
+        averages=_lamb_averages,
         decoupled_decay=decay_of,
         intended=_lamb_update,
     ),
@@ -182,12 +240,15 @@ _ROWS: dict[str, Row] = {
         f"momentum moments after the step, of gradients divided by their norm; {NOT_ORTHOGONAL}",
         momentum=entry("moments"),
         second_moment=second_moment("grads_ema", "scalar"),  # of ‖g‖², summed and not averaged over coordinates
+        averages=lambda reading: replace(uncorrected(reading), first=nan, decay_in_gradient=False),  # decay is added after the division
         decoupled_decay=decay_of,
     ),
     "sophia.SophiaH": Adapter(
         f"first moment momentum after the step; {NOT_ORTHOGONAL}",
         momentum=entry("momentum"),
         second_moment=second_moment("hessian_moment", "hessian"),
+        averages=uncorrected,
+        clipped=_sophia_clipped,
         decoupled_decay=decay_of,
         intended=_sophia_update,
     ),
@@ -196,6 +257,7 @@ _ROWS: dict[str, Row] = {
         f"first moment m after the step; {NOT_ORTHOGONAL}",
         momentum=_mini_momentum,
         second_moment=_mini_second_moment,
+        averages=averages(),
         intended=_mini_update,
         decoupled_decay=group_setting("weight_decay"),
     ),

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from math import sqrt
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .adapter import NOT_ORTHOGONAL, Adapter, Group, Reading, SecondMoment, entry, group_setting, second_moment
-from .kronecker import implied_second_moment
-from .pytorch_optimizer import debias_factors, decay_of
+from .adapter import NOT_ORTHOGONAL, Adapter, Averages, Group, Reading, SecondMoment, corrected, entry, group_setting, number, uncorrected
+from .kronecker import Kronecker, implied_second_moment, kept_sides
+from .pytorch_optimizer import averages, debias_factors, decay_of
 from .table import Row
 
 _DECAY = group_setting("weight_decay")
@@ -19,6 +20,11 @@ def _shampoo_second_moment(reading: Reading) -> SecondMoment | None:
     factors = [reading.state.get(f"pre_cond_{axis}") for axis in range(reading.weight.ndim)]
     diagonals = [factor.diagonal() for factor in factors if factor is not None]
     return SecondMoment(implied_second_moment(diagonals), "preconditioner") if len(diagonals) == len(factors) else None
+
+
+def _shampoo_factors(reading: Reading) -> Kronecker | None:
+    """A root of order twice the number of axes is taken of each."""
+    return kept_sides([reading.state.get(f"pre_cond_{axis}") for axis in range(reading.weight.ndim)], exponent=-1 / 4)
 
 
 def _scalable_second_moment(reading: Reading) -> SecondMoment | None:
@@ -36,6 +42,26 @@ def _scalable_second_moment(reading: Reading) -> SecondMoment | None:
 
 def _scalable_decay(reading: Reading) -> float:
     return _DECAY(reading) if reading.group["decoupled_weight_decay"] else 0.0
+
+
+def _soap_second_moment(reading: Reading) -> SecondMoment | None:
+    """In the eigenbasis; the first moment, kept in the parameter's own basis, is turned into it."""
+    values, moment, bases = reading.state.get("exp_avg_sq"), reading.state.get("exp_avg"), reading.state.get("Q")
+    if values is None:
+        return None
+    if moment is None or bases is None or len(bases) != moment.ndim:
+        return SecondMoment(values, "rotated")
+    for basis in bases:
+        # Contracting the first axis puts the new one last: after all of them, each is back in its place.
+        moment = torch.tensordot(moment, basis, dims=([0], [0])) if len(basis) else moment.movedim(0, -1)
+    return SecondMoment(values, "rotated", moment)
+
+
+def _soap_averages(reading: Reading) -> Averages:
+    """Counted without the first step, which is skipped."""
+    if not reading.group["correct_bias"]:
+        return uncorrected(reading)
+    return corrected(lambda reading: number(reading.group.get("step", 0)), as_a_whole=True)(reading)
 
 
 def lifted(moment: Tensor, projector: Any, shape: Sequence[int]) -> Tensor:
@@ -68,8 +94,10 @@ def _in_shape(reading: Reading, tensor: Tensor | None) -> Tensor | None:
 
 
 def _low_rank_second_moment(reading: Reading) -> SecondMoment | None:
-    values = reading.state.get("exp_avg_sq")
-    return None if values is None else SecondMoment(values, "projected" if "projector" in reading.state else "full")
+    values, projected = reading.state.get("exp_avg_sq"), "projector" in reading.state
+    if values is None:
+        return None
+    return SecondMoment(values, "projected", reading.state.get("exp_avg")) if projected else SecondMoment(values, "full")
 
 
 def _galore_update(reading: Reading) -> Tensor | None:
@@ -91,12 +119,17 @@ def _apollo_decay(reading: Reading) -> float:
     return decay * sqrt(second) / first
 
 
+def _apollo_averages(reading: Reading) -> Averages:
+    return averages(as_a_whole=True)(reading) if reading.group["correct_bias"] else uncorrected(reading)
+
+
 def _galore(group: Group) -> Adapter:
     where = "lifted from the gradient's low-rank subspace" if "rank" in group else "of every coordinate, as the group has no rank"
     return Adapter(
         f"first moment exp_avg after the step, {where}; {NOT_ORTHOGONAL}",
         momentum=_low_rank_momentum,
         second_moment=_low_rank_second_moment,
+        averages=averages(as_a_whole=True),
         decoupled_decay=_DECAY,  # taken from W after the update: a relative difference of ηλ
         intended=_galore_update,
     )
@@ -112,6 +145,7 @@ def _apollo(group: Group) -> Adapter:
         f"first moment exp_avg after the step, {where}; {NOT_ORTHOGONAL}",
         momentum=_low_rank_momentum,
         second_moment=_low_rank_second_moment,
+        averages=_apollo_averages,
         decoupled_decay=_apollo_decay,  # from W after the update, as GaLore's
     )
 
@@ -121,6 +155,7 @@ _ROWS: dict[str, Row] = {
     "shampoo.Shampoo": Adapter(
         f"gradient; the optimizer keeps no average of gradients; {NOT_ORTHOGONAL}",
         second_moment=_shampoo_second_moment,
+        kronecker=_shampoo_factors,
         decoupled_decay=decay_of,
     ),
     "shampoo.ScalableShampoo": Adapter(
@@ -132,7 +167,9 @@ _ROWS: dict[str, Row] = {
     "soap.SOAP": Adapter(
         f"first moment exp_avg after the step, which is kept in the parameter's own basis; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
-        second_moment=second_moment("exp_avg_sq", "rotated"),
+        second_moment=_soap_second_moment,
+        averages=_soap_averages,
+        kronecker=lambda reading: kept_sides(reading.state.get("GG"), reading.state.get("Q")),
         decoupled_decay=_DECAY,  # taken from W after the update: a relative difference of ηλ
     ),
     "galore.GaLore": _galore,

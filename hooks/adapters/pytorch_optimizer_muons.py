@@ -15,7 +15,7 @@ from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, adam_update, entry, number, second_moment
 from .muons import scaled_output
-from .pytorch_optimizer import debias_factors, decay_of
+from .pytorch_optimizer import averages, debias_factors, decay_of
 from .table import Row
 from .torch_optim import as_triples
 
@@ -89,6 +89,7 @@ _ADAMW = Adapter(
     "first moment exp_avg after the step; the optimizer does not orthogonalise this group",
     momentum=entry("exp_avg"),
     second_moment=second_moment("exp_avg_sq"),
+    averages=averages(),
     decoupled_decay=decay_of,
     intended=_adamw_update,
 )

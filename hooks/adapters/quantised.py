@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .adapter import NOT_ORTHOGONAL, Adapter, Reading, SecondMoment, group_setting
+from .adapter import NOT_ORTHOGONAL, Adapter, Reading, SecondMoment, corrected, group_setting
 from .table import Row
 
 _MOMENT = f"first moment after the step, decoded where it is quantised; {NOT_ORTHOGONAL}"
@@ -56,6 +56,7 @@ def _adam(first: Decoder, second: Decoder, *, decoupled: bool = True) -> Adapter
         _MOMENT,
         momentum=lambda reading: first(reading)[0],
         second_moment=second_moment,
+        averages=corrected(),
         decoupled_decay=_DECAY if decoupled else lambda reading: 0.0,
     )
 

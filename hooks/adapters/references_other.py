@@ -1,9 +1,24 @@
 """Rows for the reference optimizers in `examples/optimizers` that run no Newton–Schulz iteration."""
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from .adapter import NOT_ORTHOGONAL, Adapter, Reading, SecondMoment, adam_update, entry, group_setting, number, second_moment
-from .kronecker import implied_second_moment
+from .adapter import (
+    NOT_ORTHOGONAL,
+    Adapter,
+    Averages,
+    Reading,
+    SecondMoment,
+    adam_update,
+    corrected,
+    entry,
+    group_setting,
+    number,
+    second_moment,
+    uncorrected,
+)
+from .kronecker import Kronecker, implied_second_moment
 from .table import Row
 
 
@@ -13,11 +28,22 @@ def _caspr_second_moment(reading: Reading) -> SecondMoment | None:
     return SecondMoment(implied_second_moment(diagonals), "preconditioner") if len(diagonals) == 2 else None
 
 
+def _caspr_factors(reading: Reading) -> Kronecker | None:
+    """No one exponent: three terms with different ones are added."""
+    return Kronecker((reading.state["left"], reading.state["right"])) if "left" in reading.state else None
+
+
 def _onebit_second_moment(reading: Reading) -> SecondMoment | None:
     """v: "full" while it is still averaged, "frozen" from the first step on that left it alone."""
     values = reading.state.get("exp_avg_sq")
     frozen = reading.state.get("step", 0) > reading.group["freeze_step"]
     return SecondMoment(values, "frozen" if frozen else "full") if isinstance(values, Tensor) else None
+
+
+def _onebit_averages(reading: Reading) -> Averages:
+    """v̂ is corrected as of the step at which v froze."""
+    seen_by_v = corrected(lambda reading: min(reading.state["step"], reading.group["freeze_step"]))(reading)
+    return replace(seen_by_v, first=corrected()(reading).first)
 
 
 def _onebit_update(reading: Reading) -> Tensor | None:
@@ -30,13 +56,19 @@ def _onebit_update(reading: Reading) -> Tensor | None:
     return adam_update(state["exp_avg"], state["exp_avg_sq"], 1 - beta1 ** state["step"], 1 - beta2**seen_by_v, group["eps"])
 
 
-def _sophia_update(reading: Reading) -> Tensor | None:
-    """clip(m/max(γh, ε), 1) in float32."""
+def _sophia_clipped(reading: Reading) -> Tensor | None:
+    """m/max(γh, ε) in float32, before the clip at 1."""
     state, group = reading.state, reading.group
     if "exp_avg" not in state:
         return None
-    update: Tensor = state["exp_avg"].float() / (group["gamma"] * state["hessian"].float()).clamp(min=group["eps"])
-    return update.clamp(-1, 1)
+    ratio: Tensor = state["exp_avg"].float() / (group["gamma"] * state["hessian"].float()).clamp(min=group["eps"])
+    return ratio
+
+
+def _sophia_update(reading: Reading) -> Tensor | None:
+    """clip(m/max(γh, ε), 1) in float32."""
+    ratio = _sophia_clipped(reading)
+    return None if ratio is None else ratio.clamp(-1, 1)
 
 
 _DECAY = group_setting("weight_decay")
@@ -51,12 +83,14 @@ ROWS: dict[str, Row] = {
         f"first moment exp_avg after the step, before it is preconditioned; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=_caspr_second_moment,
+        kronecker=_caspr_factors,
         decoupled_decay=_DECAY,
     ),
     "optiscope.examples.optimizers.onebit_adam.OneBitAdam": Adapter(
         f"first moment exp_avg after the step, compressed to its sign and one scale after the warm-up; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=_onebit_second_moment,
+        averages=_onebit_averages,
         decoupled_decay=_DECAY,
         intended=_onebit_update,
     ),
@@ -64,6 +98,8 @@ ROWS: dict[str, Row] = {
         f"first moment exp_avg after the step; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=second_moment("hessian", "hessian"),
+        averages=uncorrected,
+        clipped=_sophia_clipped,
         decoupled_decay=_DECAY,
         intended=_sophia_update,
     ),

@@ -14,8 +14,21 @@ from torch import Tensor
 from ...diagnostics.ns_families import JORDAN, repeat_last
 from ...diagnostics.observation import NewtonSchulz
 from . import dion, emerging_optimizers
-from .adapter import NOT_ORTHOGONAL, Adapter, Orthogonalisation, Reading, SecondMoment, entry, group_setting, number, second_moment
-from .kronecker import implied_second_moment
+from .adapter import (
+    NOT_ORTHOGONAL,
+    Adapter,
+    Averages,
+    Orthogonalisation,
+    Reading,
+    SecondMoment,
+    corrected,
+    entry,
+    group_setting,
+    number,
+    second_moment,
+    uncorrected,
+)
+from .kronecker import Kronecker, implied_second_moment, kept_sides
 from .table import Row
 
 _DECAY = group_setting("weight_decay")
@@ -82,6 +95,25 @@ def _shampoo_second_moment(reading: Reading) -> SecondMoment | None:
     return None if values is None else SecondMoment(values, "preconditioner")
 
 
+def _unpacked(factor: Tensor) -> Tensor:
+    """A symmetric matrix whose upper triangle is kept, row after row; one that is kept whole is given as it is."""
+    if factor.ndim == 2:
+        return factor
+    size = (isqrt(8 * factor.numel() + 1) - 1) // 2
+    upper = torch.zeros(size, size, dtype=factor.dtype, device=factor.device)
+    upper[tuple(torch.triu_indices(size, size, device=factor.device))] = factor
+    return upper + upper.triu(1).mT
+
+
+def _shampoo_factors(reading: Reading) -> Kronecker | None:
+    """Those of a matrix that is one block, checked as above. The exponent can be overridden in ways that are not read."""
+    blocks = _blocks(reading)
+    if len(blocks) != 1 or reading.weight.ndim != 2 or _shampoo_second_moment(reading) is None:
+        return None
+    factors = tuple(blocks[0]["shampoo"].factor_matrices)
+    return kept_sides([_unpacked(factor) for factor in factors])
+
+
 def _shampoo_decay(reading: Reading) -> float:
     """λ in W(1 − ηλ): by `weight_decay_type` (an enum), in older versions by `use_decoupled_weight_decay`.
 
@@ -112,6 +144,7 @@ _SHAMPOO = Adapter(
     f"filtered_grad, the blocks put together, after the step and before it is preconditioned; {NOT_ORTHOGONAL}",
     momentum=_shampoo_momentum,
     second_moment=_shampoo_second_moment,
+    kronecker=_shampoo_factors,
     decoupled_decay=_shampoo_decay,
 )
 
@@ -129,6 +162,22 @@ def _soap_momentum(reading: Reading) -> Tensor | None:
         # Contracting the first axis puts the new one last: after all of them, each is back in its place.
         momentum = torch.tensordot(momentum, basis, dims=([0], [1])) if len(basis) else momentum.movedim(0, -1)
     return momentum
+
+
+def _soap_second_moment(reading: Reading) -> SecondMoment | None:
+    values, moment = reading.state.get("exp_avg_sq"), reading.state.get("exp_avg")
+    return None if values is None else SecondMoment(values, "rotated", moment)
+
+
+def _soap_averages(reading: Reading) -> Averages:
+    """Corrected as a whole, where the group asks for it; where it does not say so, that is not known."""
+    match reading.group.get("correct_bias"):
+        case None:
+            return Averages()
+        case False:
+            return uncorrected(reading)
+        case _:
+            return corrected(as_a_whole=True)(reading)
 
 
 def _soap_decay(reading: Reading) -> float:
@@ -167,7 +216,9 @@ ROWS: dict[str, Row] = {
     "soap.SOAP": Adapter(
         f"first moment exp_avg after the step, turned back from the optimizer's basis; {NOT_ORTHOGONAL}",
         momentum=_soap_momentum,
-        second_moment=second_moment("exp_avg_sq", "rotated"),
+        second_moment=_soap_second_moment,
+        averages=_soap_averages,
+        kronecker=lambda reading: kept_sides(reading.state.get("GG"), reading.state.get("Q")),
         decoupled_decay=_soap_decay,
     ),
     "optimizers.mars_m.MARS_M": _MARS_M,

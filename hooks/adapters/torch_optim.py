@@ -12,15 +12,18 @@ from ...diagnostics.observation import NewtonSchulz
 from .adapter import (
     NOT_ORTHOGONAL,
     Adapter,
+    Averages,
     Group,
     Orthogonalisation,
     Reading,
     SecondMoment,
     adam_update,
+    corrected,
     entry,
     group_setting,
     number,
     second_moment,
+    uncorrected,
 )
 from .muons import scaled_output, torch_iteration
 from .table import Row
@@ -142,7 +145,13 @@ def _rmsprop(group: Group) -> Adapter:
             return entry("momentum_buffer")(reading)
         return None if group.get("centered") else _divided(reading, reading.state.get("square_avg"), float(group["eps"]))
 
-    return Adapter(f"{buffer}; {NOT_ORTHOGONAL}", momentum=momentum, second_moment=second_moment("square_avg"), intended=intended)
+    def averages(reading: Reading) -> Averages:
+        # The divisor of the centred one is another: v less the square of the average.
+        return Averages() if group.get("centered") else Averages(second=1.0, eps=number(group["eps"]))
+
+    return Adapter(
+        f"{buffer}; {NOT_ORTHOGONAL}", momentum=momentum, second_moment=second_moment("square_avg"), averages=averages, intended=intended
+    )
 
 
 def _asgd_rate(reading: Reading) -> float:
@@ -156,6 +165,7 @@ ADAM = Adapter(
     f"first moment exp_avg after the step; {NOT_ORTHOGONAL}",
     momentum=entry("exp_avg"),
     second_moment=_adam_second_moment,
+    averages=corrected(),
     decoupled_decay=_adam_decay,
     intended=_adam_update,
 )
@@ -179,19 +189,24 @@ ROWS: dict[str, Row] = {
         intended=_sgd_update,
     ),
     "torch.optim.nadam.NAdam": replace(ADAM, intended=lambda reading: None),
-    "torch.optim.radam.RAdam": replace(ADAM, intended=lambda reading: None),
+    "torch.optim.radam.RAdam": replace(ADAM, averages=corrected(as_a_whole=True), intended=lambda reading: None),
     "torch.optim.adamax.Adamax": Adapter(
         f"first moment exp_avg after the step; {NOT_ORTHOGONAL}",
         momentum=entry("exp_avg"),
         second_moment=_adamax_second_moment,
+        averages=lambda reading: replace(corrected()(reading), second=1.0, eps=nan),  # ε is within u
         intended=_adamax_update,
     ),
     "torch.optim.adagrad.Adagrad": Adapter(
-        _NO_MOMENTUM, second_moment=second_moment("sum"), learning_rate=_adagrad_rate, intended=_adagrad_update
+        _NO_MOMENTUM, second_moment=second_moment("sum"), averages=uncorrected, learning_rate=_adagrad_rate, intended=_adagrad_update
     ),
     "torch.optim.rmsprop.RMSprop": _rmsprop,
     # acc_delta, as non-negative, is of updates.
-    "torch.optim.adadelta.Adadelta": Adapter(_NO_MOMENTUM, second_moment=second_moment("square_avg")),
+    "torch.optim.adadelta.Adadelta": Adapter(
+        _NO_MOMENTUM,
+        second_moment=second_moment("square_avg"),
+        averages=lambda reading: Averages(second=1.0, eps=sqrt(number(reading.group["eps"]))),  # of √(v + ε)
+    ),
     # ax is an average of the weights.
     "torch.optim.asgd.ASGD": Adapter(
         _NO_MOMENTUM,

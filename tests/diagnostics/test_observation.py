@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from optiscope.diagnostics.adam_mini import row_blocks
 from optiscope.diagnostics.catalogue import NS_STEPS, in_group
 from optiscope.diagnostics.ns_families import JORDAN
 from optiscope.diagnostics.observation import (
@@ -14,8 +15,10 @@ from optiscope.diagnostics.observation import (
     Observation,
     measure_geometry,
     measure_second_moment,
+    measure_second_moment_map,
     measure_update,
 )
+from optiscope.diagnostics.second_moment import Moments
 from optiscope.diagnostics.spectrum_sketch import unsketch
 
 LR, DECAY = 0.02, 0.5
@@ -236,4 +239,14 @@ def test_every_quantity_measured_is_in_the_catalogue():
     # What only the recorder knows: ns_schedule and second_moment_form are indices into lists of the run, changed_outside takes two steps.
     assert set(measure_geometry(step)) <= {quantity.name for quantity in in_group("geometry")} - {"ns_schedule"}
     assert set(measure_update(step)) <= {quantity.name for quantity in in_group("update")} - {"changed_outside"}
-    assert set(measure_second_moment(step)) <= {quantity.name for quantity in in_group("second_moment")} - {"second_moment_form"}
+    # No form of the second moment has all quantities.
+    ones, identity = np.ones((4, 6)), np.eye(4)
+    many = [
+        Moments(ones, "full", 1.0, ones, 1.0, 1.0, 1e-8, 0.0, row_blocks("mlp_up", 4, 6)),
+        Moments(ones, "rotated", 1.0, ones, 1.0, 1.0, 1e-8, factors=(identity, None), bases=(identity, None)),
+        Moments(ones, "hessian", 1.0, clipped=ones),
+    ]
+    measured = set().union(*(measure_second_moment(replace(step, moments=moments)) for moments in many))
+    assert measured == {quantity.name for quantity in in_group("second_moment")} - {"second_moment_form"}
+    assert set(measure_second_moment_map(replace(step, moments=many[0]))) == {quantity.name for quantity in in_group("second_moment_map")}
+    assert measure_second_moment(step) == measure_second_moment_map(step) == {}

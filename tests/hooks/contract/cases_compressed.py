@@ -207,7 +207,7 @@ CASES = [
         "Schedule-Free AdamW (pytorch_optimizer)",
         "pytorch_optimizer",
         _schedule_free("pytorch_optimizer", "ScheduleFreeAdamW", lr=0.01, weight_decay=0.1, warmup_steps=3),
-        lambda name, shape: schedule_free(0.01, 3, 0.1),
+        lambda name, shape: schedule_free(0.01, 3, 0.1, more=1e-15**0.5),
     ),
     Case(
         "Adam-mini (adam-mini)",

@@ -39,11 +39,14 @@ class Kept:
         momentum: first moment in the parameter's basis; None where there is none.
         second: second moment in the form the optimizer keeps it; None where there is none.
         update: U = (W_t(1 − ηλ) − W_{t+1})/η; None where it is not transcribed.
+        averages: what the update divides m and v by, to correct their bias, and its denominator at v = 0 in units of √v̂, NaN for what
+            it does not have; None where they are not compared.
     """
 
     momentum: Floats | None = None
     second: Floats | None = None
     update: Floats | None = None
+    averages: tuple[float, float, float] | None = None
 
 
 # One parameter's: called once per step with gradient and weights before the step.
@@ -99,6 +102,8 @@ class Result:
         replay: error of s·O of the intercepted function against the update.
         momentum, second, update: errors of the adapter's readings against the transcription.
         stored: error of the run's momentum_rms, second_moment_mean, update_rms, update_rms_per_lr against what was read.
+        quantiles: relative error of the run's quantiles of v̂ and of |m̂|/√v̂ against those of the transcription.
+        shares: whether the run's ε, and the shares under it and under 1000·ε, are those counted in what was read.
         forms: forms of the second moment.
     """
 
@@ -114,6 +119,8 @@ class Result:
     second: float | None = None
     update: float | None = None
     stored: dict[str, float] = field(default_factory=dict)
+    quantiles: dict[str, float] = field(default_factory=dict)
+    shares: bool | None = None
     forms: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
@@ -342,7 +349,7 @@ def run_case(case: Case) -> Result:
         spectrum_of=entry["spectrum_of"][group],
     )
     result.forms = sorted({s.form for name, many in seen.items() if case.only(name) for s in many if s.form is not None})
-    _compare_moments(case, seen, result)
+    _compare_moments(case, run, seen, result)
     _compare_stored(run, seen, result)
     if case.newton_schulz is not None:
         _compare_newton_schulz(case, seen, calls, result)
@@ -362,7 +369,7 @@ def _group_of_hidden(run: xr.DataTree) -> tuple[dict[str, Any], int]:
     return copy.deepcopy(entry), 0
 
 
-def _compare_moments(case: Case, seen: dict[str, list[Seen]], result: Result) -> None:
+def _compare_moments(case: Case, run: xr.DataTree, seen: dict[str, list[Seen]], result: Result) -> None:
     if case.transcription is None:
         return
     for name, many in seen.items():
@@ -377,6 +384,42 @@ def _compare_moments(case: Case, seen: dict[str, list[Seen]], result: Result) ->
             result.second = _worst(result.second, s.second, kept.second, f"second moment of {name}")
             if kept.update is not None:
                 result.update = _worst(result.update, applied(s), kept.update, f"update of {name}")
+            _compare_averages(case, run, name, t, s, kept, result)
+
+
+def _compare_averages(case: Case, run: xr.DataTree, name: str, t: int, s: Seen, kept: Kept, result: Result) -> None:
+    """What the run holds of v̂, m̂ and ε against the transcription's; of moments that are kept exactly."""
+    stored = run["second_moment"]
+    names = [str(n) for n in stored["name"].values]
+    if kept.averages is None or kept.second is None or s.second is None or name not in names:
+        return
+    of_first, of_second, eps = kept.averages
+    cell = stored.isel(step=t, matrix=names.index(name))
+    expected = {}
+    if case.second_bound == EXACT:
+        expected["second_moment_quantile"] = kept.second / of_second
+    if s.form in ("full", "frozen") and kept.momentum is not None and case.second_bound == case.momentum_bound == EXACT and of_first > 0:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.abs(kept.momentum / of_first) / np.sqrt(kept.second / of_second)
+        expected["snr_quantile"] = np.where(np.isnan(ratio), 0.0, ratio)  # a coordinate without gradient does not move
+    for key, values in expected.items():
+        # Of the rank ⌊level·(n − 1)⌋, as the bins count.
+        wanted = np.quantile(values, stored["level"].values, method="lower")
+        # Not what a float32 rotation leaves of nothing (SOAP), and infinity where only m has seen a gradient (1-bit Adam).
+        compared = np.isfinite(wanted) & (np.abs(wanted) > 1e-9 * np.max(wanted, where=np.isfinite(wanted), initial=0.0))
+        assert np.array_equal(np.isfinite(wanted), np.isfinite(cell[key].values)), f"{key} of {name}"
+        error = float(np.max(np.abs(cell[key].values - wanted)[compared] / np.abs(wanted[compared]), initial=0.0))
+        result.quantiles[key] = max(result.quantiles.get(key, 0.0), error)
+    root = np.sqrt(s.second / of_second)
+    told = [float(cell[key]) for key in ("second_moment_eps", "eps_share", "near_eps_share")]
+    if not np.isfinite(eps):
+        wanted_shares = [np.nan] * 3
+    else:
+        wanted_shares = [eps, float(np.float32(np.mean(root < eps))), float(np.float32(np.mean(root < 1000 * eps)))]
+    right = np.allclose(told[:1], wanted_shares[:1], rtol=1e-9, equal_nan=True) and np.array_equal(
+        told[1:], wanted_shares[1:], equal_nan=True
+    )
+    result.shares = right if result.shares is None else result.shares and right
 
 
 def applied(s: Seen) -> Floats:

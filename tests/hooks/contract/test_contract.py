@@ -45,6 +45,24 @@ def test_the_run_holds_what_was_read(case: Case) -> None:
     assert max(stored.values()) < 1e-12
 
 
+def test_quantiles_are_those_of_the_corrected_moments(case: Case) -> None:
+    """v̂ and |m̂|/√v̂ by the transcription's own corrections, to the width of a bin; float32 moments can move a value into the next one."""
+    for error in result_of(case.system).quantiles.values():
+        assert error <= 2**-4 + 1e-3
+
+
+def test_shares_under_eps_are_counted_exactly(case: Case) -> None:
+    assert result_of(case.system).shares is not False
+
+
+def test_the_transcriptions_correct_many_systems() -> None:
+    """What the two tests above compare: nothing where a transcription does not say how it corrects."""
+    compared = [result_of(system) for system in CASES]
+    assert sum("second_moment_quantile" in result.quantiles for result in compared) >= 45
+    assert sum("snr_quantile" in result.quantiles for result in compared) >= 20
+    assert sum(result.shares is True for result in compared) >= 45
+
+
 @pytest.mark.parametrize("system", [case.system for case in cases.CASES if case.newton_schulz])
 def test_newton_schulz_input_is_bitwise_what_the_iteration_was_given(system: str) -> None:
     assert result_of(system).ns_input

@@ -37,8 +37,8 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, coupled: f
         g = g + coupled * w
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         largest = np.maximum(largest, v)
-        second = largest if amsgrad else v
-        return Kept(m, second, (m / (1 - beta1**t)) / (np.sqrt(second / (1 - beta2**t)) + eps))
+        second, averages = largest if amsgrad else v, (1 - beta1**t, 1 - beta2**t, eps)
+        return Kept(m, second, (m / averages[0]) / (np.sqrt(second / averages[1]) + eps), averages)
 
     return step
 

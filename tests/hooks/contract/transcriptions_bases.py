@@ -84,7 +84,7 @@ def soap(bases: Callable[[], list[Floats]], lr: float, beta: float = 0.95, eps: 
         left, right = bases()
         m, v = beta * m + (1 - beta) * g, beta * v + (1 - beta) * (left.T @ g @ right) ** 2
         u = sqrt(1 - beta**t) / (1 - beta**t) * left @ (left.T @ m @ right / (np.sqrt(v) + eps)) @ right.T
-        return Kept(m, v, u * (1 - lr * decay))
+        return Kept(m, v, u * (1 - lr * decay), (1 - beta**t, 1 - beta**t, eps / sqrt(1 - beta**t)))
 
     return step
 
@@ -119,7 +119,7 @@ def galore(rank: int | None, lr: float, scale: float = 1.0, decay: float = 0.0, 
         down, up = projection
         m, v = 0.9 * m + 0.1 * down(g), 0.999 * v + 0.001 * down(g) ** 2
         u = scale * up(m / (np.sqrt(v) + eps)) * sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        return Kept(up(m), v, u * (1 - lr * decay))
+        return Kept(up(m), v, u * (1 - lr * decay), (1 - 0.9**t, 1 - 0.999**t, eps / sqrt(1 - 0.999**t)))
 
     return step
 
@@ -151,6 +151,6 @@ def apollo(matrix: Callable[[], Floats], lr: float, scale: float = 1.0, decay: f
 
         corrected = sqrt(1 - 0.999**t) / (1 - 0.9**t)
         u = scale**1.5 * corrected * lift(u)
-        return Kept(lift(m), v, u * (1 - lr * corrected * decay))
+        return Kept(lift(m), v, u * (1 - lr * corrected * decay), (1 - 0.9**t, 1 - 0.999**t, eps / sqrt(1 - 0.999**t)))
 
     return step

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import nan
 
 import numpy as np
 
@@ -37,13 +38,13 @@ def prodigy(d: Callable[[int], float], beta1: float = 0.9, beta2: float = 0.999,
         nonlocal m, v, t
         m, v = beta1 * m + d(t) * (1 - beta1) * g, beta2 * v + d(t) ** 2 * (1 - beta2) * g * g
         t += 1
-        return Kept(m, v, m / (np.sqrt(v) + d(t) * eps))
+        return Kept(m, v, m / (np.sqrt(v) + d(t) * eps), (1.0, 1.0, d(t) * eps))
 
     return step
 
 
 def schedule_free(
-    lr: float, warmup: int = 0, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8
+    lr: float, warmup: int = 0, decay: float = 0.0, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, more: float = 0.0
 ) -> Transcription:
     """Defazio et al. 2024, Algorithm 1, in its y-form: z ← z − η(ĝ + λy), and x, the average of all z with weights η_max².
 
@@ -67,7 +68,8 @@ def schedule_free(
         z = z - rate * (g / (np.sqrt(v / (1 - beta2**t)) + eps) + decay * y)
         x = (1 - c) * x + c * z
         share = decay * (1 - beta1 * (1 - c))
-        return Kept(None, v, (y * (1 - rate * share) - ((1 - beta1) * z + beta1 * x)) / rate)
+        # `more`: the denominator at v = 0, where a library has more than ε.
+        return Kept(None, v, (y * (1 - rate * share) - ((1 - beta1) * z + beta1 * x)) / rate, (nan, 1 - beta2**t, eps + more))
 
     return step
 
@@ -85,7 +87,7 @@ def sophia_g(rho: float, batch: int, beta1: float = 0.965, beta2: float = 0.99) 
         nonlocal m, h, last
         h = np.zeros_like(g) if h is None or last is None else beta2 * h + (1 - beta2) * last * last
         m, last = beta1 * m + (1 - beta1) * g, g
-        return Kept(m, h, np.sign(m) * np.minimum(np.abs(m) / (rho * batch * h + 1e-15), 1))
+        return Kept(m, h, np.sign(m) * np.minimum(np.abs(m) / (rho * batch * h + 1e-15), 1), (1.0, 1.0, nan))
 
     return step
 
@@ -107,6 +109,6 @@ def debiased_soap(bases: Callable[[int], list[Floats]], beta1: float = 0.9, beta
         left, right = bases(t - 1)
         one, two = (1 - (1 - beta) / (1 - beta ** (t - 1)) for beta in (beta1, beta2))
         m, v = one * m + (1 - one) * g, two * v + (1 - two) * (left.T @ g @ right) ** 2
-        return Kept(m, v, left @ (left.T @ m @ right / np.maximum(np.sqrt(v), eps)) @ right.T)
+        return Kept(m, v, left @ (left.T @ m @ right / np.maximum(np.sqrt(v), eps)) @ right.T, (1.0, 1.0, eps))
 
     return step

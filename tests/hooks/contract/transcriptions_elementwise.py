@@ -5,7 +5,7 @@ the step. Moments start at 0 and are averaged as x ← βx + (1 − β)·new unl
 """
 
 from collections.abc import Callable
-from math import sqrt
+from math import nan, sqrt
 
 import numpy as np
 
@@ -28,7 +28,7 @@ def adagrad(eps: float = 1e-10, coupled: float = 0.0) -> Transcription:
         nonlocal s
         g = g + coupled * w
         s = s + g * g
-        return Kept(None, s, g / (np.sqrt(s) + eps))
+        return Kept(None, s, g / (np.sqrt(s) + eps), (nan, 1.0, eps))
 
     return step
 
@@ -45,9 +45,9 @@ def rmsprop(alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, cente
         m, v = alpha * m + (1 - alpha) * g, alpha * v + (1 - alpha) * g * g
         u = g / (np.sqrt(v - m * m if centered else v) + eps)
         if not momentum:
-            return Kept(m if centered else None, v, u)
+            return Kept(m if centered else None, v, u, None if centered else (nan, 1.0, eps))
         b = momentum * b + u
-        return Kept(b, v, b)
+        return Kept(b, v, b, None if centered else (nan, 1.0, eps))
 
     return step
 
@@ -62,7 +62,7 @@ def adadelta(rho: float = 0.9, eps: float = 1e-6) -> Transcription:
         v = rho * v + (1 - rho) * g * g
         u = g * np.sqrt(d + eps) / np.sqrt(v + eps)
         d = rho * d + (1 - rho) * u * u
-        return Kept(None, v, u)
+        return Kept(None, v, u, (nan, 1.0, sqrt(eps)))
 
     return step
 
@@ -78,7 +78,7 @@ def adamax(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, coupled:
         t += 1
         g = g + coupled * w
         m, u = beta1 * m + (1 - beta1) * g, np.maximum(beta2 * u, np.abs(g) + eps)
-        return Kept(m, u * u, m / (1 - beta1**t) / u)
+        return Kept(m, u * u, m / (1 - beta1**t) / u, (1 - beta1**t, 1.0, nan))
 
     return step
 
@@ -96,7 +96,7 @@ def nadam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, psi: floa
         product *= mu
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         mixed = following * m / (1 - product * following) + (1 - mu) * g / (1 - product)
-        return Kept(m, v, mixed / (np.sqrt(v / (1 - beta2**t)) + eps))
+        return Kept(m, v, mixed / (np.sqrt(v / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
 
     return step
 
@@ -116,7 +116,7 @@ def radam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Transc
         if length > 5:
             r = sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
             update = update * r * sqrt(1 - beta2**t) / (np.sqrt(v) + eps)
-        return Kept(m, v, update)
+        return Kept(m, v, update, (1 - beta1**t, 1 - beta2**t, eps / sqrt(1 - beta2**t)))
 
     return step
 
@@ -148,13 +148,13 @@ def adafactor(
         t += 1
         b, square = beta2(t), g * g + eps
         r, c = b * r + (1 - b) * square.mean(1), b * c + (1 - b) * square.mean(0)
-        v = np.outer(r, c) / np.mean(r)
+        v, averages = np.outer(r, c) / np.mean(r), (nan, 1.0, sqrt(floor) or nan)
         u = g / np.sqrt(np.maximum(v, floor))
         u = u / max(1.0, rms(u) / clip)
         if beta1 is None or rate is None:
-            return Kept(None, v, u)
+            return Kept(None, v, u, averages)
         m = beta1 * m + (1 - beta1) * rate(t, w) * u
-        return Kept(m, v, m / rate(t, w))
+        return Kept(m, v, m / rate(t, w), averages)
 
     return step
 
@@ -169,7 +169,7 @@ def yogi(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-3, start: flo
         nonlocal m, v, t
         t += 1
         m, v = beta1 * m + (1 - beta1) * g, v - (1 - beta2) * np.sign(v - g * g) * g * g
-        return Kept(m, v, m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps))
+        return Kept(m, v, m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
 
     return step
 
@@ -185,7 +185,7 @@ def adabelief(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-16) -> T
         t += 1
         m = beta1 * m + (1 - beta1) * g
         s = beta2 * s + (1 - beta2) * (g - m) ** 2 + eps
-        return Kept(m, s, m / (1 - beta1**t) / (np.sqrt(s / (1 - beta2**t)) + eps))
+        return Kept(m, s, m / (1 - beta1**t) / (np.sqrt(s / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
 
     return step
 
@@ -204,7 +204,9 @@ def adabound(
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         rates = lr * sqrt(1 - beta2**t) / (1 - beta1**t) / (np.sqrt(v) + eps)
         lower, upper = final * (1 - 1 / (gamma * t + 1)), final * (1 + 1 / (gamma * t))
-        return Kept(m, v, np.clip(rates, lower, upper) * m / lr)
+        # The library's √(v + 1e-15) + ε at v = 0.
+        averages = 1 - beta1**t, 1 - beta2**t, (sqrt(1e-15) + eps) / sqrt(1 - beta2**t)
+        return Kept(m, v, np.clip(rates, lower, upper) * m / lr, averages)
 
     return step
 
@@ -231,7 +233,7 @@ def sophia(draw: Callable[[], Floats], beta1: float = 0.96, beta2: float = 0.99,
         nonlocal m, h
         m = beta1 * m + (1 - beta1) * g
         h = (1 - beta2) * draw() if h is None else h
-        return Kept(m, h, np.clip(m / np.maximum(h, eps), -bound, bound))
+        return Kept(m, h, np.clip(m / np.maximum(h, eps), -bound, bound), (1.0, 1.0, nan))
 
     return step
 
@@ -251,7 +253,9 @@ def mars(beta1: float = 0.95, beta2: float = 0.99, gamma: float = 0.025, eps: fl
         m, v, last = beta1 * m + (1 - beta1) * c, beta2 * v + (1 - beta2) * c * c, g
         match of:
             case "adamw":
-                return Kept(m, v, m / (1 - beta1**t) / ((np.sqrt(v) + eps) / sqrt(1 - beta2**t)))
+                # The library's √(v + 1e-15) + ε at v = 0.
+                averages = 1 - beta1**t, 1 - beta2**t, (sqrt(1e-15) + eps) / sqrt(1 - beta2**t)
+                return Kept(m, v, m / (1 - beta1**t) / ((np.sqrt(v) + eps) / sqrt(1 - beta2**t)), averages)
             case "lion":
                 return Kept(m, None, np.sign(m))
             case _:
@@ -274,6 +278,6 @@ def lookahead(inner: Transcription, lr: float, every: int, alpha: float = 0.5) -
         after = w - lr * kept.update
         if t % every == 0:
             slow = after = slow + alpha * (after - slow)
-        return Kept(kept.momentum, kept.second, (w - after) / lr)
+        return Kept(kept.momentum, kept.second, (w - after) / lr, kept.averages)
 
     return step

@@ -1,6 +1,7 @@
 """The reference optimizers of `examples/optimizers` that run no Newton–Schulz iteration, written out in float64 NumPy."""
 
 from collections.abc import Callable
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -75,7 +76,7 @@ def onebit_adam(shape: tuple[int, ...], freeze: int, beta1: float = 0.9, beta2: 
             m = np.array([scale if value >= 0 else -scale for value in x.flat]).reshape(shape)
             e = x - m
         v_hat = v / (1 - beta2 ** min(t, freeze))
-        return Kept(m, v, m / (1 - beta1**t) / (np.sqrt(v_hat) + eps))
+        return Kept(m, v, m / (1 - beta1**t) / (np.sqrt(v_hat) + eps), (1 - beta1**t, 1 - beta2 ** min(t, freeze), eps))
 
     return step
 
@@ -92,6 +93,6 @@ def sophia_g(
         m = beta1 * m + (1 - beta1) * g
         if (drawn := estimate()) is not None:
             h = beta2 * h + (1 - beta2) * tokens * drawn**2
-        return Kept(m, h, np.clip(m / np.maximum(gamma * h, eps), -1, 1))
+        return Kept(m, h, np.clip(m / np.maximum(gamma * h, eps), -1, 1), (1.0, 1.0, nan))
 
     return step

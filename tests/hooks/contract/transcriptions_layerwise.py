@@ -1,6 +1,6 @@
 """Optimizers that look at a matrix, or a block of it, as a whole, written out as in :mod:`contract.transcriptions_elementwise`."""
 
-from math import sqrt
+from math import nan, sqrt
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def lamb(lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-6,
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         u = m / (np.sqrt(v) + eps) + coupled * w
         ratio = min(norm(w * (1 - lr * decay)), 10.0) / (norm(u) + eps)
-        return Kept(m, v, ratio * u / (1 - beta1**t))
+        return Kept(m, v, ratio * u / (1 - beta1**t), (1 - beta1**t, 1.0, eps))
 
     return step
 
@@ -50,7 +50,7 @@ def novograd(beta1: float = 0.95, beta2: float = 0.98, eps: float = 1e-8, couple
         nonlocal m, v
         v = norm(g) ** 2 if v is None else beta2 * v + (1 - beta2) * norm(g) ** 2
         m = beta1 * m + g / (sqrt(v) + eps) + coupled * w
-        return Kept(m, np.asarray(v), m)
+        return Kept(m, np.asarray(v), m, (nan, 1.0, eps))
 
     return step
 
@@ -72,6 +72,7 @@ def adam_mini(blocks: int | None, beta1: float = 0.9, beta2: float = 0.999, eps:
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * square
         of_all = np.repeat(v, split.shape[1]).reshape(g.shape) if blocks is not None else v
         kept = np.asarray(v)[0] if blocks == 0 else v
-        return Kept(m, np.asarray(kept), m / (1 - beta1**t) / (np.sqrt(of_all / (1 - beta2**t)) + eps))
+        averages = 1 - beta1**t, 1 - beta2**t, eps
+        return Kept(m, np.asarray(kept), m / averages[0] / (np.sqrt(of_all / averages[1]) + eps), averages)
 
     return step
