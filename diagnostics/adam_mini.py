@@ -65,6 +65,7 @@ class WithinBlocks:
     cosine: Floats
 
 
+@np.errstate(invalid="ignore", divide="ignore", over="ignore")
 def within_blocks(v: NDArray[np.floating], blocks: NDArray[np.int64], m: NDArray[np.floating] | None = None) -> WithinBlocks:
     """Compare v of every coordinate, shape (rows, cols), with one number for each block of rows, as `row_blocks` gives them.
 
@@ -95,18 +96,17 @@ def within_blocks(v: NDArray[np.floating], blocks: NDArray[np.int64], m: NDArray
         "norm": np.sqrt(size * (variance + mean**2)),
     }
     mm, mm_root, mm_v = (per_block(rows[key])[used] for key in ("mm", "mm/√v", "mm/v"))
-    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
-        cosine = [
-            float((mm_root / np.sqrt(s)).sum() / np.sqrt(mm_v.sum() * (mm / s).sum()))
-            for s in (of_block[statistic][used] for statistic in BLOCK_STATISTICS)
-        ]
-        return WithinBlocks(
-            dispersion=float(np.sqrt(within)),
-            variance_ratio=float(log_mean[used].var() / within) if used.sum() > 1 and within > 0 else float("nan"),
-            cv2=float((variance[used] / mean[used] ** 2).mean()),
-            step_ratio=float((per_block(rows["1/√v"])[used] * np.sqrt(mean[used])).sum() / count.sum()),
-            cosine=np.array(cosine),
-        )
+    cosine = [
+        float((mm_root / np.sqrt(s)).sum() / np.sqrt(mm_v.sum() * (mm / s).sum()))
+        for s in (of_block[statistic][used] for statistic in BLOCK_STATISTICS)
+    ]
+    return WithinBlocks(
+        dispersion=float(np.sqrt(within)),
+        variance_ratio=float(log_mean[used].var() / within) if used.sum() > 1 and within > 0 else float("nan"),
+        cv2=float((variance[used] / mean[used] ** 2).mean()),
+        step_ratio=float((per_block(rows["1/√v"])[used] * np.sqrt(mean[used])).sum() / count.sum()),
+        cosine=np.array(cosine),
+    )
 
 
 def _row_sums(v: NDArray[np.floating], m: NDArray[np.floating] | None) -> dict[str, Floats]:

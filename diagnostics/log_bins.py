@@ -44,9 +44,9 @@ def log_quantiles(values: NDArray[np.floating], levels: Sequence[float]) -> Floa
     ranks = np.floor(np.asarray(levels) * (flat.size - 1)).astype(np.int64)
     places = np.searchsorted(upto, ranks, side="right")
     within = (ranks - (upto - counts[ordered])[places] + 0.5) / counts[ordered][places]
-    lower, upper = _edges(flat.dtype, ordered[places] % half)
     negative = ordered[places] >= half
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore"):  # behind infinity comes NaN
+        lower, upper = _edges(flat.dtype, ordered[places] % half)
         magnitude = np.where(np.isinf(lower), lower, lower + (upper - lower) * np.where(negative, 1 - within, within))
     found = np.where(negative, -magnitude, magnitude)
     below_zero = int(np.count_nonzero(flat < 0)) if smallest < 0 else 0
