@@ -9,6 +9,8 @@ from typing import Annotated, Any, ParamSpec
 
 import typer
 
+from ..analysis.inert import inert
+
 P = ParamSpec("P")
 
 app = typer.Typer(
@@ -56,19 +58,10 @@ def command(function: Callable[P, None], **settings: Any) -> Callable[P, None]:
     return reporting
 
 
-def inert(text: object) -> str:
-    r"""The text with what would steer a terminal (escape sequences, line breaks, reversed writing) spelled out.
-
-    >>> inert("κ\x1b[2J")
-    'κ\\x1b[2J'
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
-
-
 def print_json(result: Any) -> None:
     """One JSON document on standard output."""
     print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
 
 
 # Importing a module of commands registers them.
-from . import demo, run, script  # noqa: E402, F401
+from . import demo, report, run, script  # noqa: E402, F401

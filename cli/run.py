@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from .app import CLEAN, FINDINGS, JsonOption, command, inert, print_json
+from ..analysis.inert import inert
+from .app import CLEAN, FINDINGS, JsonOption, command, print_json
 
 if TYPE_CHECKING:
     import xarray as xr

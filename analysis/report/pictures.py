@@ -1,0 +1,87 @@
+"""A study's figure as a picture that a page carries inside itself."""
+
+import io
+import re
+import warnings
+from urllib.parse import quote
+
+import matplotlib as mpl
+import numpy as np
+import xarray as xr
+from matplotlib.figure import Figure
+
+from ..inert import inert
+
+HEAVY = 160_000  # bytes of SVG over which marks are drawn as pixels, text and axes staying sharp
+LONGEST = 40  # characters of a label; longer ones would leave no room for the picture
+
+
+def drawable(dataset: xr.Dataset) -> xr.Dataset:
+    r"""The dataset with labels that can be drawn: one line, not endless, and never read as a formula.
+
+    Matplotlib reads what stands between two dollar signs as a formula, and refuses to draw one that it cannot parse; `\$` is a plain one.
+
+    >>> drawable(xr.Dataset(coords={"operator": ["attn_q", "a\n$b$"]}))["operator"].values.tolist()
+    ['attn_q', 'a\\n\\$b\\$']
+    """
+    texts = {name: values for name, values in dataset.variables.items() if values.dtype.kind in "UOT" and values.size}
+    shown = {name: (values.dims, _labels(values.values)) for name, values in texts.items()}
+    return dataset.assign_coords({k: v for k, v in shown.items() if k in dataset.coords}).assign(
+        {k: v for k, v in shown.items() if k not in dataset.coords}
+    )
+
+
+def svg_uri(figure: Figure, salt: str) -> str:
+    """The figure as a `data:` address of an SVG, the same for the same figure and `salt`.
+
+    An image is a document of its own: whatever is in it can neither run nor clash with the page. The address holds no character that
+    HTML would read.
+    """
+    svg = _svg(figure, salt)
+    if len(svg) > HEAVY:
+        for axes in figure.axes:
+            for artist in (*axes.collections, *axes.lines, *axes.patches):
+                artist.set_rasterized(True)
+        svg = _svg(figure, salt)
+    return "data:image/svg+xml," + quote(svg, safe=" /:;=,()+")
+
+
+def _labels(values: np.ndarray) -> np.ndarray:
+    """Labels for drawing; where cutting makes two the same, they are numbered."""
+    cut = {text: _cut(inert(text)) for text in dict.fromkeys(map(str, values.ravel()))}
+    seen: dict[str, int] = {}
+    for text, label in cut.items():
+        seen[label] = seen.get(label, 0) + 1
+        if seen[label] > 1:
+            cut[text] = f"{label} ({seen[label]})"
+    return np.array([cut[str(text)].replace("$", r"\$") for text in values.ravel()], dtype=str).reshape(values.shape)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= LONGEST else f"{text[: LONGEST - 13]}…{text[-12:]}"
+
+
+def _svg(figure: Figure, salt: str) -> str:
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": salt, "svg.fonttype": "path"}), warnings.catch_warnings():
+        # A name may be written in a script that the font lacks; it shows boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return _compact(buffer.getvalue())
+
+
+def _compact(svg: str) -> str:
+    """Without prologue, metadata, comments (which repeat every text) and white space, coordinates to a hundredth of a point."""
+    svg = re.sub(r"<\?xml.*?\?>|<!DOCTYPE.*?>|<!--.*?-->|<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"\s+", " ", re.sub(r">\s+<", "><", svg)).strip()
+    return _short_numbers(svg).replace('"', "'")
+
+
+def _short_numbers(svg: str) -> str:
+    def rounded(number: re.Match[str]) -> str:
+        return f"{float(number[0]):.2f}".rstrip("0").rstrip(".")
+
+    def within(attribute: re.Match[str]) -> str:
+        return re.sub(r"-?\d+\.\d{3,}", rounded, attribute[0])
+
+    return re.sub(r' (?:d|x|y|x1|y1|x2|y2|points)="[^"]*"', within, svg)
