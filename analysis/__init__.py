@@ -12,24 +12,42 @@ if TYPE_CHECKING:
     from .findings import Finding, check
     from .run import open_run
     from .scheduling import derive_schedule
-    from .studies import kappa_by_layer, kappa_by_operator, kappa_vs_residual, residual_curves, rms_alignment, shallow_vs_deep
+    from .studies import (
+        block_geometry,
+        gradient_correction,
+        gradient_spectrum,
+        kappa_by_layer,
+        kappa_by_operator,
+        kappa_vs_residual,
+        precision_split,
+        residual_curves,
+        rms_alignment,
+        rotation,
+        shallow_vs_deep,
+        stacking,
+        update_dispersion,
+    )
 
 # A study registers under its theme, in the order in which a report shows them.
 THEMES: dict[str, tuple[str, ...]] = {
-    "geometry": ("kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves"),
-    "update sizes": ("rms_alignment",),
+    "geometry": (
+        "kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "precision_split",
+        "gradient_spectrum", "block_geometry", "stacking",
+    ),
+    "update sizes": ("rms_alignment", "update_dispersion", "rotation", "gradient_correction"),
     "second moment": (),
     "curvature": (),
     "comparison": (),
-}
+}  # fmt: skip
 STUDIES = tuple(name for names in THEMES.values() for name in names)
 
 # No name here is also a module's: importing that module would bind it in place of the function.
 _HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "findings", "Finding": "findings"}
 
 __all__ = [
-    "STUDIES", "THEMES", "Finding", "allocation", "check", "derive_schedule", "kappa_by_layer", "kappa_by_operator",
-    "kappa_vs_residual", "open_run", "residual_curves", "rms_alignment", "shallow_vs_deep",
+    "STUDIES", "THEMES", "Finding", "allocation", "block_geometry", "check", "derive_schedule", "gradient_correction",
+    "gradient_spectrum", "kappa_by_layer", "kappa_by_operator", "kappa_vs_residual", "open_run", "precision_split", "residual_curves",
+    "rms_alignment", "rotation", "shallow_vs_deep", "stacking", "update_dispersion",
 ]  # fmt: skip
 
 

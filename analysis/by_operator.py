@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import pandas as pd
 import xarray as xr
 
 from .bootstrap import medians_by
@@ -24,3 +25,16 @@ def by_operator(values: Mapping[str, xr.DataArray]) -> xr.Dataset:
         for suffix, bars in zip(("_low", "", "_high"), medians_by(value, label, operators), strict=True):
             result[f"median_{name}{suffix}"] = ("operator", bars)
     return result
+
+
+def median_and_extremes(values: pd.Series, spec: str) -> str:
+    """The median of one number per operator, and the operators with the smallest and the largest, for a sentence.
+
+    >>> median_and_extremes(pd.Series({"attn_q": 3.0, "attn_k": 1.0, "mlp_up": 2.0}), ".1f"), median_and_extremes(pd.Series({"attn_q": 3.0}), ".1f")
+    ('2.0 (median; attn_k 1.0 to attn_q 3.0)', '3.0')
+    """
+    ranked = values.dropna().sort_values()
+    median = f"{ranked.median():{spec}}"
+    if len(ranked) < 2:
+        return median
+    return f"{median} (median; {ranked.index[0]} {ranked.iloc[0]:{spec}} to {ranked.index[-1]} {ranked.iloc[-1]:{spec}})"

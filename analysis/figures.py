@@ -8,7 +8,9 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 from numpy.typing import NDArray
 
 from ..diagnostics.operators import OPERATORS
@@ -38,14 +40,24 @@ def finish(ax: Axes, *, title: str, x: str, y: str, log_x: bool = False, log_y: 
     ax.set_title(title, fontsize=10)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
-    if log_x:
-        ax.set_xscale("log")
-    if log_y:
-        ax.set_yscale("log")
+    for log, axis, set_scale in ((log_x, ax.xaxis, ax.set_xscale), (log_y, ax.yaxis, ax.set_yscale)):
+        if log:
+            set_scale("log")
+            _plain_ticks(axis)
     if (legend := ax.get_legend()) is not None:
         sns.move_legend(
             ax, "center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize=8, title=legend.get_title().get_text() or None
         )
+
+
+def _plain_ticks(axis: Axis) -> None:
+    """Plain numbers on a log axis of less than two decades, where powers of ten are too few and all else crowds."""
+    low, high = sorted(axis.get_view_interval())
+    decades = float(np.log10(high / low)) if low > 0 else np.inf
+    if decades < 2:
+        axis.set_major_locator(MaxNLocator(5) if decades < 0.7 else LogLocator(subs=(1.0, 2.0, 5.0)))
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axis.set_minor_formatter(NullFormatter())
 
 
 def operator_lines(ax: Axes, dataset: xr.Dataset, name: str, *, legend: bool = True) -> None:
@@ -67,6 +79,7 @@ def operator_lines(ax: Axes, dataset: xr.Dataset, name: str, *, legend: bool = T
         legend=legend,
         errorbar=None,
     )
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     if f"{name}_lower" in dataset:
         for o in operators:
             one = dataset.sel(operator=o)
@@ -102,7 +115,7 @@ def intervals(
     for i, colour in enumerate(colours):
         ax.errorbar(value[i : i + 1], [i + offset], xerr=reach[:, i : i + 1], color=colour, **style)
     if label:
-        ax.errorbar([], [], label=label, color="0.4", **style)
+        ax.plot([], [], label=label, color="0.4", **{name: value for name, value in style.items() if name not in ("elinewidth", "capsize")})
     ax.set_yticks(np.arange(len(names)), names)
     ax.set_ylim(len(names) - 0.4, -0.6)
 

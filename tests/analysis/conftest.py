@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from optiscope.diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, PARTITIONS, SECOND_MOMENT_FORMS, in_group
+from optiscope.diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, GROUPS, PARTITIONS, SECOND_MOMENT_FORMS, in_group
 from optiscope.diagnostics.operators import classify, layer_index
 from optiscope.diagnostics.spectrum_sketch import sketch, sketch_levels
 
@@ -80,6 +80,43 @@ def build_run():
     return build_run
 
 
+@pytest.fixture(scope="session")
+def add_rows():
+    """`add_rows(run, "blocks", {name: {quantity: values, …}, …})`: the run with a group whose rows are no parameters' own matrices.
+
+    Values are broadcast to (steps,) or (steps, extra); `shape` and, of a block, `of` and `operator` are coordinates.
+    """
+
+    def add_rows(run, group, rows):
+        steps, names = run["geometry"]["step"].values, list(rows)
+        first = {name: name.split("|")[0].split("[")[0] for name in names}
+        text = np.dtypes.StringDType()
+        coords = {
+            "name": ("matrix", np.array(names, dtype=text)),
+            "operator": ("matrix", np.array([row.get("operator", classify(first[name])) for name, row in rows.items()], dtype=text)),
+            "layer": ("matrix", np.array([layer_index(first[name]) for name in names], dtype="int32")),
+            "rows": ("matrix", np.array([row["shape"][0] for row in rows.values()])),
+            "cols": ("matrix", np.array([row["shape"][1] for row in rows.values()])),
+            "optimizer": ("matrix", np.array(["Muon" for _ in names], dtype=text)),
+            "step": steps,
+        }
+        if group == "blocks":
+            coords["of"] = ("matrix", np.array(list(first.values()), dtype=text))
+        variables = {}
+        for quantity in in_group(group):
+            dims, sizes = _dims(quantity)
+            values = np.full((len(steps), len(names), *sizes), quantity.missing, dtype=quantity.dtype)
+            for i, row in enumerate(rows.values()):
+                values[:, i] = row.get(quantity.name, quantity.missing)
+            variables[quantity.name] = (("step", "matrix", *dims), values)
+        along = {q.extra: list(EXTRA_COORDINATES[q.extra]) for q in in_group(group) if q.extra in EXTRA_COORDINATES}
+        built = run.copy()
+        built[group] = xr.DataTree(xr.Dataset(variables, coords={**coords, **along}))
+        return built
+
+    return add_rows
+
+
 GEOMETRY = {
     "sigma_quantile": ("float32", "quantile"), "fro_norm": ("float64",), "condition_number": ("float64",), "condition_is_floor": ("bool",),
     "stable_rank": ("float32",), "below_floor": ("float32",), "ns_schedule": ("int16",), "ns_residual": ("float32", "ns_step"),
@@ -151,6 +188,43 @@ def _size(extra):
 
 
 @pytest.fixture(scope="session")
+def complete_run(build_run, add_rows):
+    """`complete_run(matrices, …)`: as `build_run`, with every quantity of every group: numbers between 0.1 and 0.9 where spectra do not tell it.
+
+    Blocks are two heads of the first matrix of every layer, pairs its and the next layer's; `without`: quantities that stay missing.
+    """
+
+    def complete_run(matrices, *, without=(), **how):
+        rng = np.random.default_rng(7)
+        size = build_run(matrices, **how)["geometry"]["fro_norm"].shape
+        groups = {}
+        for group in GROUPS:
+            if group not in ("blocks", "stacking"):
+                groups[group] = {
+                    q.name: _some(rng, q, size) for q in in_group(group) if q.name not in without and q.name not in {**GEOMETRY, **UPDATE}
+                }  # fmt: skip
+        run = build_run(matrices, groups=groups, **how)
+        firsts = {layer_index(name): name for name in reversed(matrices)}
+        for group, names in (
+            ("blocks", [f"{name}[head {i}]" for name in firsts.values() for i in (0, 1)]),
+            ("stacking", [f"{firsts[i]}|{firsts[i + 1]}" for i in sorted(firsts) if i + 1 in firsts]),
+        ):
+            values = {q.name: _some(rng, q, (len(names), size[0])) for q in in_group(group) if q.name not in without}
+            rows = {name: {"shape": (8, 16), **{key: value[i] for key, value in values.items()}} for i, name in enumerate(names)}
+            run = add_rows(run, group, rows) if rows else run
+        return run
+
+    return complete_run
+
+
+def _some(rng, quantity, size):
+    if quantity.dtype != "float32" and quantity.dtype != "float64":
+        return np.zeros(size, dtype=quantity.dtype)
+    values = rng.uniform(0.1, 0.9, (*size, *_dims(quantity)[1]))
+    return np.sort(values, axis=-1) if quantity.extra in ("quantile", "level") else values
+
+
+@pytest.fixture(scope="session")
 def model():
     """Matrices of three layers with six random spectra each, of one square operator, one wide and one tall."""
     rng = np.random.default_rng(1)
@@ -169,3 +243,9 @@ def model():
 def model_run(build_run, model):
     """The run of `model`, recorded at steps 10 to 60."""
     return build_run(model, steps=range(10, 70, 10))
+
+
+@pytest.fixture(scope="session")
+def model_run_complete(complete_run, model):
+    """The same with every quantity of every group."""
+    return complete_run(model, steps=range(10, 70, 10))

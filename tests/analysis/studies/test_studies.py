@@ -25,6 +25,10 @@ NOT_FINITE = {
     "update": dict.fromkeys(("update_rms", "update_rms_per_lr", "grad_rms", "update_noise"), np.nan),
 }
 NS_STUDIES = {"kappa_vs_residual", "residual_curves"}
+# Need more than the spectra and update sizes that plain built runs have.
+MORE = {*analysis.STUDIES} - {
+    "kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment",
+}  # fmt: skip
 
 # Changes to six plain matrices, and the studies that must refuse the run with a reason.
 RUNS = {
@@ -48,14 +52,39 @@ DRAWN = {"last record empty", "diverged", "one matrix"}
 def case(request, build_run):
     change, refusing = RUNS[request.param]
     run = build_run(change({name: {"sigma": sigma} for name, sigma in zip(NAMES, SIGMA, strict=True)}))
-    return run, refusing, request.param in DRAWN
+    return run, refusing | MORE, request.param in DRAWN
 
 
 @pytest.mark.parametrize("name", analysis.STUDIES)
 def test_a_study_gives_a_sentence_and_a_figure_or_a_reason(case, name):
     run, refusing, drawn = case
+    check_study(run, name, name in refusing, drawn)
+
+
+# Changes to the same six matrices, and the studies that must refuse the run with a reason although it has every quantity of every group.
+COMPLETE_RUNS = {
+    "one record": (lambda m: m, {"steps": (10,)}, set()),
+    "one matrix": (lambda m: {NAMES[0]: m[NAMES[0]]}, {}, {"shallow_vs_deep", "stacking"}),
+    "last record empty": (lambda m: {name: {"sigma": [x["sigma"], x["sigma"], None]} for name, x in m.items()}, {}, set()),
+    "AdamW only": (lambda m: {name: {**x, "optimizer": "AdamW"} for name, x in m.items()}, {}, {*NS_STUDIES, "precision_split"}),
+}
+
+
+@pytest.fixture(scope="module", params=COMPLETE_RUNS)
+def complete_case(request, complete_run):
+    change, how, refusing = COMPLETE_RUNS[request.param]
+    return complete_run(change({name: {"sigma": sigma} for name, sigma in zip(NAMES, SIGMA, strict=True)}), **how), refusing
+
+
+@pytest.mark.parametrize("name", analysis.STUDIES)
+def test_a_study_of_a_complete_run_gives_a_sentence_and_a_figure_or_a_reason(complete_case, name):
+    run, refusing = complete_case
+    check_study(run, name, name in refusing, drawn=True)
+
+
+def check_study(run, name, refuses, drawn):
     study = getattr(analysis, name)
-    if name in refusing:
+    if refuses:
         with pytest.raises(ValueError, match=r"^run: "):
             study.study(run)
         return
@@ -78,15 +107,24 @@ SCALES = {
     "shallow_vs_deep": [(False, True)],
     "residual_curves": [(False, False)] * 3,
     "rms_alignment": [(False, False), (False, True)],
+    "precision_split": [(False, True), (False, False)],
+    "gradient_spectrum": [(False, True), (False, False), (False, False)],
+    "block_geometry": [(True, False)] * 3,
+    "stacking": [(True, False), (False, False)],
+    "update_dispersion": [(False, False)] * 2,
+    "rotation": [(False, False)] * 2,
+    "gradient_correction": [(False, False)] * 2,
 }
 # The operators along the left panel of rms_alignment name themselves, and panels that share an axis label it once.
-UNLABELLED = {("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y")}
+UNLABELLED = {
+    ("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", analysis.STUDIES)
-def test_a_figure_is_labelled_and_touches_nothing_global(model_run, name):
+def test_a_figure_is_labelled_and_touches_nothing_global(model_run_complete, name):
     study = getattr(analysis, name)
-    dataset = study.study(model_run)
+    dataset = study.study(model_run_complete)
     figure = study.plot(dataset)
     figure.draw_without_rendering()
     assert dict(mpl.rcParams) == SETTINGS
@@ -99,16 +137,16 @@ def test_a_figure_is_labelled_and_touches_nothing_global(model_run, name):
         assert ax.get_ylabel() or (name, i, "y") in UNLABELLED
 
 
-def test_a_study_changes_neither_the_run_nor_its_own_table(model_run):
-    before = model_run.copy(deep=True)
+def test_a_study_changes_neither_the_run_nor_its_own_table(model_run_complete):
+    before = model_run_complete.copy(deep=True)
     for name in analysis.STUDIES:
         study = getattr(analysis, name)
-        dataset = study.study(model_run)
+        dataset = study.study(model_run_complete)
         kept = dataset.copy(deep=True)
         study.plot(dataset)
         study.summary(dataset)
         assert dataset.identical(kept)
-    assert model_run.identical(before)
+    assert model_run_complete.identical(before)
 
 
 def test_every_operator_has_a_colour_of_its_own():
@@ -118,9 +156,9 @@ def test_every_operator_has_a_colour_of_its_own():
     assert all(palette[o] == figures.operator_palette([o])[o] for o in OPERATORS)
 
 
-def test_the_report_holds_every_studys_files(model_run, tmp_path):
-    said = {name: analyse_study(model_run, name, tmp_path / "out", required=False) for name in analysis.STUDIES}
-    result = finish_report(model_run, tmp_path / "out", said)
+def test_the_report_holds_every_studys_files(model_run_complete, tmp_path):
+    said = {name: analyse_study(model_run_complete, name, tmp_path / "out", required=False) for name in analysis.STUDIES}
+    result = finish_report(model_run_complete, tmp_path / "out", said)
     listed = {file for study in result["studies"].values() for file in study["files"]}
     assert {path.name for path in (tmp_path / "out").iterdir()} == listed | {"summary.json"}
     assert json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8")) == result
@@ -128,11 +166,11 @@ def test_the_report_holds_every_studys_files(model_run, tmp_path):
         assert (tmp_path / "out" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tables_hold_the_studies_numbers(model_run, tmp_path):
-    files = analyse_study(model_run, "kappa_by_operator", tmp_path, required=True)["files"]
+def test_tables_hold_the_studies_numbers(model_run_complete, tmp_path):
+    files = analyse_study(model_run_complete, "kappa_by_operator", tmp_path, required=True)["files"]
     assert files == ["kappa_by_operator.png", "kappa_by_operator.step-operator.csv", "kappa_by_operator.operator.csv"]
     table = pd.read_csv(tmp_path / "kappa_by_operator.step-operator.csv", index_col=["step", "operator"])
-    dataset = analysis.kappa_by_operator.study(model_run)
+    dataset = analysis.kappa_by_operator.study(model_run_complete)
     assert list(table.columns) == ["lower", "median", "upper", "excess"]
     for (step, operator), row in table.iterrows():
         for variable, value in row.items():
