@@ -5,6 +5,7 @@ an interval is the interval between its extremes, which lie at its ends or where
 What float64 does to these maps is not what bfloat16 does: a list without safety factor may pass here and still be unstable there.
 """
 
+from itertools import pairwise
 from math import inf, sqrt
 from typing import NamedTuple, TypeAlias
 
@@ -99,7 +100,7 @@ def negative_intervals(coefficients: Coefficients, reach: float = 1.0) -> list[I
             zeros = {x for zero in zeros for x in _preimages(earlier, zero)}
         changes |= {x for x in zeros if 0 < x < reach}
     ends = [0.0, *sorted(changes), reach]
-    pieces = [(low, high) for low, high in zip(ends, ends[1:], strict=False) if ns_map((low + high) / 2, coefficients) < 0]
+    pieces = [(low, high) for low, high in pairwise(ends) if ns_map((low + high) / 2, coefficients) < 0]
     joined: list[Interval] = []
     for low, high in pieces:
         if joined and joined[-1][1] == low:

@@ -6,12 +6,12 @@ recorded.
 
 import xarray as xr
 
-from . import newton_schulz, recording, update_size
+from . import coefficients, momentum, newton_schulz, recording, unread_muon, update_size
 from .finding import SEVERITIES, Finding
 
 __all__ = ["SEVERITIES", "Finding", "check"]
 
-RULES = (*recording.RULES, *newton_schulz.RULES, *update_size.RULES)
+RULES = (*recording.RULES, *newton_schulz.RULES, *coefficients.RULES, *momentum.RULES, *update_size.RULES, *unread_muon.RULES)
 
 
 def check(run: xr.DataTree) -> list[Finding]:

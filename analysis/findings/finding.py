@@ -1,13 +1,14 @@
 """One thing to know about a run, and what the rules that find it read."""
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 import xarray as xr
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from ...diagnostics.catalogue import in_group
 from ..run import records
@@ -59,6 +60,16 @@ def group(run: xr.DataTree, name: str) -> xr.Dataset:
         if quantity.name not in dataset
     }
     return dataset.assign(absent)
+
+
+def typical(values: ArrayLike, where: ArrayLike = True) -> NDArray[np.float64]:
+    """Median over the chosen records of every matrix, missing values left out; (step, matrix) → (matrix,), NaN where there are none."""
+    found = np.where(where, np.asarray(values, dtype=np.float64), np.nan)
+    if not len(found):
+        return np.full(found.shape[1:], np.nan)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a matrix that is missing everywhere
+        return np.asarray(np.nanmedian(found, axis=0))
 
 
 def count(chosen: ArrayLike) -> str:

@@ -4,11 +4,14 @@ from collections.abc import Iterator
 
 import numpy as np
 import xarray as xr
+from numpy.typing import ArrayLike, NDArray
 
 from ..run import ns_schedules
-from .finding import Finding, count, group, names
+from .finding import Finding, count, group, names, typical
+from .update_size import alignment
 
 NEAR_EPS = 1e3  # ‖M‖_F/eps under which scale invariance is at risk: X₀ = M/max(‖M‖_F, eps) loses it at 1
+ALIGNED = 0.5
 
 
 def single_row(run: xr.DataTree) -> Iterator[Finding]:
@@ -51,20 +54,28 @@ def condition_bounded(run: xr.DataTree) -> Iterator[Finding]:
 
 
 def near_eps(run: xr.DataTree) -> Iterator[Finding]:
-    """‖M‖_F under 1,000 times the eps that it is divided with: X₀ = M/max(‖M‖_F, eps) and M/(‖M‖_F + eps) are then not scale-free."""
+    """‖M‖_F under 1,000 times the eps that it is divided with: X₀ = M/max(‖M‖_F, eps) and M/(‖M‖_F + eps) are then not scale-free.
+
+    An error where it falls under eps itself: X₀ is then so small that the iteration ends before it has lifted it.
+    """
     geometry = group(run, "geometry")
     for i, schedule in enumerate(ns_schedules(geometry)):
-        if schedule.scaling != "frobenius":
+        if schedule.scaling != "frobenius" or not schedule.eps:
             continue  # its eps bounds something else than ‖M‖_F
-        ratio = geometry["fro_norm"].where(geometry["ns_schedule"] == i).values / schedule.eps if schedule.eps else np.array([np.inf])
+        ratio = geometry["fro_norm"].where(geometry["ns_schedule"] == i).values / schedule.eps
         small = (ratio > 0) & (ratio < NEAR_EPS)
         if small.any():
-            least = float(ratio[small].min())
+            least, share = float(ratio[small].min()), (ratio[small] < 1).sum() / (ratio > 0).sum()
+            text = f"‖M‖_F falls to {least:.3g} times the optimizer's eps ({schedule.eps:g})"
+            if share:
+                text += (
+                    f" and is below it in {share:.0%} of the records: these updates are not orthogonalised, they shrink with the gradient."
+                )
+            else:
+                text += "; below eps the update shrinks with it."
             yield Finding(
-                "norm_near_eps", "warning",
-                f"‖M‖_F falls to {least:.3g} times the optimizer's eps ({schedule.eps:g}); below eps the update shrinks with it.",
-                "Lower eps (1e-15 is safe in float32), or scale the loss.", names(geometry, small.any(axis=0)),
-                {"norm_over_eps": least, "eps": schedule.eps},
+                "norm_near_eps", "error" if share else "warning", text, "Lower eps (1e-15 is safe in float32), or scale the loss.",
+                names(geometry, small.any(axis=0)), {"norm_over_eps": least, "eps": schedule.eps, "share_below": share},
             )  # fmt: skip
 
 
@@ -80,4 +91,73 @@ def no_steps(run: xr.DataTree) -> Iterator[Finding]:
             )  # fmt: skip
 
 
-RULES = (no_steps, near_eps, zero_input, single_row, condition_bounded)
+def not_orthogonalised(run: xr.DataTree) -> Iterator[Finding]:
+    """The update that arrives has the unequal singular values of the iteration's start rather than those that it should end with.
+
+    Compared is the kurtosis-like D = mean o⁴/(mean o²)², which no scaling of the update changes: 1 for an orthogonal one. Of the achieved
+    update it follows from the size a² = mean o² and the residual, D = (ε̃² − 1 + 2a²)/a⁴; found where log D is nearer to that of
+    X₀ = M/‖M‖_F than to the predicted one, in more than half of a matrix's records in which these two are a factor of 2 apart.
+    """
+    study, geometry = alignment(run), group(run, "geometry")
+    if not study or not geometry.sizes["step"]:
+        return
+    _, here, there = np.intersect1d(study["step"].values, geometry["step"].values, return_indices=True)
+    _, mine, own = np.intersect1d(study["name"].values, geometry["name"].values, return_indices=True)
+    study, geometry = study.isel(step=here, matrix=mine), geometry.isel(step=there, matrix=own)
+    start = geometry["ns_residual"].values
+    rank = np.minimum(geometry["rows"].values, geometry["cols"].values)
+    if start.ndim < 3:
+        return
+    with np.errstate(divide="ignore", invalid="ignore"):
+        of_start = _inequality(start[..., 0], 1 / rank)
+        predicted = _inequality(study["residual"].values, 1 + study["under_lifted"].values + study["band"].values)
+        achieved = _inequality(geometry["ns_residual_achieved"].values, study["alignment"].values ** 2)
+        told = np.isfinite(achieved) & (of_start > 2 * predicted)
+        unequal = told & (achieved > np.sqrt(of_start * predicted))
+    concerned = unequal.sum(axis=0) > 0.5 * np.maximum(told.sum(axis=0), 1)
+    if concerned.any():
+        chosen = unequal & concerned
+        numbers = {
+            "inequality": float(np.median(achieved[chosen])),
+            "of_start": float(np.median(of_start[chosen])),
+            "predicted": float(np.median(predicted[chosen])),
+        }
+        yield Finding(
+            "not_orthogonalised", "error",
+            f"The updates of {count(concerned)} are not orthogonalised although the optimizer's settings say so: their singular values are "
+            f"as unequal (mean o⁴ over squared mean o²: {numbers['inequality']:.2f}) as those the iteration starts from "
+            f"({numbers['of_start']:.2f}), not those it should end with ({numbers['predicted']:.2f}).",
+            "Check that the iteration runs, and that its result is what is applied.", names(geometry, concerned), numbers,
+        )  # fmt: skip
+
+
+def not_aligned(run: xr.DataTree) -> Iterator[Finding]:
+    """⟨M, O⟩/‖M‖_* over the RMS of O's singular values, 1 for the polar factor of M whatever its scale, is under 0.5 in the median record.
+
+    What bfloat16 takes off it at κ = 10⁴ is under 0.2.
+    """
+    study, geometry = alignment(run), group(run, "geometry")
+    if not study or not geometry.sizes["step"]:
+        return
+    _, here, there = np.intersect1d(study["step"].values, geometry["step"].values, return_indices=True)
+    _, mine, own = np.intersect1d(study["name"].values, geometry["name"].values, return_indices=True)
+    study, geometry = study.isel(step=here, matrix=mine), geometry.isel(step=there, matrix=own)
+    size = study["alignment"].values
+    cosine = typical(geometry["alignment"].values / np.where(size > 0, size, np.nan))
+    away = cosine < ALIGNED
+    if away.any():
+        yield Finding(
+            "not_aligned", "error",
+            f"The updates of {count(away)} point elsewhere than their momentum orthogonalised: cosine {np.median(cosine[away]):.2f}, 1 is meant.",
+            "Check the sign of the update, transposes, and that it is made of this step's momentum.", names(geometry, away),
+            {"cosine": float(np.median(cosine[away]))},
+        )  # fmt: skip
+
+
+def _inequality(residual: ArrayLike, mean_square: ArrayLike) -> NDArray[np.float64]:
+    """mean o⁴/(mean o²)² from ε̃ = √(mean (1 − o²)²) and mean o²."""
+    residual, square = np.asarray(residual, dtype=np.float64), np.asarray(mean_square, dtype=np.float64)
+    return np.asarray((residual**2 - 1 + 2 * square) / square**2)
+
+
+RULES = (no_steps, near_eps, not_orthogonalised, not_aligned, zero_input, single_row, condition_bounded)

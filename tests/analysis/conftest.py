@@ -169,8 +169,8 @@ def _cell(m, t, schedules, lr):
             "ns_schedule": _at(m["schedule"], t),
             "ns_residual": [gram(naive_output(x, steps[:k])) for k in range(11)],
             "ns_residual_polar": [np.sqrt(np.mean((1 - naive_output(x, steps[:k])) ** 2)) for k in range(11)],
-            "ns_residual_achieved": gram(o),
-            "alignment": float(sigma @ o / sigma.sum()),
+            "ns_residual_achieved": gram(m["size"] * o),  # O is read back as large as the update is
+            "alignment": m["size"] * float(sigma @ o / sigma.sum()),
         }
         per_lr = m["size"] * m["target"] * np.sqrt(np.mean(o**2))
     size = np.sqrt(m["shape"][0] * m["shape"][1])
