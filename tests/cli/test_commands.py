@@ -162,7 +162,7 @@ def runs(record, tmp_path_factory):
     """Runs whose worst finding is: nothing but information, a warning, an error."""
     folder = tmp_path_factory.mktemp("runs")
     record(folder / "info.zarr")
-    record(folder / "warning.zarr", eps=1.0)
+    record(folder / "warning.zarr", eps=2e-3)
     record(folder / "error.zarr", ns_steps=0)
     return folder
 
