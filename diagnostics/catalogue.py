@@ -78,15 +78,18 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("alignment", "geometry", "1", "alignment of update and NS input", f"⟨M, O⟩/‖M‖_*, O read back from the applied update; missing where update_noise > {READABLE_NOISE}"),
     Quantity(
         "row_dispersion", "geometry", "1", "dispersion of O's row norms",
-        "standard deviation over mean of ‖O_i·‖², O the orthogonalised update before any normalisation; missing where O is not known",
+        "standard deviation over mean of ‖O_i·‖², O the orthogonalised update before any normalisation: read back from the applied update, or where that "
+        "does not tell it (more than a scale follows, or update_noise is too large) the optimizer's iteration run once more in float32; missing where O is not known",
     ),
     Quantity(
         "column_dispersion", "geometry", "1", "dispersion of O's column norms",
-        "standard deviation over mean of ‖O_·j‖², O the orthogonalised update before any normalisation; missing where O is not known",
+        "standard deviation over mean of ‖O_·j‖², O the orthogonalised update before any normalisation: read back from the applied update, or where that "
+        "does not tell it (more than a scale follows, or update_noise is too large) the optimizer's iteration run once more in float32; missing where O is not known",
     ),
     Quantity(
         "rotation_drift", "geometry", "1", "drift of the rotation",
-        "1 − Σ_i (R_tᵀR_{t−1})_ii²/rows, R the rotation that the optimizer keeps (ARO): 0 where it stays, towards 1 where all axes turn; missing without one",
+        "1 − Σ_i (R_tᵀR_{t−1})_ii²/r, R the r×r rotation of the shorter side that the optimizer keeps (ARO), the identity before its first step: "
+        "0 where it stays, towards 1 where all axes turn; missing without one",
     ),
     Quantity(
         "rotation_gain", "geometry", "1", "gain of the rotation",
@@ -193,7 +196,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("gradient_cosine", "gradient", "1", "cosine of gradient and NS input", "⟨G, M⟩/(‖G‖_F‖M‖_F), M the matrix that the group geometry describes"),
     Quantity(
         "block_sigma_quantile", "blocks", "1", "normalised singular values of a block",
-        "of the block's rows of the matrix that the group geometry describes, in ascending order at the levels quantile_level", extra="quantile",
+        "of the block's rows (columns, where the matrix is kept as inputs × outputs) of the matrix that the group geometry describes, in ascending order at the levels quantile_level", extra="quantile",
     ),
     Quantity("block_fro_norm", "blocks", "gradient units", "Frobenius norm of a block", "of the block's rows of the matrix that the group geometry describes", dtype="float64"),
     Quantity("block_condition_number", "blocks", "1", "condition number of a block", "σ_1/σ_r of the block; a lower bound where block_condition_is_floor", dtype="float64"),
@@ -206,11 +209,12 @@ QUANTITIES: tuple[Quantity, ...] = (
     ),
     Quantity("subspace_overlap_null", "stacking", "1", "overlap of random subspaces", "q/n, what subspace_overlap is on average for random subspaces, n the vectors' length", extra="side"),
     Quantity("gram_distance", "stacking", "1", "distance of Gram matrices", "‖A_1 − A_2‖_F/2, A_k = G_kG_kᵀ/tr on the left `side`, G_kᵀG_k/tr on the right: 0 where stacking equals the layers' own orthogonalisation", extra="side"),
-    Quantity("stack_condition_number", "stacking", "1", "condition number of the stacked pair", "κ of [M_1 M_2] (left `side`, shared left vectors: TEON's mode 1) and of M_1 over M_2 (right)", extra="side", dtype="float64"),
+    Quantity("stack_condition_number", "stacking", "1", "condition number of the stacked pair", "κ of [M_1 M_2] (left `side`, shared left vectors: TEON's mode 1) and of M_1 over M_2 (right), over all their singular values: more than a part has "
+        "where the shorter sides are put together, and some of them small where the parts agree", extra="side", dtype="float64"),
     Quantity("stack_condition_gain", "stacking", "decade", "conditioning gained by stacking", "log10 of the larger κ of the pair's matrices over κ of the stack", extra="side"),
     Quantity(
         "ns_residual_bfloat16", "precision", "1", "NS residual of the bfloat16 iteration (Gram)",
-        f"{_GRAM}, after ns_step steps of the optimizer's own coefficients run in bfloat16 (products summed in float32)", extra="ns_step",
+        f"{_GRAM}, after ns_step steps of the optimizer's own coefficients run in bfloat16: products summed in float32, aX + BX rounded once, as in torch.optim.Muon", extra="ns_step",
     ),
     Quantity(
         "ns_residual_polar_bfloat16", "precision", "1", "NS residual of the bfloat16 iteration (polar)",

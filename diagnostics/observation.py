@@ -10,12 +10,16 @@ from numpy.typing import NDArray
 
 from .aol import aol_start
 from .catalogue import NS_STEPS
+from .matrix_iteration import orthogonalised
 from .newton_schulz import achieved_residual, alignment, residual_curves
 from .ns_families import Coefficients, repeat_last
+from .output_dispersion import row_dispersion
+from .rotation import Rotation, rotation_drift, rotation_gain
 from .second_moment import Moments, measure_maps, measure_moments
-from .spectrum import Spectrum, spectrum
+from .spectrum import Spectrum, precision_floor, spectrum
 from .spectrum_sketch import sketch
 from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
+from .variance_reduction import cosine, variance_ratio
 
 Floats = NDArray[np.float64]
 # Quantity name → value of one matrix: a number, or a vector along the quantity's extra dimension.
@@ -33,6 +37,10 @@ class NewtonSchulz:
     coefficients: Coefficients
     eps: float
     scaling: Literal["frobenius", "aol"] = "frobenius"
+
+    def repeated(self, steps: int) -> Coefficients:
+        """Its first `steps` triples, the last one repeated; an optimizer set to zero steps has none to apply, and stays at X₀."""
+        return repeat_last(self.coefficients, steps) if self.coefficients else ((1.0, 0.0, 0.0),) * steps
 
 
 @dataclass(frozen=True)
@@ -54,6 +62,11 @@ class Observation:
         target_rms: RMS of ΔW/η if O were the exact polar factor, under the optimizer's own scaling.
         moments: first and second moment as kept; None where there is no second one.
         intended_rms: RMS of the update per learning rate before it was rounded into the weights, decay aside; NaN where not known.
+        trust_ratio: the factor by which the optimizer scaled this matrix's step; NaN where it has none.
+        gradient: G; None where nothing that was asked for needs it.
+        gradient_roundoff: unit roundoff of the format `gradient` is stored in.
+        corrected: the variance-reduced gradient that was averaged in the place of G; then `gradient` is there too.
+        rotation: what the step did with the rotation that the optimizer keeps.
     """
 
     weight_before: NDArray[np.floating]
@@ -71,6 +84,11 @@ class Observation:
     target_rms: float = float("nan")
     moments: Moments | None = None
     intended_rms: float = float("nan")
+    trust_ratio: float = float("nan")
+    gradient: NDArray[np.floating] | None = None
+    gradient_roundoff: float = 0.0
+    corrected: NDArray[np.floating] | None = None
+    rotation: Rotation | None = None
 
     @cached_property
     def applied(self) -> Floats:
@@ -89,6 +107,20 @@ class Observation:
         """Relative rounding error of the applied update as read back."""
         return reading_noise(rms(self.weight_before), rms(self.applied), self.weight_roundoff)
 
+    @cached_property
+    def spectrum(self) -> Spectrum | None:
+        """Of the NS input; None where that is not there, zero, or not finite."""
+        if self.ns_input is None or not np.isfinite(norm := rms(self.ns_input)) or norm == 0:
+            return None
+        return spectrum(self.ns_input, unit_roundoff=self.ns_roundoff)
+
+    @cached_property
+    def output(self) -> NDArray[np.floating] | None:
+        """O, read back from the applied update where nothing but a scale followed the iteration; None where it is not known so."""
+        if self.newton_schulz is None or not self.update_noise <= READABLE_NOISE or not np.isfinite(self.output_scale):
+            return None
+        return self.update / self.output_scale
+
 
 def side_by_side(observations: Sequence[Observation]) -> Observation:
     """One observation of the matrix [M_1 … M_K], which an optimizer orthogonalises as one; settings are those of the first."""
@@ -101,14 +133,39 @@ def side_by_side(observations: Sequence[Observation]) -> Observation:
     before, after = joined(lambda seen: seen.weight_before), joined(lambda seen: seen.weight_after)
     assert before is not None
     assert after is not None
-    return replace(first, weight_before=before, weight_after=after, ns_input=joined(lambda seen: seen.ns_input))
+    ns_input, gradient = joined(lambda seen: seen.ns_input), joined(lambda seen: seen.gradient)
+    return replace(first, weight_before=before, weight_after=after, ns_input=ns_input, gradient=gradient)
 
+
+def part_of(seen: Observation, axis: int, indices: NDArray[np.int64]) -> Observation:
+    """One observation of some rows (axis 0) or columns (axis 1), which the optimizer did not see as a matrix of their own."""
+
+    def part(matrix: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.asarray(matrix.take(indices, axis))
+
+    ns_input = None if seen.ns_input is None else part(seen.ns_input)
+    before, after = part(seen.weight_before), part(seen.weight_after)
+    # What was said of the whole matrix alone is left out.
+    return replace(
+        seen,
+        weight_before=before,
+        weight_after=after,
+        ns_input=ns_input,
+        newton_schulz=None,
+        gradient=None,
+        corrected=None,
+        rotation=None,
+        moments=None,
+    )
+
+
+BFLOAT16_ROUNDOFF = 2.0**-8
 
 # A run that diverges is data: inf and NaN come out, and no warning appears in somebody's training loop.
-_quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")
+quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 
 
-@_quietly
+@quietly
 def measure_update(seen: Observation) -> Measured:
     """The quantities of the group `update` (see the catalogue for each definition)."""
     update_rms, weight_rms = rms(seen.applied), rms(seen.weight_before)
@@ -125,29 +182,39 @@ def measure_update(seen: Observation) -> Measured:
         "update_to_weight": update_rms / weight_rms if weight_rms > 0 else float("nan"),
         "lr": seen.lr,
         "weight_decay": seen.weight_decay,
+        "trust_ratio": seen.trust_ratio,
+        **_correction(seen),
     }
 
 
-@_quietly
+def _correction(seen: Observation) -> Measured:
+    if seen.corrected is None or seen.gradient is None:
+        return {}
+    return {
+        "correction_variance_ratio": variance_ratio(seen.corrected, seen.gradient),
+        "correction_cosine": cosine(seen.corrected, seen.gradient),
+    }
+
+
+@quietly
 def measure_second_moment(seen: Observation) -> Measured:
     """The quantities of the group `second_moment` but its form; none without a second moment."""
     return {} if seen.moments is None else measure_moments(seen.moments)
 
 
-@_quietly
+@quietly
 def measure_second_moment_map(seen: Observation) -> Measured:
     """The quantities of the group `second_moment_map`."""
     return {} if seen.moments is None else measure_maps(seen.moments)
 
 
-@_quietly
+@quietly
 def measure_geometry(seen: Observation) -> Measured:
     """The quantities of the group `geometry` but `ns_schedule`; only `fro_norm` where the NS input is zero or not finite."""
     assert seen.ns_input is not None
-    fro_norm = rms(seen.ns_input) * float(np.sqrt(seen.ns_input.size))
-    if not np.isfinite(fro_norm) or fro_norm == 0:
-        return {"fro_norm": fro_norm}
-    of_input = spectrum(seen.ns_input, unit_roundoff=seen.ns_roundoff)
+    of_input = seen.spectrum
+    if of_input is None:
+        return {"fro_norm": rms(seen.ns_input) * float(np.sqrt(seen.ns_input.size))}
     measured: Measured = {
         "sigma_quantile": sketch(of_input.normalised),
         "fro_norm": of_input.fro_norm,
@@ -155,17 +222,28 @@ def measure_geometry(seen: Observation) -> Measured:
         "condition_is_floor": of_input.condition_is_floor,
         "stable_rank": of_input.stable_rank,
         "below_floor": of_input.below_floor,
+        "recoverable_share": _recoverable_share(of_input, *seen.ns_input.shape[:2]),
     }
+    if seen.rotation is not None:
+        measured["rotation_drift"], measured["rotation_gain"] = rotation_drift(seen.rotation), rotation_gain(seen.rotation)
     if seen.newton_schulz is not None:
         x, cosines = _start(seen.ns_input, of_input, seen.newton_schulz)
-        # An optimizer set to zero steps has no coefficients to apply: its curve is flat at the residual of X₀.
-        steps = repeat_last(seen.newton_schulz.coefficients, NS_STEPS) if seen.newton_schulz.coefficients else ((1.0, 0.0, 0.0),) * NS_STEPS
-        measured["ns_residual"], measured["ns_residual_polar"] = residual_curves(x, steps, cosines)
-        if seen.update_noise <= READABLE_NOISE and np.isfinite(seen.output_scale):
-            output = seen.update / seen.output_scale
-            measured["ns_residual_achieved"] = achieved_residual(output)
-            measured["alignment"] = alignment(seen.ns_input, output, of_input.nuclear_norm)
+        measured["ns_residual"], measured["ns_residual_polar"] = residual_curves(x, seen.newton_schulz.repeated(NS_STEPS), cosines)
+        if seen.output is not None:
+            measured["ns_residual_achieved"] = achieved_residual(seen.output)
+            measured["alignment"] = alignment(seen.ns_input, seen.output, of_input.nuclear_norm)
+        output = seen.output if seen.output is not None else _replayed(seen.ns_input, seen.newton_schulz)
+        measured["row_dispersion"], measured["column_dispersion"] = row_dispersion(output), row_dispersion(output.T)
     return measured
+
+
+def _recoverable_share(of_input: Spectrum, rows: int, cols: int) -> float:
+    return float(np.mean(of_input.normalised >= precision_floor(rows, cols, BFLOAT16_ROUNDOFF)))
+
+
+def _replayed(ns_input: NDArray[np.floating], newton_schulz: NewtonSchulz) -> NDArray[np.floating]:
+    """O of the optimizer's own schedule run once more, in float32."""
+    return orthogonalised(ns_input, newton_schulz.coefficients, newton_schulz.eps, newton_schulz.scaling)
 
 
 def _start(ns_input: NDArray[np.floating], of_input: Spectrum, newton_schulz: NewtonSchulz) -> tuple[Floats, Floats | float]:

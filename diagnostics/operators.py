@@ -91,6 +91,17 @@ def layer_index(name: str) -> int:
     return int(found.group(1)) if found else -1
 
 
+def without_layer(name: str) -> str:
+    """The name without the index of its layer, the same in all layers.
+
+    >>> without_layer("model.layers.17.mlp.up_proj.weight"), without_layer("lm_head.weight")
+    ('model.layers.*.mlp.up_proj.weight', 'lm_head.weight')
+    """
+    name = clean_name(name)
+    found = _LAYER.search(name)
+    return f"{name[: found.start(1)]}*{name[found.end(1) :]}" if found else name
+
+
 def ordered(operators: Sequence[str]) -> list[str]:
     """The distinct operators among `operators` in the table's order, the user's own ones after it by name."""
     present = set(operators)

@@ -12,8 +12,9 @@ from ..diagnostics.about import Value, checked
 from ..diagnostics.catalogue import DEFAULT_GROUPS, GROUPS
 from ..diagnostics.operators import OperatorRule
 from .cadence import Cadence
+from .composites import compose
 from .heads import HeadsGiven, check_heads
-from .layout import Layout
+from .layout import Layout, belongs
 from .lifetime import writing_to
 from .matrices import Names, find_matrices
 from .provenance import describe_optimizer, describe_software
@@ -50,8 +51,10 @@ def attach(
         store: a path for the run. An existing run of the same matrices is continued.
         every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
         overhead: share of training time that recording may take, with `every=None`.
-        measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", "gradient",
-            "blocks", "stacking" and "precision".
+        measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", and, each at
+            about the cost of the geometry, "gradient" (its spectrum, beside that of the NS input or momentum), "blocks" (queries, keys,
+            values and heads of attention projections, as matrices of their own), "stacking" (pairs of neighbouring layers, as TEON
+            would stack them) and "precision" (the Newton–Schulz iteration in bfloat16, at two to three times that cost).
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
         heads: attention heads, or (query heads, key/value heads), of all layers; None: found on the model's modules and configuration.
         first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
@@ -87,8 +90,8 @@ def attach(
     watched = watch(_as_list(optimizers))
     names = Names(model, operators, check_heads(heads))
     matrices = find_matrices(watched, names)
-    measured = [m for m in matrices if set(measure) != {"geometry"} or m.geometry]
-    if not measured:
+    matrices += compose(watched, matrices, measure)
+    if not any(belongs(m, group) for m in matrices for group in measure):
         raise ValueError(
             f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a parameter with two or more dimensions) to record "
             f"{' and '.join(measure)} of, so nothing can be recorded"

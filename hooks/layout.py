@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, PARTITIONS, SECOND_MOMENT_FORMS, Quantity, in_group
-from .matrices import Matrix, Names, coordinates, find_matrices, quantile_levels
+from .composites import compose
+from .matrices import Kind, Matrix, Names, coordinates, find_matrices, quantile_levels
 from .writer import Writer
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ class Layout:
     def describes(self, matrices: Sequence[Matrix]) -> bool:
         """Whether the run could be one of these matrices: it holds all of them, or some of them and no other."""
         for group, keys in self._keys.items():
-            stored, found = set(keys), {_key(m) for m in matrices if _belongs(m, group)}
+            stored, found = set(keys), {_key(m) for m in matrices if belongs(m, group)}
             if not (stored <= found or found <= stored):
                 return False
         return True
@@ -50,7 +51,7 @@ class Layout:
         Groups in which no matrix belongs are not made.
         """
         for group, row_of in self.row_of.items():
-            wanted = [m for m in matrices if _belongs(m, group)]
+            wanted = [m for m in matrices if belongs(m, group)]
             keys = self._keys.setdefault(group, [])
             known = set(keys)
             new = [m for m in wanted if _key(m) not in known]
@@ -103,8 +104,9 @@ def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: 
     held = {one.label: {id(p) for group in one.optimizer.param_groups for p in group["params"] if p.ndim >= 2} for one in watched}
     for one in watched:
         # What has left the optimizer is let go of; its row is found again by name should it come back.
-        if any(id(m.parameter) not in held[one.label] for m in one.matrices):
-            one.matrices = [m for m in one.matrices if id(m.parameter) in held[one.label]]
+        gone = {m for m in one.matrices if any(id(part.parameter) not in held[one.label] for part in (m, *m.members))}
+        if gone:
+            one.matrices = [m for m in one.matrices if m not in gone]
     layout.keep(m for one in watched for m in one.matrices)
     known = {id(m.parameter) for one in watched for m in one.matrices}
     if set().union(*held.values()) <= known:
@@ -113,15 +115,28 @@ def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: 
     # Numbered names are free again once a parameter has left its group, and so may be two at once.
     found = (m for m in find_matrices(watched, names) if id(m.parameter) not in known)
     new = [replace(m, name=f"{m.name}#2") if m.name in taken else m for m in found]
+    before = [m for one in watched for m in one.matrices]
+    made = {(m.kind, m.name) for m in before if m.members}
+    new += [m for m in compose(watched, [*before, *new], layout.row_of) if (m.kind, m.name) not in made]
     if new:
         layout.include(new)
     for one in watched:
         one.matrices = one.matrices + [m for m in new if m.optimizer == one.label]
 
 
-def _belongs(matrix: Matrix, group: str) -> bool:
-    """Geometry is of NS problems, everything else of parameters."""
-    return matrix.geometry if group == "geometry" else not matrix.members
+# Which kinds of matrices the rows of a group are; those of all other groups are parameters' own.
+_KINDS: dict[str, tuple[Kind, ...]] = {
+    "geometry": ("matrix", "stack"),
+    "gradient": ("matrix", "stack"),
+    "precision": ("matrix", "stack"),
+    "blocks": ("block",),
+    "stacking": ("pair",),
+}
+
+
+def belongs(matrix: Matrix, group: str) -> bool:
+    """Whether a matrix has a row in the group: spectra are of what has a geometry, everything else of parameters."""
+    return matrix.kind in _KINDS.get(group, ("matrix",)) and (matrix.geometry or group not in _KINDS)
 
 
 def _key(matrix: Matrix) -> Key:
@@ -135,6 +150,8 @@ def _stored_keys(writer: Writer, group: str) -> list[Key]:
 
 def _coordinates(group: str, matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
     along_matrix = coordinates(matrices)
+    if group == "blocks":
+        along_matrix["of"] = np.array([m.members[0].name for m in matrices], dtype=np.dtypes.StringDType())
     return (
         {**along_matrix, "quantile_level": quantile_levels(matrices)}
         if any(q.extra == "quantile" for q in in_group(group))

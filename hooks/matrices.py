@@ -3,13 +3,14 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..diagnostics.adam_mini import UNKNOWN_HEADS, Heads
+from ..diagnostics.attention_blocks import Block
 from ..diagnostics.operators import OperatorRule, classify, clean_name, layer_index
 from ..diagnostics.spectrum_sketch import sketch_levels
 from .heads import find_heads, heads_of
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
     from .watched import Watched
 
 # Wide token tables: their spectrum costs more than all hidden matrices together and no optimizer here orthogonalises them.
-_NO_GEOMETRY = frozenset({"embed", "head"})
+NO_GEOMETRY = frozenset({"embed", "head"})
+
+
+# A parameter's own, or a slice of it; several, side by side, that are orthogonalised as one; rows (or columns) of one; two of neighbouring layers.
+Kind: TypeAlias = Literal["matrix", "stack", "block", "pair"]
 
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """One recorded matrix: a parameter, a slice of a stack of them, or several parameters that are orthogonalised as one.
+    """One row of the store: a parameter's matrix, a slice of a stack of them, or what is made of such matrices (`kind`).
 
     More than two dimensions are seen as (first, product of the rest), unless the first one counts matrices (`index`).
     """
@@ -37,7 +42,9 @@ class Matrix:
     cols: int
     geometry: bool
     index: int | None = None  # which slice of the parameter, where that is a stack of matrices (experts)
-    members: "tuple[Matrix, ...]" = ()  # what this matrix consists of, side by side, where its NS problem spans parameters
+    kind: Kind = "matrix"
+    members: "tuple[Matrix, ...]" = ()  # the matrices of parameters that it is made of, or a part of; none where it is one itself
+    block: Block | None = None  # which part of its one member
     heads: Heads = UNKNOWN_HEADS  # of its attention layer, where it is a projection of one: of queries, of keys and values
 
     def fits(self, parameter: Tensor) -> bool:
@@ -77,7 +84,7 @@ class Names:
 
 
 def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
-    """Every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
+    """The matrices of every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
 
     Raises:
         ValueError: a parameter is sharded.
@@ -85,13 +92,11 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
     name_of, kernels = names.look_up()
     heads = names.heads()
     found: dict[int, list[Matrix]] = {}
-    stacked: list[Matrix] = []
     for one in watched:
         for g, group in enumerate(one.optimizer.param_groups):
             adapter = one.adapter(group)
             ns = adapter.orthogonalisation
-            stacks = [stack for stack in adapter.stacks(group) if len(stack) > 1] if adapter.stacks is not None else []
-            stacked_ids = {id(p) for stack in stacks for p in stack}
+            stacked_ids = {id(p) for stack in one.stacks(group) for p in stack}
             for i, p in enumerate(group["params"]):
                 if p.ndim < 2 or not p.numel() or not p.is_floating_point() or id(p) in found:
                     continue
@@ -101,28 +106,20 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
                         f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
                     )
                 operator = classify(name, names.rule)
-                geometry = (ns is not None or operator not in _NO_GEOMETRY) and id(p) not in stacked_ids
+                geometry = (ns is not None or operator not in NO_GEOMETRY) and id(p) not in stacked_ids
                 whole = Matrix(
                     p, one.label, name, operator, layer_index(name), p.shape[0], p.numel() // p.shape[0], geometry,
                     heads=heads_of(operator, heads(p)),
                 )  # fmt: skip
                 is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)
                 found[id(p)] = _slices(whole) if is_stack else [whole]
-            stacked += [_side_by_side([found[id(p)][0] for p in stack]) for stack in stacks]
-    return [m for matrices in found.values() for m in matrices] + stacked
+    return [m for matrices in found.values() for m in matrices]
 
 
 def _slices(stack: Matrix) -> list[Matrix]:
     """The matrices of a three-dimensional parameter, as experts keep them."""
     count, rows, cols = stack.parameter.shape
     return [replace(stack, name=f"{stack.name}[{i}]" if count > 1 else stack.name, rows=rows, cols=cols, index=i) for i in range(count)]
-
-
-def _side_by_side(members: list[Matrix]) -> Matrix:
-    """The matrix [M_1 … M_K] that an optimizer orthogonalises as one (TEON's mode-1 unfolding)."""
-    first = members[0]
-    name = f"{first.name}|" + "|".join(member.name for member in members[1:])
-    return replace(first, name=name, cols=sum(member.cols for member in members), geometry=True, members=tuple(members))
 
 
 def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:

@@ -1,5 +1,6 @@
 """The record being filled: what was measured on each matrix at one step, until it goes to the writer."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,10 @@ from ..diagnostics.observation import (
     measure_second_moment,
     measure_second_moment_map,
     measure_update,
+    part_of,
+    side_by_side,
 )
+from ..diagnostics.on_request import measure_block, measure_gradient, measure_pair, measure_precision
 from .layout import Layout
 from .matrices import Matrix
 
@@ -45,20 +49,35 @@ class Record:
         if seen.moments is not None and "second_moment_map" in self.rows:
             self.fill("second_moment_map", matrix, measure_second_moment_map(seen))
 
-    def measure_geometry(self, matrix: Matrix, seen: Observation) -> None:
-        """Measure the geometry of one Newton–Schulz problem."""
-        if "geometry" not in self.rows or not matrix.geometry or seen.ns_input is None:
-            return
-        measured = measure_geometry(seen)
-        if seen.newton_schulz is not None:
-            measured["ns_schedule"] = self._ns_schedule(seen.newton_schulz)
-        self.fill("geometry", matrix, measured)
+    def measure_spectra(self, matrix: Matrix, seen: Observation) -> None:
+        """Measure the groups that are of Newton–Schulz problems: the geometry, and what was asked for beside it."""
+        if self._has("geometry", matrix) and seen.ns_input is not None:
+            measured = measure_geometry(seen)
+            if seen.newton_schulz is not None:
+                measured["ns_schedule"] = self._ns_schedule(seen.newton_schulz)
+            self.fill("geometry", matrix, measured)
+        for group, measure in (("gradient", measure_gradient), ("precision", measure_precision)):
+            if self._has(group, matrix):
+                self.fill(group, matrix, measure(seen))
+
+    def measure_composite(self, matrix: Matrix, seen: Sequence[Observation]) -> None:
+        """Measure what is made of the matrices that were `seen`: a stack, a block or a pair."""
+        match matrix.kind:
+            case "stack":
+                self.measure_spectra(matrix, side_by_side(seen))
+            case "block" if matrix.block is not None:
+                self.fill("blocks", matrix, measure_block(part_of(seen[0], matrix.block.axis, matrix.block.outputs)))
+            case "pair":
+                self.fill("stacking", matrix, measure_pair(*seen))
+
+    def _has(self, group: str, matrix: Matrix) -> bool:
+        return group in self.rows and matrix in self._row_of[group]
 
     def fill(self, group: str, matrix: Matrix, measured: Measured) -> None:
         """Set values of one matrix, if the group is recorded and has the matrix."""
-        row = self._row_of.get(group, {}).get(matrix)
-        if group not in self.rows or row is None:
+        if not self._has(group, matrix):
             return
+        row = self._row_of[group][matrix]
         with np.errstate(over="ignore"):  # what does not fit into float32 is inf, which is data
             for name, value in measured.items():
                 self.rows[group][name][row] = value

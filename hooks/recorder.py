@@ -13,7 +13,7 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..diagnostics.observation import Observation, side_by_side
+from ..diagnostics.observation import Observation
 from .cadence import Cadence
 from .journal import Journal
 from .layout import Layout, include_new_parameters
@@ -231,7 +231,7 @@ class Recorder:
         if self._record is None or watched.label not in self._record.waits_for:
             return
         self._see_changes(watched)
-        watched.take_snapshots()
+        watched.take_snapshots(self._layout.row_of)
 
     @_guarded
     def _await_gradients(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -284,7 +284,7 @@ class Recorder:
         observations: list[tuple[Matrix, Observation]] = []
         while snapshots:
             self._observe_one(snapshots.pop(), observations)
-        self._measure_stacks(watched, dict(observations))
+        self._measure_composites(watched, dict(observations))
         while observations:
             self._measure(*observations.pop())
         if self._record is not None:
@@ -298,21 +298,21 @@ class Recorder:
         for error in snapshot.errors:
             self._journal.failed(error, self.step)
 
-    def _measure_stacks(self, watched: Watched, seen: dict[Matrix, Observation]) -> None:
-        for stack in watched.matrices:
-            if stack.members and all(member in seen for member in stack.members):
-                self._measure_stack(stack, [seen[member] for member in stack.members])
+    def _measure_composites(self, watched: Watched, seen: dict[Matrix, Observation]) -> None:
+        for composite in watched.matrices:
+            if composite.members and all(member in seen for member in composite.members):
+                self._measure_composite(composite, [seen[member] for member in composite.members])
 
     @_guarded
-    def _measure_stack(self, stack: Matrix, seen: list[Observation]) -> None:
+    def _measure_composite(self, composite: Matrix, seen: list[Observation]) -> None:
         if self._record is not None:
-            self._record.measure_geometry(stack, side_by_side(seen))
+            self._record.measure_composite(composite, seen)
 
     @_guarded
     def _measure(self, matrix: Matrix, seen: Observation) -> None:
         if self._record is not None:
             self._record.measure(matrix, seen)
-            self._record.measure_geometry(matrix, seen)
+            self._record.measure_spectra(matrix, seen)
 
     def _take_off_skipped(self, watched: Watched) -> bool:
         if watched.skipped is None or not watched.take_off_skipped():

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..diagnostics.observation import Observation
+from ..diagnostics.rotation import Rotation
 from .adapters import Adapter, Averages, Reader, Reading, number, state_of
 from .matrices import Matrix
 from .moments import Kept
@@ -26,12 +27,14 @@ class Snapshot:
     """One parameter before the step. The gradient's part is filled by :meth:`see_gradient`, inside the step when a closure makes it.
 
     Attributes:
+        keeps_gradient: whether what is measured needs the gradient itself, in the observation.
         errors: what the adapter's readers raised; what they would have read is missing from the observation.
     """
 
     matrices: list[Matrix]  # the parameter's: one, or one per slice of a stack
     adapter: Adapter
     reading: Reading
+    keeps_gradient: bool = False
     gradient_seen: bool = False
     grad_rms: tuple[float, ...] = ()  # of every matrix
     errors: list[Exception] = field(default_factory=list)
@@ -47,11 +50,12 @@ class Snapshot:
         gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
         self.gradient_seen = True
         self.grad_rms = tuple(tensor_rms(matrix.of(gradient)) for matrix in self.matrices)
-        if self.adapter.orthogonalisation is not None or self.adapter.before is not None or self._has_no_momentum():
+        ns, before = self.adapter.orthogonalisation, self.adapter.before
+        if self.keeps_gradient or ns is not None or before is not None or self._has_no_momentum():
             # A copy: some optimizers write into the gradient, or throw it away.
             self.reading.gradient = gradient.clone() if grad_scale is None else gradient
-        if self.adapter.before is not None:
-            self.reading.before = self._read(self.adapter.before)
+        if before is not None:
+            self.reading.before = self._read(before)
 
     def observe(self) -> list[tuple[Matrix, Observation]]:
         """One observation per matrix after the step; none where it had no gradient for the parameter or its shape changed."""
@@ -70,6 +74,10 @@ class Snapshot:
         else:
             spectrum_input = self._read_matrix("ns_input", ns.ns_input)
             newton_schulz = self._read(ns.settings)
+        corrected = self._read_matrix("correction", adapter.correction)
+        rotation = self._read(adapter.rotation)
+        trust_ratio = self._read(adapter.trust_ratio)
+        gradient = reading.gradient if self.keeps_gradient or corrected is not None else None
         lr = self._read(adapter.learning_rate)
         weight_decay = number(reading.group.get("weight_decay", reading.group.get("wd", 0.0)))  # Moonlight, MARS-M: wd
         decay = self._read(adapter.decoupled_decay)
@@ -100,6 +108,11 @@ class Snapshot:
                 target_rms=or_nan(target),
                 moments=None if kept is None else kept.of(matrix, as_array, tensor_mean),
                 intended_rms=math.nan if intended is None else tensor_rms(matrix.of(intended)),
+                trust_ratio=or_nan(trust_ratio),
+                gradient=None if gradient is None else as_array(matrix.of(gradient)),
+                gradient_roundoff=0.0 if gradient is None else unit_roundoff(gradient),
+                corrected=None if corrected is None else as_array(matrix.of(corrected)),
+                rotation=None if rotation is None else Rotation(*map(as_array, rotation)),
             )
 
         return [(matrix, observation(matrix, rms)) for matrix, rms in zip(self.matrices, self.grad_rms, strict=True)]

@@ -1,7 +1,7 @@
 """One watched optimizer: its matrices, its step count, and what was copied before the step under way."""
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from types import FrameType
 from typing import Any
 
@@ -92,6 +92,11 @@ class Watched:
         """How the parameters of a group are read."""
         return adapter_for(self.optimizer, group) or self.found
 
+    def stacks(self, group: Group) -> "list[Sequence[Tensor]]":
+        """The lists of a group's parameters that are orthogonalised as one matrix, of two and more."""
+        stacks = self.adapter(group).stacks
+        return [] if stacks is None else [stack for stack in stacks(group) if len(stack) > 1]
+
     def identify(self, *, after_step: bool) -> bool:
         """Show the gradients, or what the step made of them, to the identification of an unknown class; whether it has concluded.
 
@@ -123,8 +128,11 @@ class Watched:
         self._entered = max(self._entered - 1, 0)
         return not self._entered
 
-    def take_snapshots(self) -> None:
-        """Copy what the coming step will overwrite. Groups are looked up anew: settings and groups change during a training."""
+    def take_snapshots(self, groups: Collection[str]) -> None:
+        """Copy what the coming step will overwrite and `groups` of quantities need.
+
+        Parameter groups are looked up anew: settings and groups change during a training.
+        """
         self.snapshots, self.snapshot_steps = [], self.steps
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         of_parameter: dict[int, list[Matrix]] = {}
@@ -136,7 +144,7 @@ class Watched:
             parameter = matrices[0].parameter
             group = group_of[id(parameter)]
             reading = Reading(self.optimizer, parameter, parameter.detach().clone(), dict(group), state_of(self.optimizer, parameter))
-            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading))
+            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading, "gradient" in groups))
 
     def note_weights(self) -> None:
         """Keep the weights' norms as this step leaves them, to see at the next one whether something else changed them."""

@@ -167,6 +167,10 @@ class Adapter:
         orthogonalisation: None where the optimizer does not orthogonalise.
         before: called before the step, as soon as the gradient is there; what it returns is `Reading.before` afterwards.
         stacks: the lists of a group's parameters whose Newton–Schulz problem is one matrix, their momenta side by side.
+        correction: the variance-reduced gradient that is averaged in the place of the gradient, in the sign of that; None where there is none.
+        rotation: R before and after the step, M, f(M) and R f(RᵀM) of an optimizer that works in rotated coordinates, as
+            :class:`...diagnostics.rotation.Rotation` describes them.
+        trust_ratio: the factor by which this parameter's step was scaled; NaN where there is none.
         read_by: how this adapter was chosen: "table", "names in the state", "numbers", one for each moment, or "nothing".
     """
 
@@ -182,6 +186,9 @@ class Adapter:
     orthogonalisation: Orthogonalisation | None = None
     before: Callable[[Reading], Any] | None = None
     stacks: Callable[[Group], Sequence[Sequence[Tensor]]] | None = None
+    correction: Reader = lambda reading: None
+    rotation: Callable[[Reading], Sequence[Tensor] | None] = lambda reading: None
+    trust_ratio: Callable[[Reading], float] = lambda reading: nan
     read_by: str = "table"
 
 

@@ -29,6 +29,7 @@ from .adapter import (
     uncorrected,
 )
 from .table import Row
+from .variance_reduced import corrected_gradient
 
 _MOMENT = f"first moment exp_avg after the step; {NOT_ORTHOGONAL}"
 
@@ -131,6 +132,23 @@ def _sophia_update(reading: Reading) -> Tensor | None:
     return None if ratio is None else ratio.clamp(-1, 1) * float(reading.group["p"])
 
 
+def _lamb_ratio(reading: Reading) -> float:
+    """The state's, which under `adam` is computed and not applied; not under RAdam's rectification, which may step without it."""
+    group, ratio = reading.group, reading.state.get("trust_ratio")
+    if ratio is None or group.get("rectify"):
+        return nan
+    return 1.0 if group["adam"] else float(ratio)
+
+
+def _lars_ratio(reading: Reading) -> float:
+    """trust·‖w‖/(‖g‖ + λ‖w‖), 1 where one is zero; before the step."""
+    if reading.gradient is None:
+        return nan
+    weight, gradient, group = float(reading.weight.norm()), float(reading.gradient.norm()), reading.group
+    denominator = gradient + number(group["weight_decay"]) * weight
+    return number(group["trust_coefficient"]) * weight / denominator if weight > 0 and denominator > 0 else 1.0
+
+
 def _lars_update(reading: Reading) -> Tensor | None:
     """The buffer, which sums gradients that the trust ratio has scaled already."""
     return None if reading.group["nesterov"] else entry("momentum_buffer")(reading)
@@ -161,6 +179,12 @@ def _mini_update(reading: Reading) -> Tensor | None:
     return update.reshape(reading.weight.shape)
 
 
+def _mars_corrected(reading: Reading) -> Tensor | None:
+    beta = number(reading.group["betas"][0])
+    maximize = getattr(reading.optimizer, "maximize", False)
+    return corrected_gradient(reading, reading.group["gamma"] * beta / (1 - beta), maximize=maximize)
+
+
 def _mars(group: Group) -> Adapter:
     """MARS on top of AdamW, Lion or Muon (which it calls Shampoo): only the first divides by a second moment."""
     moment = "average exp_avg of corrected and clipped gradients c_t after the step"
@@ -172,6 +196,8 @@ def _mars(group: Group) -> Adapter:
             second_moment=_largest_or("max_exp_avg_sq", "exp_avg_sq") if adamw else lambda reading: None,
             averages=averages(as_a_whole=True, under_root=BOUND, decay_in_gradient=False),
             decoupled_decay=decay_of,
+            before=_mars_corrected,
+            correction=lambda reading: reading.before,
         )
 
     def ns_input(reading: Reading) -> Tensor | None:
@@ -190,6 +216,8 @@ def _mars(group: Group) -> Adapter:
             lambda reading: NewtonSchulz(repeat_last((JORDAN,), 5), float(group["eps"])),
             lambda reading, rows, cols: sqrt(max(1, reading.weight.shape[0] / reading.weight.shape[1])),
         ),
+        before=_mars_corrected,
+        correction=lambda reading: reading.before,
     )
 
 
@@ -227,11 +255,14 @@ _ROWS: dict[str, Row] = {
         averages=_lamb_averages,
         decoupled_decay=decay_of,
         intended=_lamb_update,
+        trust_ratio=_lamb_ratio,
     ),
     "lars.LARS": Adapter(
         f"momentum_buffer after the step, of gradients scaled by the trust ratio, the gradient where there is none; {NOT_ORTHOGONAL}",
         momentum=entry("momentum_buffer"),
         intended=_lars_update,
+        before=_lars_ratio,
+        trust_ratio=lambda reading: number(reading.before),
     ),
     "lion.Lion": Adapter(
         f"{_MOMENT}; the sign is taken of another average of it and the gradient", momentum=entry("exp_avg"), decoupled_decay=decay_of

@@ -14,6 +14,7 @@ from ...diagnostics.observation import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reading, entry, group_setting, second_moment
 from .table import Row
 from .torch_optim import as_triples
+from .variance_reduced import corrected_gradient
 
 _MOMENTUM = entry("momentum_buffer")
 _DECAY = group_setting("weight_decay")
@@ -44,6 +45,11 @@ def _adamuon_ns_input(reading: Reading) -> Tensor | None:
         return _MOMENTUM(reading)
     mixed = _mixed(reading)
     return None if mixed is None else mixed.sign()
+
+
+def _mars_m_corrected(reading: Reading) -> Tensor | None:
+    beta = reading.group["momentum"]
+    return corrected_gradient(reading, reading.group["gamma"] * beta / (1 - beta))
 
 
 def _root_ns_input(reading: Reading) -> Tensor | None:
@@ -102,6 +108,8 @@ ROWS: dict[str, Row] = {
         momentum=_MOMENTUM,
         decoupled_decay=_DECAY,
         orthogonalisation=Orthogonalisation(_MOMENTUM, _settings, _moonlight_scale),
+        before=_mars_m_corrected,
+        correction=lambda reading: reading.before,
     ),
     f"{_PACKAGE}.root.ROOT": Adapter(
         "exact NS input: momentum after Nesterov mixing, its outliers clipped, before the cast to the iteration's format",

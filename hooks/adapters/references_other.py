@@ -1,7 +1,9 @@
 """Rows for the reference optimizers in `examples/optimizers` that run no Newton–Schulz iteration."""
 
 from dataclasses import replace
+from importlib import import_module
 
+import torch
 from torch import Tensor
 
 from .adapter import (
@@ -71,6 +73,23 @@ def _sophia_update(reading: Reading) -> Tensor | None:
     return None if ratio is None else ratio.clamp(-1, 1)
 
 
+def _aro_rotation(reading: Reading) -> Tensor | None:
+    """R before the step; the identity before the first."""
+    size = min(reading.weight.shape)
+    rotation: Tensor | None = reading.state.get("rotation")
+    return torch.eye(size, dtype=reading.weight.dtype, device=reading.weight.device) if rotation is None else rotation.clone()
+
+
+def _aro_rotated(reading: Reading) -> tuple[Tensor, ...] | None:
+    """R before and after, M, f(M) and R f(RᵀM), f as the optimizer's module has it."""
+    momentum, rotation = reading.state.get("momentum_buffer"), reading.state.get("rotation")
+    if momentum is None or rotation is None or reading.before is None:
+        return None
+    base = import_module(type(reading.optimizer).__module__).BASES[reading.group["base"]]
+    momentum = momentum if momentum.shape[0] <= momentum.shape[1] else momentum.mT
+    return reading.before, rotation, momentum, base(momentum), rotation @ base(rotation.mT @ momentum)
+
+
 _DECAY = group_setting("weight_decay")
 
 ROWS: dict[str, Row] = {
@@ -78,6 +97,8 @@ ROWS: dict[str, Row] = {
         "momentum_buffer after the step, before it is rotated; no Newton–Schulz iteration follows",
         momentum=entry("momentum_buffer"),
         decoupled_decay=_DECAY,
+        before=_aro_rotation,
+        rotation=_aro_rotated,
     ),
     "optiscope.examples.optimizers.caspr.CASPR": Adapter(
         f"first moment exp_avg after the step, before it is preconditioned; {NOT_ORTHOGONAL}",

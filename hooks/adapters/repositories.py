@@ -30,6 +30,7 @@ from .adapter import (
 )
 from .kronecker import Kronecker, implied_second_moment, kept_sides
 from .table import Row
+from .variance_reduced import corrected_gradient
 
 _DECAY = group_setting("weight_decay")
 
@@ -201,12 +202,21 @@ def _mars_m_scale(reading: Reading, rows: int, cols: int) -> float:
     return 0.2 * sqrt(max(rows, cols)) if "momentum_buffer" in reading.state else nan
 
 
+def _mars_m_corrected(reading: Reading) -> Tensor | None:
+    """Missing where AdamW updates the parameter, with the plain gradient."""
+    group, beta = reading.group, number(reading.group["momentum"])
+    factor = group["mars_factor"] if "mars_factor" in group else group["gamma"] * beta / (1 - beta)
+    return corrected_gradient(reading, number(factor)) if reading.state.get("use_muon") else None
+
+
 _MARS_M = Adapter(
     "exact NS input: momentum_buffer, the average of corrected and clipped gradients c_t, after the step",
     momentum=entry("momentum_buffer", "moment1"),
     second_moment=second_moment("moment2"),
     decoupled_decay=group_setting("wd"),
     orthogonalisation=Orthogonalisation(_mars_m_ns_input, _mars_m_settings, _mars_m_scale),
+    before=_mars_m_corrected,
+    correction=lambda reading: reading.before,
 )
 
 ROWS: dict[str, Row] = {

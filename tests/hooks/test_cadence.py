@@ -67,9 +67,9 @@ def test_governor_on_a_fake_clock(
     monkeypatch.setattr(cadence_module, "time", clock)
     taken = Watched.take_snapshots
 
-    def snapshots(self: Watched) -> None:
+    def snapshots(self: Watched, groups: Any) -> None:
         now[0] += 0.001
-        taken(self)
+        taken(self, groups)
 
     monkeypatch.setattr(Watched, "take_snapshots", snapshots)
     model, d, g = two
