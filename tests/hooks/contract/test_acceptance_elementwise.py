@@ -82,6 +82,7 @@ def test_lars_ratio_does_not_see_a_common_scale_of_weights_and_gradient(scale: f
     expected = 1e-3 * float(weight.norm() / (gradient.norm() + 0.1 * weight.norm())) * rms(float64(gradient + 0.1 * weight))
     run, _, _ = recorded(by_name("LARS", lr=0.5, weight_decay=0.1), scale * weight, [scale * gradient], tmp_path / "run.zarr")
     np.testing.assert_allclose(run["update_rms_per_lr"] / scale, expected, rtol=1e-4)
+    np.testing.assert_allclose(run["trust_ratio"], 1e-3 * float(weight.norm() / (gradient.norm() + 0.1 * weight.norm())), rtol=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1.0, 100.0])
@@ -91,6 +92,12 @@ def test_lamb_update_has_the_norm_of_the_weights_whatever_the_gradient(scale: fl
     gradients = [scale * random(6, 4, seed=t) for t in range(3)]
     run, _, _ = recorded(build, random(6, 4), gradients, tmp_path / "run.zarr")
     np.testing.assert_allclose(run["update_rms_per_lr"], run["weight_rms"], rtol=1e-4)
+    # ratio·‖U‖ = ‖w‖, U = m/√v of the averages written out.
+    m = v = torch.zeros(6, 4)
+    for t, gradient in enumerate(gradients):
+        m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
+        length = float((m / v.sqrt()).norm())
+        np.testing.assert_allclose(run["trust_ratio"].values[t] * length, run["weight_rms"].values[t] * sqrt(24), rtol=1e-4)
 
 
 def test_lamb_of_the_library_begins_ten_times_larger(tmp_path: Path) -> None:
@@ -102,6 +109,12 @@ def test_lamb_of_the_library_begins_ten_times_larger(tmp_path: Path) -> None:
 def test_lamb_caps_the_norm_of_large_weights_at_ten(tmp_path: Path) -> None:
     run, _, _ = recorded(by_name("Lamb", lr=1e-3, eps=1e-12, adam_debias=True), 50 * random(6, 4), [random(6, 4)], tmp_path / "run.zarr")
     np.testing.assert_allclose(run["update_rms_per_lr"] * sqrt(24), 10.0, rtol=1e-3)
+
+
+def test_optimizers_without_a_trust_ratio_have_none(tmp_path: Path) -> None:
+    for name, settings in (("Yogi", {}), ("Lamb", {"adam": True})):
+        run, _, _ = recorded(by_name(name, lr=1e-3, **settings), random(6, 4), [random(6, 4)], tmp_path / f"{name}.zarr")
+        np.testing.assert_array_equal(run["trust_ratio"].values, [[1.0 if settings else np.nan]])
 
 
 # Adafactor: V̂ = r cᵀ/mean(r).
