@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 
 from ..inert import inert
 
-HEAVY = 160_000  # bytes of SVG over which marks are drawn as pixels, text and axes staying sharp
+# Over so many marks, or bytes of SVG, marks are drawn as pixels; texts and axes stay sharp.
+CROWDED, HEAVY = 4_000, 160_000
 LONGEST = 40  # characters of a label; longer ones would leave no room for the picture
 
 
@@ -37,13 +38,25 @@ def svg_uri(figure: Figure, salt: str) -> str:
     An image is a document of its own: whatever is in it can neither run nor clash with the page. The address holds no character that
     HTML would read.
     """
+    if _marks(figure) > CROWDED:
+        _as_pixels(figure)
     svg = _svg(figure, salt)
     if len(svg) > HEAVY:
-        for axes in figure.axes:
-            for artist in (*axes.collections, *axes.lines, *axes.patches):
-                artist.set_rasterized(True)
+        _as_pixels(figure)
         svg = _svg(figure, salt)
     return "data:image/svg+xml," + quote(svg, safe=" /:;=,()+")
+
+
+def _marks(figure: Figure) -> int:
+    """Points and corners that would be written one by one."""
+    lines = sum(np.size(line.get_xdata()) for axes in figure.axes for line in axes.lines)
+    return lines + sum(max(np.shape(c.get_offsets())[0], len(c.get_paths())) for axes in figure.axes for c in axes.collections)
+
+
+def _as_pixels(figure: Figure) -> None:
+    for axes in figure.axes:
+        for artist in (*axes.collections, *axes.lines, *axes.patches):
+            artist.set_rasterized(True)
 
 
 def _labels(values: np.ndarray) -> np.ndarray:
