@@ -49,8 +49,9 @@ def svg_uri(figure: Figure, salt: str) -> str:
 
 def _marks(figure: Figure) -> int:
     """Points and corners that would be written one by one."""
-    lines = sum(np.size(line.get_xdata()) for axes in figure.axes for line in axes.lines)
-    return lines + sum(max(np.shape(c.get_offsets())[0], len(c.get_paths())) for axes in figure.axes for c in axes.collections)
+    lines = [np.size(line.get_xdata()) for axes in figure.axes for line in axes.lines]
+    collections = [max(np.shape(c.get_offsets())[0], len(c.get_paths())) for axes in figure.axes for c in axes.collections]
+    return int(sum(lines) + sum(collections))
 
 
 def _as_pixels(figure: Figure) -> None:
