@@ -124,8 +124,8 @@ def summary(dataset: xr.Dataset) -> str:
 def _numbers(dataset: xr.Dataset, operator: str, side: str) -> str:
     one = dataset.sel(of_operator=operator, side=side)
     return (
-        f"{float(one['overlap_ratio_median']):.1f} times the overlap of random ones, κ {float(one['gain_median']):.2f} decades smaller "
-        f"where random matrices of their shape would have it {float(one['gain_of_shape']):.2f} smaller"
+        f"{float(one['overlap_ratio_median']):.1f} times the overlap of random ones, κ smaller by {float(one['gain_median']):.2f} decades, "
+        f"shape alone {float(one['gain_of_shape']):.2f}"
     )
 
 

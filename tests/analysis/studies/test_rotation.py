@@ -32,7 +32,7 @@ def test_a_rotation_that_settles(run):
     np.testing.assert_allclose(found["median_gain"], [1.51, 0.91], rtol=1e-6)
     np.testing.assert_allclose(found["gain_lower"][0], [1.505, 0.905], rtol=1e-6)
     assert rotation.summary(found) == (
-        "The rotation's drift in one step is 0.5 at step 10 and 0 at step 40 (median over operators); rotating gains a factor of 1.21 "
+        "The rotation's drift in one step is 0.5 at step 10 and 0 at step 40 (median over operators); rotating multiplies ⟨M, update⟩ by 1.21 "
         "(median; mlp_up 0.91 to attn_q 1.51)."
     )
 
