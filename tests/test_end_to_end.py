@@ -64,7 +64,7 @@ def test_the_training_learns_and_is_recorded(first):
 
 # Groups this training is not asked to record, and optimizers it does not use.
 OF_OTHER_RUNS = {
-    "precision_split", "gradient_spectrum", "block_geometry", "stacking", "update_dispersion", "rotation", "gradient_correction",
+    "precision_split", "gradient_spectrum", "block_geometry", "stacking", "rotation", "gradient_correction",
 }  # fmt: skip
 
 

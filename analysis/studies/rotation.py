@@ -51,5 +51,7 @@ def summary(dataset: xr.Dataset) -> str:
         text += f" and {drift.iloc[-1]:.3g} at step {drift.index[-1]} (median over operators)"
     gain = dataset["median_gain"].to_series()
     return text + (
-        f"; rotating multiplies ⟨M, update⟩ by {median_and_extremes(gain, '.3g')}." if gain.notna().any() else "; what rotating gains is not known."
+        f"; rotating multiplies ⟨M, update⟩ by {median_and_extremes(gain, '.3g')}."
+        if gain.notna().any()
+        else "; what rotating gains is not known."
     )
