@@ -17,6 +17,8 @@ LEVELS = (0.0, 1e-4, 1e-3, 0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.
 SIDES = ("left", "right")  # of a matrix: its rows, its columns
 BLOCK_STATISTICS = ("mean", "max", "min", "norm")  # of v in a block, from which the block's one learning rate could be made
 MAP_SIDE = 16  # a map of a matrix has at most 16×16 tiles
+PROBES = 64  # single probes that are kept; quantiles over elements are told from so many on
+EXACT_BLOCKS = 8  # blocks of a matrix of which an exact Hessian is taken, at most
 
 # Dimensions beyond (step, matrix): size, and the coordinate along them where there is one for all matrices.
 EXTRA_DIMENSIONS = {
@@ -26,6 +28,8 @@ EXTRA_DIMENSIONS = {
     "side": len(SIDES),
     "statistic": len(BLOCK_STATISTICS),
     "tile": MAP_SIDE * MAP_SIDE,
+    "probe": PROBES,
+    "block": EXACT_BLOCKS,
 }
 EXTRA_COORDINATES: dict[str, tuple[float, ...] | tuple[str, ...]] = {"level": LEVELS, "side": SIDES, "statistic": BLOCK_STATISTICS}
 
@@ -220,12 +224,66 @@ QUANTITIES: tuple[Quantity, ...] = (
         "ns_residual_polar_bfloat16", "precision", "1", "NS residual of the bfloat16 iteration (polar)",
         "‖O − UVᵀ‖_F/√r of that iteration's output against the exact polar factor of the NS input", extra="ns_step",
     ),
+    Quantity(
+        "hessian_mean", "curvature", "gradient units/parameter unit", "mean of the Hessian's diagonal",
+        "mean over the matrix's elements of Hutchinson's u⊙Hu, H the Hessian of the loss that curvature was called with", dtype="float64",
+    ),
+    Quantity(
+        "hessian_mean_error", "curvature", "gradient units/parameter unit", "standard error of the Hessian's mean diagonal",
+        "from the spread between probes; under 8 probes no less than the bound that one probe gives", dtype="float64",
+    ),
+    Quantity("hessian_trace", "curvature", "gradient units/parameter unit", "trace of the Hessian's block of the matrix", "hessian_mean times the number of elements", dtype="float64"),
+    Quantity("hessian_trace_error", "curvature", "gradient units/parameter unit", "standard error of the trace", "hessian_mean_error times the number of elements", dtype="float64"),
+    Quantity("hessian_rms", "curvature", "gradient units/parameter unit", "RMS of the Hessian's diagonal", "over the matrix's elements, the probes' noise taken out; missing under 2 probes", dtype="float64"),
+    Quantity("hessian_element_deviation", "curvature", "gradient units/parameter unit", "standard deviation of one probe at an element", "√(mean over elements of the variance between probes); missing under 2 probes", dtype="float64"),
+    Quantity("hessian_quantile", "curvature", "gradient units/parameter unit", "quantiles of the Hessian's diagonal", f"over the matrix's elements at the levels `level`, of the mean of all probes; missing under {PROBES} probes, where noise widens them", extra="level"),
+    Quantity("hessian_negative_share", "curvature", "1", "share of negative elements of the Hessian's diagonal", f"of the mean of all probes; missing under {PROBES} probes"),
+    Quantity("hessian_probe_mean", "curvature", "gradient units/parameter unit", "mean of the Hessian's diagonal by single probes", f"hessian_mean of every probe alone, the first {PROBES} of them", extra="probe"),
+    Quantity("hessian_probes", "curvature", "1", "probes of the Hessian", "number of vectors u", dtype="int16"),
+    Quantity("hessian_method", "curvature", "1", "how Hessian-vector products were made", "index into the attribute methods of this group", dtype="int16"),
+    Quantity("hessian_distribution", "curvature", "1", "distribution of the probes", "index into the attribute distributions of this group", dtype="int16"),
+    Quantity(
+        "gauss_newton_mean", "curvature", "gradient units/parameter unit", "mean of the Gauss–Newton diagonal",
+        "mean over the matrix's elements of B·ĝ⊙ĝ, ĝ the gradient of the mean cross-entropy of B labels drawn from the model (Gauss–Newton–Bartlett)", dtype="float64",
+    ),
+    Quantity("gauss_newton_mean_error", "curvature", "gradient units/parameter unit", "standard error of the mean Gauss–Newton diagonal", "as hessian_mean_error, between draws of the labels", dtype="float64"),
+    Quantity("gauss_newton_quantile", "curvature", "gradient units/parameter unit", "quantiles of the Gauss–Newton diagonal", f"over the matrix's elements at the levels `level`, of the mean of all draws; missing under {PROBES} draws", extra="level"),
+    Quantity("gauss_newton_draw_mean", "curvature", "gradient units/parameter unit", "mean of the Gauss–Newton diagonal by single draws", f"gauss_newton_mean of every draw alone, the first {PROBES} of them", extra="probe"),
+    Quantity("gauss_newton_draws", "curvature", "1", "draws of all labels", "number of gradients ĝ", dtype="int16"),
+    Quantity("gauss_newton_labels", "curvature", "1", "labels of one draw", "B, the number of independent labels: tokens, not sequences", dtype="float64"),
+    Quantity(
+        "hessian_in_block_share", "curvature", "1", "share of the Hessian inside Adam-mini's blocks",
+        "Σ_b ‖H_bb‖_F²/Σ_b ‖H_jb‖_F² over sampled blocks b of the matrix j, from probes that are zero outside b",
+    ),
+    Quantity("hessian_in_block_error", "curvature", "1", "standard error of the share inside blocks", "of the ratio of sums over the sampled blocks; missing under 2 of them"),
+    Quantity("hessian_in_block_null", "curvature", "1", "share inside blocks if all entries were alike", "Σ_b d_b²/d², d_b the elements of block b, d those of the matrix"),
+    Quantity("hessian_partition", "curvature", "1", "blocks that the share is inside of", "index into the attribute partitions of this group", dtype="int16"),
+    Quantity(
+        "preconditioning_ratio", "curvature", "1", "condition number under Adam over that of the Hessian",
+        "r = κ(D·H_b)/κ(H_b), H_b the exact Hessian of a row of the matrix, D = diag(1/|H_b x|), median over Gaussian x: above 1 where Adam hurts; missing where either κ exceeds what the weights' format carries",
+        extra="block",
+    ),
+    Quantity("preconditioning_dominance", "curvature", "1", "diagonal dominance of the Hessian", "τ = Σ_i |H_ii|/Σ_ij |H_ij| of H_b; 1: diagonal", extra="block"),
+    Quantity("preconditioning_condition", "curvature", "1", "condition number of the Hessian of a block", "κ(H_b) = max|λ|/min|λ|; missing as in preconditioning_ratio", extra="block"),
+    Quantity("preconditioning_size", "curvature", "1", "coordinates of a block with an exact Hessian", "d, the row's length", dtype="float64"),
+    Quantity("hessian_map", "curvature", "decade", "map of the exact Hessian", "log10 of the mean |H_ij| over tiles of the exact Hessian of consecutive rows, 16×16 of them at most, row by row, the rest missing", extra="tile"),
+    Quantity("exact_mean", "curvature", "gradient units/parameter unit", "exact mean of the Hessian's diagonal on sampled rows", "over the coordinates of which an exact Hessian was taken", dtype="float64"),
+    Quantity("exact_hutchinson_mean", "curvature", "gradient units/parameter unit", "Hutchinson's mean on the rows with an exact Hessian", "as hessian_mean, over the coordinates of exact_mean", dtype="float64"),
+    Quantity("exact_hutchinson_error", "curvature", "gradient units/parameter unit", "standard error of exact_hutchinson_mean", "as hessian_mean_error", dtype="float64"),
+    Quantity("exact_gauss_newton_mean", "curvature", "gradient units/parameter unit", "Gauss–Newton mean on the rows with an exact Hessian", "as gauss_newton_mean, over the coordinates of exact_mean", dtype="float64"),
+    Quantity("exact_gauss_newton_error", "curvature", "gradient units/parameter unit", "standard error of exact_gauss_newton_mean", "as gauss_newton_mean_error", dtype="float64"),
 )  # fmt: skip
 
 DEFAULT_GROUPS = ("geometry", "update", "second_moment")
 # Recorded when asked for: each costs about as much as the geometry, the map in storage.
 ON_REQUEST = ("second_moment_map", "gradient", "blocks", "stacking", "precision")
-GROUPS = DEFAULT_GROUPS + ON_REQUEST
+MEASURES = DEFAULT_GROUPS + ON_REQUEST  # what `attach(measure=…)` takes
+GROUPS = (*MEASURES, "curvature")  # curvature is there once `recorder.curvature` was called
+
+# How a Hessian-vector product is made, and what the probes are drawn from.
+HESSIAN_METHODS = ("double_backward", "central_difference")
+DISTRIBUTIONS = ("rademacher", "gaussian")
+PROBE_SEED = 0x0C  # the probes of step t come from a generator of their own, seeded with this plus t
 
 # Blocks of coordinates that Adam-mini gives one learning rate (arXiv 2406.16793).
 PARTITIONS = (

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from ..diagnostics.about import Value, checked
-from ..diagnostics.catalogue import DEFAULT_GROUPS, GROUPS
+from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
 from .cadence import Cadence
 from .composites import compose
@@ -77,8 +77,8 @@ def attach(
         >>> recorder.step
         1
     """
-    if not measure or set(measure) - set(GROUPS):
-        raise ValueError(f"measure: expected one or more of {', '.join(GROUPS)}; got {measure!r}")
+    if not measure or set(measure) - set(MEASURES):
+        raise ValueError(f"measure: expected one or more of {', '.join(MEASURES)}; got {measure!r}")
     if on_error not in ("warn", "raise"):
         raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
     if model is not None and not isinstance(model, nn.Module):
@@ -98,7 +98,7 @@ def attach(
         )
     optimizers_now = [describe_optimizer(w) for w in watched]
     writer = Writer(store, {**describe_software(), "optimizers": optimizers_now, **stated})
-    layout = Layout(writer, [group for group in GROUPS if group in measure])
+    layout = Layout(writer, [group for group in MEASURES if group in measure])
     if not layout.describes(matrices):
         raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
     first_step = writer.last_step if first_step is None else first_step

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .cadence import Stopwatch
-from .record import Record
 from .scalars import ScalarRow
-from .writer import TakenOver, Writer
+from .writer import Row, TakenOver, Writer
 
 log = logging.getLogger("optiscope")
 
@@ -39,6 +38,7 @@ class Journal:
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
         self._begun = self._flushed = time.perf_counter()
+        self._asked_for = 0.0
 
     @contextmanager
     def guard(self, step: int) -> Iterator[None]:
@@ -67,9 +67,18 @@ class Journal:
         found: list[dict[str, Any]] = self._writer.attributes.get("geometry", {}).get("ns_schedules", [])
         return found
 
+    @contextmanager
+    def asked_for(self) -> Iterator[None]:
+        """Time of the block is what the user asked for at a cadence of their own: on the clock, but not what records are spaced by."""
+        before = self.clock.wall
+        try:
+            yield
+        finally:
+            self._asked_for += self.clock.wall - before
+
     def spent_and_elapsed(self) -> tuple[float, float]:
-        """Seconds of recording, and since it began."""
-        return self.clock.wall, time.perf_counter() - self._begun
+        """Seconds of recording, and since it began, both without what was asked for."""
+        return self.clock.wall - self._asked_for, time.perf_counter() - self._begun - self._asked_for
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take scalars of a step; those that are no numbers fail one by one."""
@@ -82,12 +91,12 @@ class Journal:
         """Set the scalars of what recording costs."""
         with self.guard(step):
             self._scalars.begin(step)
-            spent, elapsed = self.spent_and_elapsed()
-            self._scalars.set_own(overhead_seconds=spent, overhead_cpu_seconds=self.clock.cpu, elapsed_seconds=elapsed)
+            elapsed = time.perf_counter() - self._begun
+            self._scalars.set_own(overhead_seconds=self.clock.wall, overhead_cpu_seconds=self.clock.cpu, elapsed_seconds=elapsed)
 
-    def append(self, record: Record, step: int) -> None:
-        """Take a complete record, `step` steps having been taken; flush if that ends a chunk."""
-        full = [self._writer.append(group, record.step, rows) for group, rows in record.rows.items()]
+    def append(self, rows: Mapping[str, Row], record_step: int, step: int) -> None:
+        """Take the rows of a record by group, `step` steps having been taken; flush if that ends a chunk."""
+        full = [self._writer.append(group, record_step, row) for group, row in rows.items()]
         self.log_own_time(step)
         if any(full):
             self.flush()

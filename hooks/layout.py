@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from ..diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, PARTITIONS, SECOND_MOMENT_FORMS, Quantity, in_group
+from ..diagnostics.catalogue import (
+    DISTRIBUTIONS,
+    EXTRA_COORDINATES,
+    EXTRA_DIMENSIONS,
+    HESSIAN_METHODS,
+    PARTITIONS,
+    PROBE_SEED,
+    SECOND_MOMENT_FORMS,
+    Quantity,
+    in_group,
+)
 from .composites import compose
 from .matrices import Kind, Matrix, Names, coordinates, find_matrices, quantile_levels
 from .writer import Writer
@@ -20,6 +30,12 @@ if TYPE_CHECKING:
 _ATTRIBUTES: dict[str, dict[str, Any]] = {
     "geometry": {"ns_schedules": []},
     "second_moment": {"forms": list(SECOND_MOMENT_FORMS), "partitions": list(PARTITIONS)},
+    "curvature": {
+        "methods": list(HESSIAN_METHODS),
+        "distributions": list(DISTRIBUTIONS),
+        "partitions": list(PARTITIONS),
+        "seed": PROBE_SEED,
+    },
 }
 
 Key: TypeAlias = tuple[str, int, int, str]  # what tells a row of the store: name, rows, cols, optimizer

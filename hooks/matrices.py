@@ -64,22 +64,22 @@ class Names:
     """What a model calls its parameters, and which of them belong to a convolution."""
 
     def __init__(self, model: nn.Module | None, rule: OperatorRule | None, heads: Heads | None = None) -> None:
-        self._model, self.rule, self._heads = model, rule, heads
+        self.model, self.rule, self._heads = model, rule, heads
 
     def look_up(self) -> tuple[dict[int, str], set[int]]:
         """Names by `id` of the parameter, and the ids of convolutions' weights. Looked up anew: models change."""
-        if self._model is None:
+        if self.model is None:
             return {}, set()
-        raw = {id(p): name for name, p in self._model.named_parameters()}
+        raw = {id(p): name for name, p in self.model.named_parameters()}
         count = Counter(map(clean_name, raw.values()))
         # A part of a name that a wrapper would have added may be the model's own.
         names = {key: clean_name(name) if count[clean_name(name)] == 1 else name for key, name in raw.items()}
-        kernels = {id(p) for m in self._model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
+        kernels = {id(p) for m in self.model.modules() if isinstance(m, nn.modules.conv._ConvNd) for p in m.parameters(recurse=False)}
         return names, kernels
 
     def heads(self) -> Callable[[nn.Parameter], Heads]:
         """A function of the parameter: the heads that were given, else those that the model tells."""
-        found = find_heads(self._model) if self._heads is None else {}
+        found = find_heads(self.model) if self._heads is None else {}
         return lambda parameter: found.get(id(parameter), self._heads or UNKNOWN_HEADS)
 
 

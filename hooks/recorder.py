@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Callable
 from types import TracebackType
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from torch.utils.hooks import RemovableHandle
 
 from ..diagnostics.observation import Observation
 from .cadence import Cadence
+from .curvature import recording
+from .curvature.group import CurvatureGroup
+from .guarding import guarded
 from .journal import Journal
 from .layout import Layout, include_new_parameters
 from .lifetime import still_open
@@ -26,24 +29,6 @@ from .watched import Watched, watch
 from .writer import Writer
 
 log = logging.getLogger("optiscope")
-
-P = ParamSpec("P")
-T = TypeVar("T")
-
-
-def _guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Concatenate[Recorder, P], T | None]":
-    """Keep every exception of a method out of the training; it then returns None."""
-
-    @functools.wraps(method)
-    def guarded(self: "Recorder", /, *args: P.args, **kwargs: P.kwargs) -> T | None:
-        result = None
-        with self._journal.guard(self.step):
-            result = method(self, *args, **kwargs)
-        if self._journal.taken_over:
-            self._detach()
-        return result
-
-    return guarded
 
 
 class Recorder:
@@ -62,6 +47,7 @@ class Recorder:
         self._watched = watched
         self._names = names
         self._layout = layout
+        self._curvature = CurvatureGroup(writer)
         self._cadence = cadence
         self._journal = Journal(writer, first_step, raise_errors)
         self._process = os.getpid()
@@ -98,7 +84,7 @@ class Recorder:
         """CPU time that recording has taken, of all threads."""
         return self._journal.clock.cpu
 
-    @_guarded
+    @guarded
     def log(self, /, **scalars: Any) -> None:
         """Record numbers of your own (loss, accuracy, …) at the current step; several calls at one step are merged.
 
@@ -111,10 +97,12 @@ class Recorder:
         else:
             self._finish()
 
-    @_guarded
+    @guarded
     def flush(self) -> None:
         """Write and commit every complete record now. Where that fails, the newest records are kept and tried again."""
         self._journal.flush()
+
+    curvature = guarded(recording.curvature)
 
     def watch(self, *optimizers: Any, steps: int | None = None) -> None:
         """Record further optimizers, made after `attach`; those that are watched already stay as they are.
@@ -153,7 +141,7 @@ class Recorder:
         self._handles = []
         still_open.discard(self)
 
-    @_guarded
+    @guarded
     def _finish(self) -> None:
         self._end_record()
         self._journal.end()
@@ -200,25 +188,25 @@ class Recorder:
 
     # In the first steps of an optimizer whose class is not in the adapter table.
 
-    @_guarded
+    @guarded
     def _identify(self, watched: Watched) -> None:
         if not _capturing() and watched.identify(after_step=True):
             now = describe_optimizer(watched)
             entry = next(entry for entry in self._journal.optimizers if entry["label"] == watched.label)
             entry.update({key: now[key] for key in ("read_by", "spectrum_of")})
 
-    @_guarded
+    @guarded
     def _note_skip(self, watched: Watched) -> None:
         watched.note_skip()
 
     # On recorded steps only.
 
-    @_guarded
+    @guarded
     def _note_weights(self, watched: Watched) -> None:
         if not _capturing():
             watched.note_weights()
 
-    @_guarded
+    @guarded
     def _take_snapshots(self, watched: Watched) -> None:
         if _capturing():
             return  # reading anything would break the capture of a CUDA graph
@@ -233,7 +221,7 @@ class Recorder:
         self._see_changes(watched)
         watched.take_snapshots(self._layout.row_of)
 
-    @_guarded
+    @guarded
     def _await_gradients(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See the gradients now, or when the closure that the step was given has made them."""
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -249,14 +237,14 @@ class Recorder:
         self._see_gradients(watched)
         return loss
 
-    @_guarded
+    @guarded
     def _see_gradients(self, watched: Watched) -> None:
         for snapshot in watched.snapshots:
             self._see_gradient(snapshot, getattr(watched.optimizer, "grad_scale", None))
         if watched.identification is not None and not _capturing():
             watched.identify(after_step=False)
 
-    @_guarded
+    @guarded
     def _see_gradient(self, snapshot: Snapshot, grad_scale: Tensor | None) -> None:
         snapshot.see_gradient(grad_scale)
 
@@ -274,7 +262,7 @@ class Recorder:
                 "recorded is what the steps do; changed_outside marks such records.", count, watched.label, watched.steps + 1,
             )  # fmt: skip
 
-    @_guarded
+    @guarded
     def _observe(self, watched: Watched) -> None:
         # All of torch's work first, then all of NumPy's: alternating, their thread pools wait for each other. Every list
         # lets go of a matrix once it is measured, so that memory holds the float64 copies of one at a time.
@@ -292,7 +280,7 @@ class Recorder:
             if not self._record.waits_for:
                 self._end_record()
 
-    @_guarded
+    @guarded
     def _observe_one(self, snapshot: Snapshot, observations: list[tuple[Matrix, Observation]]) -> None:
         observations.extend(snapshot.observe())
         for error in snapshot.errors:
@@ -303,12 +291,12 @@ class Recorder:
             if composite.members and all(member in seen for member in composite.members):
                 self._measure_composite(composite, [seen[member] for member in composite.members])
 
-    @_guarded
+    @guarded
     def _measure_composite(self, composite: Matrix, seen: list[Observation]) -> None:
         if self._record is not None:
             self._record.measure_composite(composite, seen)
 
-    @_guarded
+    @guarded
     def _measure(self, matrix: Matrix, seen: Observation) -> None:
         if self._record is not None:
             self._record.measure(matrix, seen)
@@ -325,7 +313,7 @@ class Recorder:
         self._record = Record(step, self._layout, {w.label for w in self._watched if w.matrices}, self._journal.schedules)
         self._spent_before = self._journal.clock.wall
 
-    @_guarded
+    @guarded
     def _include_new_parameters(self) -> None:
         include_new_parameters(self._layout, self._watched, self._names)
 
@@ -334,7 +322,7 @@ class Recorder:
         if self._record is None:
             return
         record, self._record = self._record, None
-        self._journal.append(record, self.step)
+        self._journal.append(record.rows, record.step, self.step)
         self._journal.flush_if_due()
         spent, elapsed = self._journal.spent_and_elapsed()
         self._cadence.recorded(record.step, spent - self._spent_before, spent, elapsed)

@@ -62,7 +62,15 @@ def test_types_can_hold_what_they_must():
 
 def test_every_number_has_a_unit():
     units = {quantity.name: quantity.units for quantity in QUANTITIES}
-    assert set(units.values()) == {"1", "gradient units", "gradient units²", "parameter units", "nat", "decade"}
+    assert set(units.values()) == {
+        "1",
+        "gradient units",
+        "gradient units²",
+        "parameter units",
+        "nat",
+        "decade",
+        "gradient units/parameter unit",
+    }
     assert {name for name, unit in units.items() if unit == "parameter units"} == {"update_rms", "update_norm", "weight_rms"}
     assert {name for name, unit in units.items() if unit == "gradient units"} >= {"fro_norm", "grad_rms", "momentum_rms"}
 

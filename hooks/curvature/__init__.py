@@ -1,0 +1,1 @@
+"""Curvature on request: estimators of the Hessian, one per file, and the call that records them."""
