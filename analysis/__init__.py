@@ -16,14 +16,18 @@ if TYPE_CHECKING:
         block_geometry,
         gradient_correction,
         gradient_spectrum,
+        hdiag_quality,
+        hessian_blocks,
         kappa_by_layer,
         kappa_by_operator,
         kappa_vs_residual,
         precision_split,
+        precond_effect,
         residual_curves,
         rms_alignment,
         rotation,
         shallow_vs_deep,
+        sharpness,
         stacking,
         update_dispersion,
     )
@@ -36,7 +40,7 @@ THEMES: dict[str, tuple[str, ...]] = {
     ),
     "update sizes": ("rms_alignment", "update_dispersion", "rotation", "gradient_correction"),
     "second moment": (),
-    "curvature": (),
+    "curvature": ("sharpness", "hdiag_quality", "hessian_blocks", "precond_effect"),
     "comparison": (),
 }  # fmt: skip
 STUDIES = tuple(name for names in THEMES.values() for name in names)
@@ -46,8 +50,9 @@ _HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "findings"
 
 __all__ = [
     "STUDIES", "THEMES", "Finding", "allocation", "block_geometry", "check", "derive_schedule", "gradient_correction",
-    "gradient_spectrum", "kappa_by_layer", "kappa_by_operator", "kappa_vs_residual", "open_run", "precision_split", "residual_curves",
-    "rms_alignment", "rotation", "shallow_vs_deep", "stacking", "update_dispersion",
+    "gradient_spectrum", "hdiag_quality", "hessian_blocks", "kappa_by_layer", "kappa_by_operator", "kappa_vs_residual", "open_run",
+    "precision_split", "precond_effect", "residual_curves", "rms_alignment", "rotation", "shallow_vs_deep", "sharpness", "stacking",
+    "update_dispersion",
 ]  # fmt: skip
 
 

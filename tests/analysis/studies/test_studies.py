@@ -114,6 +114,10 @@ SCALES = {
     "update_dispersion": [(False, False)] * 2,
     "rotation": [(False, False)] * 2,
     "gradient_correction": [(False, False)] * 2,
+    "sharpness": [(False, False), (False, True)],
+    "hdiag_quality": [(True, True), (False, False)],
+    "hessian_blocks": [(False, False)] * 2,
+    "precond_effect": [(True, True)] * 2,
 }
 # The operators along the left panel of rms_alignment name themselves, and panels that share an axis label it once.
 UNLABELLED = {
