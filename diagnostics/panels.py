@@ -5,11 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-_ELEMENTS = 1 << 16  # half a megabyte in float64: temporaries stay in the cache (twice as fast at 4096 × 4096 as whole arrays)
+# 64 kB in float64: temporaries stay in the cache, and below the 128 kB from which malloc asks the kernel for each anew, which took three
+# times as long for a matrix of 256 × 128. At 4096 × 4096 panels eight times as large are 20 % quicker.
+_ELEMENTS = 1 << 13
 
 
 def row_panels(rows: int, cols: int) -> Iterator[slice]:
-    """Slices of consecutive rows that cover all of them, each of at most 65,536 elements or one row.
+    """Slices of consecutive rows that cover all of them, each of at most 8,192 elements, or one row.
 
     >>> list(row_panels(3, 40000))
     [slice(0, 1, None), slice(1, 2, None), slice(2, 3, None)]

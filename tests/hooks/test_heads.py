@@ -8,8 +8,9 @@ import xarray as xr
 from torch import nn
 
 from optiscope.examples.byte_llama import SHORT, ByteLlama
-from optiscope.hooks import attach
+from optiscope.hooks import attach, layout
 from optiscope.hooks.heads import find_heads
+from optiscope.hooks.matrices import coordinates
 
 
 class Attention(nn.Module):
@@ -102,3 +103,17 @@ def test_bad_heads_are_refused(heads, tmp_path):
 def test_heads_of_another_type_are_refused(tmp_path):
     with pytest.raises(TypeError, match=r"^heads: expected a positive number.*got 'four'"):
         recorded(Around(Attention()), tmp_path, heads="four")
+
+
+def test_a_run_that_does_not_tell_heads_is_continued_and_grows(tmp_path, monkeypatch):
+    """As versions before heads left it."""
+    model = Around(Attention(heads=4))
+    with monkeypatch.context() as before:
+        before.setattr(layout, "coordinates", lambda matrices: {k: v for k, v in coordinates(matrices).items() if "heads" not in k})
+        with attach(torch.optim.SGD(model.attn.parameters(), lr=0.1), model, tmp_path / "run.zarr", every=1, on_error="raise"):
+            pass
+    with attach(torch.optim.SGD(model.parameters(), lr=0.1), model, tmp_path / "run.zarr", every=1, on_error="raise"):
+        pass
+    with xr.open_datatree(tmp_path / "run.zarr", engine="zarr") as tree:
+        assert tree["update"]["name"].values.tolist() == ["attn.q_proj.weight", "attn.k_proj.weight", "mlp.weight"]
+        assert "query_heads" not in tree["update"].coords

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from math import log10, sqrt
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from contract import standins
 from contract.harness import float64
 from contract.one_matrix import Build, Model, by_name, random
 from optiscope.hooks import attach
@@ -245,3 +247,81 @@ def test_maps_are_recorded_when_asked_for(tmp_path: Path) -> None:
     assert np.isnan(tiles[32:]).all()
     rank1 = np.log10(np.outer(v.sum(1), v.sum(0)) / v.sum())
     np.testing.assert_allclose(last(run, "rank1_map", "second_moment_map")[:32], rank1.ravel(), rtol=1e-6)
+
+
+def _caspr(p: Sequence[Any]) -> Any:
+    from optiscope.examples.optimizers.caspr import CASPR
+
+    return CASPR(p, lr=1e-3)
+
+
+_AVERAGING: dict[str, Build] = {
+    "CASPR": _caspr,
+    "Distributed Shampoo, packed": lambda p: standins.DistributedShampoo(p, lr=1e-3, max_preconditioner_dim=16),
+    "Distributed Shampoo, whole": lambda p: standins.DistributedShampoo(p, lr=1e-3, max_preconditioner_dim=16, use_symmetric_packing=False),
+}
+
+
+@pytest.mark.parametrize("name", _AVERAGING)
+def test_averaged_factors_are_those_of_the_gradients(name: str, tmp_path: Path) -> None:
+    """With β₂ = 0.99 in all of them; of which exponent they take is not one, or can be overridden."""
+    gradients = [random(5, 8, seed=t) @ torch.diag(torch.linspace(0.5, 2, 8)) for t in range(12)]
+    run, _, _ = train(_AVERAGING[name], random(5, 8), gradients, tmp_path / "run.zarr")
+    weights = [0.99 ** (len(gradients) - 1 - t) for t in range(len(gradients))]
+    left = sum(w * float64(g) @ float64(g).T for w, g in zip(weights, gradients, strict=True))
+    right = sum(w * float64(g).T @ float64(g) for w, g in zip(weights, gradients, strict=True))
+    for side, factor in enumerate((left, right)):
+        sigma = np.linalg.svd(factor, compute_uv=False)
+        assert last(run, "factor_condition")[side] == pytest.approx(sigma[0] / sigma[-1], rel=1e-3)
+        assert last(run, "factor_effective_rank")[side] == pytest.approx(np.trace(factor) / sigma[0], rel=1e-4)
+    assert np.isnan(last(run, "factor_exponent"))
+    assert np.isnan(last(run, "eigenbasis_off_diagonal")).all()
+
+
+def test_a_matrix_in_blocks_has_no_two_factors(tmp_path: Path) -> None:
+    build: Build = lambda p: standins.DistributedShampoo(p, lr=1e-3, max_preconditioner_dim=4)  # noqa: E731
+    run, _, _ = train(build, random(5, 8), [random(5, 8)], tmp_path / "run.zarr")
+    assert np.isnan(last(run, "factor_condition")).all()
+    assert last(run, "second_moment_form") >= 0
+
+
+def _heavyball_soap(p: Sequence[Any]) -> Any:
+    import heavyball
+
+    return heavyball.SOAP(p, lr=3e-3)
+
+
+_SOAPS: dict[str, Build] = {
+    "heavyball": _heavyball_soap,
+    "official": lambda p: standins.SOAP(p, lr=3e-3),
+    "official, long rows": lambda p: standins.SOAP(p, lr=3e-3, max_precond_dim=6),
+}
+
+
+@pytest.mark.parametrize("name", _SOAPS)
+def test_soaps_factors_and_bases_are_those_of_its_state(name: str, tmp_path: Path) -> None:
+    """A side without a factor has none recorded."""
+    from heavyball import utils
+
+    with patch.object(utils, "compile_mode", None):
+        run, optimizer, model = train(_SOAPS[name], random(5, 8), [random(5, 8, seed=t) for t in range(5)], tmp_path / "run.zarr")
+    state = optimizer.state[model.matrix]
+    if name == "heavyball":
+        view = {key.rpartition("_")[0].removeprefix("scale_by_soap_"): value for key, value in state[0].items()}
+        state = {"GG": [f[0] for f in view["GG"]], "Q": [q[0] for q in view["Q"]], "exp_avg_sq": view["exp_avg_sq"][0]}
+    for side in (0, 1):
+        told = [last(run, key)[side] for key in ("factor_condition", "factor_effective_rank", "eigenbasis_off_diagonal")]
+        if not len(state["GG"][side]):
+            assert np.isnan(told).all()
+            continue
+        factor, basis = float64(state["GG"][side]), float64(state["Q"][side])
+        sigma, turned = np.linalg.svd(factor, compute_uv=False), basis.T @ factor @ basis
+        condition = min(sigma[0] / sigma[-1], 1e12)
+        assert told[0] == pytest.approx(condition, rel=1e-4) or condition > 1e6  # of rank 5 on the longer side, but for rounding
+        assert told[1:] == pytest.approx(
+            [np.trace(factor) / sigma[0], 1 - np.sum(np.diag(turned) ** 2) / np.sum(turned**2)], rel=1e-4, abs=1e-9
+        )
+    p = float64(state["exp_avg_sq"]) / float64(state["exp_avg_sq"]).sum()
+    logs = np.log(p / np.outer(p.sum(1), p.sum(0)), out=np.zeros_like(p), where=p > 0)
+    assert last(run, "eigenbasis_information") == pytest.approx(np.sum(p * logs), abs=1e-6)
+    assert np.isnan(last(run, "rank1_information"))
