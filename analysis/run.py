@@ -53,7 +53,11 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     if not dataset.sizes.get("step"):
         raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
     # Zarr gives NumPy's variable-width strings, which few functions take.
-    texts = {name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str)) for name in ("name", "operator", "optimizer")}
+    texts = {
+        name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str))
+        for name in ("name", "operator", "optimizer", "of")
+        if name in dataset
+    }
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
 
 

@@ -32,6 +32,14 @@ def run(
             help="Record so often that it takes at most this share of the time; 0.01 by default.", metavar="P", show_default=False
         ),
     ] = None,
+    measure: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Record this group too: second_moment_map, gradient, blocks, stacking or precision; may be given several times.",
+            metavar="GROUP",
+            show_default=False,
+        ),
+    ] = None,
     about: Annotated[
         list[str] | None,
         typer.Option(
@@ -59,6 +67,7 @@ def run(
         raise ValueError(f"--every: expected a number of steps of at least 1, got {every}")
     if overhead is not None and not 0 < overhead <= 1:
         raise ValueError(f"--overhead: expected a share of the training time above 0 and up to 1, got {overhead}")
+    groups = _groups(measure) if measure else None
     stated = _stated(about) if about else {}
     if not sys.executable:
         raise RuntimeError("sys.executable: expected the path of the Python interpreter to run the script with, got none")
@@ -66,13 +75,22 @@ def run(
     if _records():
         if output.exists():
             _make_way(output, overwrite)
-        environment |= _settings(output, every, overhead, stated)
+        environment |= _settings(output, every, overhead, groups, stated)
     # In place of this process: signals, exit code and streams need nobody to pass them on.
     os.execve(sys.executable, [sys.executable, *(["-m"] if module else []), script, *(arguments or [])], environment)
 
 
+def _groups(measure: list[str]) -> str:
+    """Those that are recorded anyway and those asked for, with commas between."""
+    from ..diagnostics.catalogue import DEFAULT_GROUPS, GROUPS, ON_REQUEST  # loads NumPy, which nothing needs without them
+
+    if unknown := set(measure) - set(GROUPS):
+        raise ValueError(f"--measure: {', '.join(sorted(unknown))} is none of {', '.join(ON_REQUEST)}")
+    return ",".join(group for group in GROUPS if group in (*DEFAULT_GROUPS, *measure))
+
+
 def _stated(about: list[str]) -> "dict[str, Value]":
-    from ..diagnostics.about import parsed  # loads NumPy, which nothing else here needs
+    from ..diagnostics.about import parsed  # loads NumPy, as above
 
     return parsed(about)
 
@@ -90,11 +108,13 @@ def _make_way(output: Path, overwrite: bool) -> None:
         shutil.rmtree(output)
 
 
-def _settings(output: Path, every: int | None, overhead: float | None, about: "dict[str, Value]") -> dict[str, str]:
+def _settings(output: Path, every: int | None, overhead: float | None, groups: str | None, about: "dict[str, Value]") -> dict[str, str]:
     """The environment that `startup/sitecustomize.py` reads, and takes away again before the script sees it."""
     path = os.environ.get("PYTHONPATH")
     stated = json.dumps(about) if about else None
-    wanted = {"STORE": output.absolute(), "EVERY": every, "OVERHEAD": overhead, "ABOUT": stated, "PYTHONPATH": path}
+    wanted = {
+        "STORE": output.absolute(), "EVERY": every, "OVERHEAD": overhead, "MEASURE": groups, "ABOUT": stated, "PYTHONPATH": path,
+    }  # fmt: skip
     settings = {f"OPTISCOPE_RUN_{name}": str(value) for name, value in wanted.items() if value is not None}
     # An empty entry would be the current folder.
     return {**settings, "PYTHONPATH": os.pathsep.join([str(STARTUP), *([path] if path else [])])}

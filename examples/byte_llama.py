@@ -19,6 +19,12 @@ from torch import Tensor, nn
 
 from optiscope.hooks import attach
 
+# Everything that can be recorded; without `measure` the first line is.
+MEASURE = (
+    "geometry", "update", "second_moment",
+    "second_moment_map", "gradient", "blocks", "stacking", "precision",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Config:
@@ -160,7 +166,7 @@ def train(store: str | Path, config: Config, report: Callable[[int, float], None
         "seed": config.seed,
         "budget": f"{config.steps} steps",
     }
-    with attach([muon, adamw], model, store, every=config.every, about=about) as recorder:
+    with attach([muon, adamw], model, store, every=config.every, measure=MEASURE, about=about) as recorder:
         for step in range(1, config.steps + 1):
             loss = model(*batches(training, config, generator))
             loss.backward()

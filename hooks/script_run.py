@@ -45,14 +45,22 @@ class ScriptRun:
         outcome: what was recorded, in a clause; known after the end.
     """
 
-    def __init__(self, store: str | Path, *, every: int | None, overhead: float, about: Mapping[str, Value] | None = None) -> None:
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        every: int | None,
+        overhead: float,
+        measure: Sequence[str] = DEFAULT_GROUPS,
+        about: Mapping[str, Value] | None = None,
+    ) -> None:
         """Options as of :func:`optiscope.hooks.attach`.
 
         Raises:
             ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
         """
         self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=DEFAULT_GROUPS, operators=None, about=about, on_error="warn"
+            store, every=every, overhead=overhead, measure=measure, operators=None, about=about, on_error="warn"
         )
         self._optimizers: list[Optimizer] = []  # attached to
         self._layers: set[int] = set()  # ids of them, and of those that they wrap

@@ -25,9 +25,11 @@ AWAITED = "torch.optim.optimizer"
 class Start:
     """Waits on `sys.meta_path` for torch's optimizers, then at their steps, and tells at the end what came of it."""
 
-    def __init__(self, store: str, every: str | None, overhead: str | None, about: str | None = None) -> None:
+    def __init__(self, store: str, every: str | None, overhead: str | None, about: str | None = None, measure: str | None = None) -> None:
         self._store = store
-        self._options = {"every": every and int(every), "overhead": float(overhead or 0.01)}
+        self._options: dict[str, Any] = {"every": every and int(every), "overhead": float(overhead or 0.01)}
+        if measure:
+            self._options["measure"] = measure.split(",")
         self._about = about
         self._process = os.getpid()
         self._recording: Any = None
@@ -136,7 +138,7 @@ def start() -> None:
     folder = os.path.dirname(__file__)
     sys.path.remove(folder)
     sys.path_importer_cache.pop(folder, None)
-    waiting = Start(settings["STORE"], settings.get("EVERY"), settings.get("OVERHEAD"), settings.get("ABOUT"))
+    waiting = Start(settings["STORE"], settings.get("EVERY"), settings.get("OVERHEAD"), settings.get("ABOUT"), settings.get("MEASURE"))
     sys.meta_path.insert(0, waiting)
     atexit.register(waiting.end)
     _import_the_environments_own()

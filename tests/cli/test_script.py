@@ -56,7 +56,22 @@ def test_a_gpt_of_the_usual_public_form(tmp_path):
     """Fused attention, tied weights, decay groups, accumulation, clipping, torch.compile, settings through exec."""
     command = SCRIPTS / "train_gpt.py", "--n_head=4", "--compile=True"
     (code, out, err), plain = both(
-        tmp_path, *command, options=["--every", 2, "--about", "seed=1", "--about", "data=a=b", "--about", "lr=0.5"]
+        tmp_path,
+        *command,
+        options=[
+            "--every",
+            2,
+            "--measure",
+            "blocks",
+            "--measure",
+            "stacking",
+            "--about",
+            "seed=1",
+            "--about",
+            "data=a=b",
+            "--about",
+            "lr=0.5",
+        ],
     )
     assert (code, out) == plain[:2]
     assert out.count("loss 0x") == 6 + 2
@@ -64,6 +79,11 @@ def test_a_gpt_of_the_usual_public_form(tmp_path):
     run = open_run(tmp_path / "run.zarr")
     assert steps(run) == {group: [2, 4, 6] for group in ("update", "geometry", "second_moment")}
     assert run.attrs["about"] == {"seed": 1, "data": "a=b", "lr": 0.5}
+    # What was asked for beside them; the model does not tell its heads.
+    fused = [f"transformer.h.{i}.attn.c_attn.weight[{part}]" for i in range(2) for part in "qkv"]
+    assert run["blocks"]["name"].values.tolist() == fused
+    assert run["stacking"].sizes["matrix"] == 4
+    assert "gradient" not in run
     layers = {
         f"transformer.h.{i}.{name}.weight": operator
         for i in range(2)
@@ -250,6 +270,7 @@ REFUSED = {
     "--every: expected a number of steps of at least 1, got 0": ["--every", "0", "train.py"],
     "--overhead: expected a share of the training time above 0 and up to 1, got 1.5": ["--overhead", "1.5", "train.py"],
     "--overhead: expected a share of the training time above 0 and up to 1, got nan": ["--overhead", "nan", "train.py"],
+    "--measure: spectra is none of second_moment_map, gradient, blocks, stacking, precision": ["--measure", "spectra", "train.py"],
     "--every and --overhead: expected one of them, got both": ["--every", "1", "--overhead", "0.1", "train.py"],
     "about: expected NAME=VALUE, for example seed=0, got 'seed'": ["--about", "seed", "train.py"],
     "run: photos is not an Optiscope run": ["--overwrite", "-o", "photos", "train.py"],
