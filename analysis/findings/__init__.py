@@ -6,12 +6,13 @@ recorded.
 
 import xarray as xr
 
-from . import coefficients, momentum, newton_schulz, recording, unread_muon, update_size
+from . import blocks, coefficients, history, momentum, newton_schulz, recording, schedule, second_moment, unread_muon, update_size
 from .finding import SEVERITIES, Finding
 
 __all__ = ["SEVERITIES", "Finding", "check"]
 
-RULES = (*recording.RULES, *newton_schulz.RULES, *coefficients.RULES, *momentum.RULES, *update_size.RULES, *unread_muon.RULES)
+_SUBJECTS = (recording, newton_schulz, coefficients, momentum, update_size, unread_muon, history, second_moment, blocks, schedule)
+RULES = tuple(rule for subject in _SUBJECTS for rule in subject.RULES)
 
 
 def check(run: xr.DataTree) -> list[Finding]:

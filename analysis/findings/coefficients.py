@@ -76,9 +76,8 @@ def residual_floor(run: xr.DataTree) -> Iterator[Finding]:
         text = (
             f"The mean residual of {count(concerned)} is at its floor of {mean[enough]:.3f} after {enough} of {steps} Newton–Schulz steps"
         )
-        text += (
-            f"; step {steps} leaves {mean[steps]:.3f}, and up to {len(mean) - 1} steps of these coefficients take off less than {WORTH}."
-        )
+        text += f" ({mean[steps]:.3f} after all)" if enough < steps else ""
+        text += f"; up to {len(mean) - 1} steps of these coefficients take off less than {WORTH}."
         numbers = {"step": enough, "steps": steps, "residual_there": mean[enough], "residual": mean[steps], "least": mean.min()}
         cycle = attracting_cycle(schedule.coefficients[-1])
         if len(cycle) > 1:

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from ...diagnostics.catalogue import in_group
+from ...diagnostics.catalogue import EXTRA_DIMENSIONS, in_group
 from ..run import records
 
 Severity = Literal["info", "warning", "error"]
@@ -53,12 +53,12 @@ def group(run: xr.DataTree, name: str) -> xr.Dataset:
         none = ("matrix", np.empty(0, dtype=int))
         texts = {coordinate: ("matrix", np.empty(0, dtype=str)) for coordinate in ("name", "operator", "optimizer")}
         dataset = xr.Dataset(coords={**texts, "layer": none, "rows": none, "cols": none, "step": np.empty(0, dtype=int)})
-    shape = dataset.sizes["step"], dataset.sizes["matrix"]
-    absent = {
-        quantity.name: (("step", "matrix"), np.broadcast_to(np.array(quantity.missing, dtype=quantity.dtype), shape))
-        for quantity in in_group(name)
-        if quantity.name not in dataset
-    }
+    sizes: dict[Any, int] = {**EXTRA_DIMENSIONS, **dataset.sizes}
+    absent = {}
+    for quantity in (q for q in in_group(name) if q.name not in dataset):
+        dims = ("step", "matrix") if quantity.extra is None else ("step", "matrix", quantity.extra)
+        value = np.array(quantity.missing, dtype=quantity.dtype)
+        absent[quantity.name] = (dims, np.broadcast_to(value, [sizes[dim] for dim in dims]))
     return dataset.assign(absent)
 
 
