@@ -21,15 +21,23 @@ if TYPE_CHECKING:
         kappa_by_layer,
         kappa_by_operator,
         kappa_vs_residual,
+        lr_statistic_ablation,
         precision_split,
         precond_effect,
         residual_curves,
         rms_alignment,
         rotation,
+        second_moment,
         shallow_vs_deep,
         sharpness,
+        soap_basis,
+        sophia_clip,
         stacking,
+        trust_ratio,
         update_dispersion,
+        v_blocks,
+        v_rank1,
+        weight_decay,
     )
 
 # A study registers under its theme, in the order in which a report shows them.
@@ -38,8 +46,8 @@ THEMES: dict[str, tuple[str, ...]] = {
         "kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "precision_split",
         "gradient_spectrum", "block_geometry", "stacking",
     ),
-    "update sizes": ("rms_alignment", "update_dispersion", "rotation", "gradient_correction"),
-    "second moment": (),
+    "update sizes": ("rms_alignment", "update_dispersion", "rotation", "gradient_correction", "weight_decay", "trust_ratio"),
+    "second moment": ("second_moment", "v_rank1", "v_blocks", "lr_statistic_ablation", "soap_basis", "sophia_clip"),
     "curvature": ("sharpness", "hdiag_quality", "hessian_blocks", "precond_effect"),
     "comparison": (),
 }  # fmt: skip
@@ -50,9 +58,10 @@ _HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "findings"
 
 __all__ = [
     "STUDIES", "THEMES", "Finding", "allocation", "block_geometry", "check", "derive_schedule", "gradient_correction",
-    "gradient_spectrum", "hdiag_quality", "hessian_blocks", "kappa_by_layer", "kappa_by_operator", "kappa_vs_residual", "open_run",
-    "precision_split", "precond_effect", "residual_curves", "rms_alignment", "rotation", "shallow_vs_deep", "sharpness", "stacking",
-    "update_dispersion",
+    "gradient_spectrum", "hdiag_quality", "hessian_blocks", "kappa_by_layer", "kappa_by_operator", "kappa_vs_residual",
+    "lr_statistic_ablation", "open_run", "precision_split", "precond_effect", "residual_curves", "rms_alignment", "rotation",
+    "second_moment", "shallow_vs_deep", "sharpness", "soap_basis", "sophia_clip", "stacking", "trust_ratio", "update_dispersion",
+    "v_blocks", "v_rank1", "weight_decay",
 ]  # fmt: skip
 
 

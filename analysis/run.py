@@ -182,6 +182,16 @@ def own_residual(geometry: xr.Dataset) -> xr.DataArray:
     return xr.DataArray(residual, dims=("step", "matrix"), coords=geometry["ns_schedule"].coords)
 
 
+def betas(run: xr.DataTree) -> dict[str, tuple[float, float]]:
+    """β₁ and β₂ of the run's optimizers, by label; only of those that have both, the same in all groups."""
+    found = {}
+    for optimizer in run.attrs.get("optimizers", []):
+        pairs = {tuple(group.get("betas") or ()) for group in optimizer["groups"]}
+        if len(pairs) == 1 and len(pair := pairs.pop()) > 1:
+            found[optimizer["label"]] = (float(pair[0]), float(pair[1]))
+    return found
+
+
 def operators_of(dataset: xr.Dataset | xr.DataArray) -> list[str]:
     """The operators of a dataset, in the table's order."""
     return ordered(dataset["operator"].values.tolist())
@@ -190,10 +200,10 @@ def operators_of(dataset: xr.Dataset | xr.DataArray) -> list[str]:
 def median_by(values: xr.DataArray, labels: Any, order: Sequence[Any], quantile: float = 0.5) -> NDArray[np.float64]:
     """Quantile over the matrices of each label, missing values left out; `values` (step, matrix) → shape (step, len(order))."""
     labels = np.asarray(labels)
-    return np.stack([_quantile(values.values[:, labels == label], quantile) for label in order], axis=1)
+    return np.stack([quantile_of_rows(values.values[:, labels == label], quantile) for label in order], axis=1)
 
 
-def _quantile(values: NDArray[Any], quantile: float) -> NDArray[np.float64]:
+def quantile_of_rows(values: NDArray[Any], quantile: float) -> NDArray[np.float64]:
     """As `numpy.nanquantile` over the last of two axes, which goes through rows one by one; missing where all of a row is."""
     ascending = np.sort(values.astype(np.float64), axis=1)  # missing values last
     counts = (~np.isnan(ascending)).sum(axis=1)

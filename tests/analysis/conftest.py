@@ -203,7 +203,9 @@ def complete_run(build_run, add_rows):
                 groups[group] = {
                     q.name: _some(rng, q, size) for q in in_group(group) if q.name not in without and q.name not in {**GEOMETRY, **UPDATE}
                 }  # fmt: skip
+        groups["update"]["weight_decay"] = 0.1
         run = build_run(matrices, groups=groups, **how)
+        run["update"]["update_rms"] *= 1.01  # with a decay that `update_rms_per_lr` does not hold
         firsts = {layer_index(name): name for name in reversed(matrices)}
         for group, names in (
             ("blocks", [f"{name}[head {i}]" for name in firsts.values() for i in (0, 1)]),

@@ -27,7 +27,7 @@ NOT_FINITE = {
 NS_STUDIES = {"kappa_vs_residual", "residual_curves"}
 # Need more than the spectra and update sizes that plain built runs have.
 MORE = {*analysis.STUDIES} - {
-    "kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment",
+    "kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment", "trust_ratio",
 }  # fmt: skip
 
 # Changes to six plain matrices, and the studies that must refuse the run with a reason.
@@ -36,7 +36,7 @@ RUNS = {
     "gaps": (lambda m: {name: {"sigma": [None, *[x["sigma"]] * 2] if i % 2 else x["sigma"]} for i, (name, x) in enumerate(m.items())}, set()),
     "last record empty": (lambda m: {name: {"sigma": [x["sigma"], x["sigma"], None]} for name, x in m.items()}, set()),
     "diverged later": (lambda m: {**m, NAMES[0]: {**m[NAMES[0]], **NOT_FINITE}}, set()),
-    "diverged": (lambda m: {name: {**x, **NOT_FINITE} for name, x in m.items()}, {*analysis.STUDIES} - {"rms_alignment"}),
+    "diverged": (lambda m: {name: {**x, **NOT_FINITE} for name, x in m.items()}, {*analysis.STUDIES} - {"rms_alignment", "trust_ratio"}),
     "bounds only": (lambda m: {name: {**x, "floor": True} for name, x in m.items()}, set()),
     "all the same": (lambda m: {name: {"sigma": SIGMA[0]} for name in m}, set()),
     "AdamW only": (lambda m: {name: {**x, "optimizer": "AdamW"} for name, x in m.items()}, NS_STUDIES),
@@ -118,6 +118,14 @@ SCALES = {
     "hdiag_quality": [(True, True), (False, False)],
     "hessian_blocks": [(False, False)] * 2,
     "precond_effect": [(True, True)] * 2,
+    "weight_decay": [(False, False), (False, True), (False, True)],
+    "trust_ratio": [(False, True), (False, False), (False, True)],
+    "second_moment": [(False, True), (False, False), (False, True)],
+    "v_rank1": [(False, False)] * 4,
+    "v_blocks": [(False, False), (True, False), (False, False)],
+    "lr_statistic_ablation": [(False, False)],
+    "soap_basis": [(False, False)] * 2 + [(False, True)] * 2,
+    "sophia_clip": [(False, False)] * 2,
 }
 # The operators along the left panel of rms_alignment name themselves, and panels that share an axis label it once.
 UNLABELLED = {
@@ -134,8 +142,9 @@ def test_a_figure_is_labelled_and_touches_nothing_global(model_run_complete, nam
     assert dict(mpl.rcParams) == SETTINGS
     assert plt.get_fignums() == []
     assert type(figure) is Figure
-    assert [(ax.get_xscale() == "log", ax.get_yscale() == "log") for ax in figure.axes] == SCALES[name]
-    for i, ax in enumerate(figure.axes):
+    panels = [ax for ax in figure.axes if ax.get_label() != "<colorbar>"]
+    assert [(ax.get_xscale() == "log", ax.get_yscale() == "log") for ax in panels] == SCALES[name]
+    for i, ax in enumerate(panels):
         assert ax.get_title()
         assert ax.get_xlabel() or (name, i, "x") in UNLABELLED
         assert ax.get_ylabel() or (name, i, "y") in UNLABELLED
