@@ -39,7 +39,7 @@ def test_medians_per_operator_and_side(build_run):
     assert np.isnan(found["exponent"]).all()
     text = soap_basis.summary(found)
     assert text.startswith(
-        "Kronecker factors have condition numbers up to 2e+03 (attn_q) and effective ranks up to 2; V' in their eigenbasis holds 0.2 to 0.2 nat"
+        "Kronecker factors have condition numbers up to 2e+03 (attn_q) and effective ranks up to 2; V' in their eigenbasis holds 0.2 (median; "
     )
     assert text.endswith("Off the diagonal of the kept basis lies up to 20.0% of the energy (attn_q).")
 

@@ -39,7 +39,7 @@ def test_operators_have_a_median_and_its_interval_over_layers(build_run):
     assert (found["median_dispersion_high"] > found["median_dispersion"]).all()
     text = v_blocks.summary(found)
     assert text.startswith(
-        "Within blocks ln v scatters by τ = 0.55 (attn_q) to 2.3 nat (mlp_up); 8 of 8 matrices differ more between blocks than within."
+        "Within blocks ln v scatters by τ = 1.4 (median; attn_q 0.55 to mlp_up 2.3) nat; 8 of 8 matrices differ more between blocks than within."
     )
 
 

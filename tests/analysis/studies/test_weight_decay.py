@@ -61,7 +61,7 @@ def test_spread_in_force_and_of_coupled_decay(build_run):
     np.testing.assert_allclose(found["spread_if_coupled"], np.tile(1.6449 * np.array([1.0, 2.0]), (3, 1)), rtol=1e-4)
     text = weight_decay.summary(found)
     assert text.startswith(
-        "Every coordinate of a matrix decays at one rate; coupled decay would differ by 1.6 to 3.3 decades (mlp_up); decay is "
+        "Every coordinate of a matrix decays at one rate; coupled decay would differ by 2.5 (median; attn_q 1.6 to mlp_up 3.3) decades; decay is "
     )
     coupled = weight_decay.study(updates(build_run, moments=log_normal_moments(np.array([1.6, 3.2] * 3))))
     assert weight_decay.summary(coupled) == "Decay rates of a matrix's coordinates differ by up to 3.2 decades (mlp_up)."
