@@ -1,6 +1,7 @@
 """A folder with every study's figure and tables, and a summary of what they say."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,9 @@ import xarray as xr
 
 from .answer import Answer, ask
 from .findings import check
+from .run import evenly_spread
+
+ROWS = 20_000  # of a table: a million take longer to write than all studies to make
 
 
 def analyse_study(run: xr.DataTree, name: str, folder: Path, *, required: bool) -> dict[str, Any]:
@@ -21,10 +25,23 @@ def analyse_study(run: xr.DataTree, name: str, folder: Path, *, required: bool) 
         if required:
             raise
         return {"summary": f"skipped: {error}", "files": [], "skipped": True}
+    return {"summary": answer.summary, "files": write_answer(answer, name, folder), "skipped": False}
+
+
+def write_answer(answer: Answer, name: str, folder: Path) -> list[str]:
+    """A study's figure and tables in `folder`; the files' names.
+
+    A table that would have more than 20,000 rows is of evenly spread records, as many as fit; the study itself saw all that it says.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     figure = folder / f"{name}.png"
     answer.plot().savefig(figure)
-    return {"summary": answer.summary, "files": [figure.name, *_write_tables(answer, name, folder)], "skipped": False}
+    written = [figure.name]
+    for dimensions, table in answer.tables().items():
+        path = folder / f"{name}.{dimensions}.csv"
+        _thinned(table).to_dataframe().to_csv(path, float_format="%.8g")
+        written.append(path.name)
+    return written
 
 
 def finish_report(run: xr.DataTree, folder: Path, studies: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -40,10 +57,7 @@ def finish_report(run: xr.DataTree, folder: Path, studies: dict[str, dict[str, A
     return result
 
 
-def _write_tables(answer: Answer, name: str, folder: Path) -> list[str]:
-    written = []
-    for dimensions, table in answer.tables().items():
-        path = folder / f"{name}.{dimensions}.csv"
-        table.to_dataframe().to_csv(path, float_format="%.8g")
-        written.append(path.name)
-    return written
+def _thinned(table: xr.Dataset) -> xr.Dataset:
+    along = next(iter(table.data_vars.values())).dims[0]
+    count, rows = table.sizes[along], math.prod(table.sizes.values())
+    return table if rows <= ROWS else table.isel({along: evenly_spread(count, max(1, count * ROWS // rows))})

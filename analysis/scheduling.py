@@ -1,5 +1,6 @@
 """From recorded geometry to a Newton–Schulz schedule per operator (AMO: observe, then commit)."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 
@@ -71,14 +72,7 @@ def derive_schedule(
     operators = [str(o) for o in curves["operator"].values]
     geometry = orthogonalised(run)
     names = {o: tuple(str(n) for n in geometry["name"].values[geometry["operator"].values == o]) for o in operators}
-    cost = [
-        sum(
-            ns_flops(int(m), int(n))
-            for m, n, o in zip(geometry["rows"].values, geometry["cols"].values, geometry["operator"].values, strict=True)
-            if o == own
-        )
-        for own in operators
-    ]
+    cost = step_costs(geometry, operators)
     given = problem(curves["residual"].values[0], residual_curves.STEPS, cost, [len(names[o]) for o in operators], budget)
     found, baseline = RULES[rule](given), uniform(given)
     entries = {
@@ -110,6 +104,12 @@ def derive_schedule(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+
+
+def step_costs(geometry: xr.Dataset, operators: Sequence[str]) -> list[int]:
+    """FLOPs of one Newton–Schulz step over all matrices of each operator."""
+    shapes = list(zip(geometry["operator"].values, geometry["rows"].values, geometry["cols"].values, strict=True))
+    return [sum(ns_flops(int(m), int(n)) for o, m, n in shapes if o == own) for own in operators]
 
 
 def _below_bfloat16_floor(geometry: xr.Dataset, operators: list[str]) -> dict[str, float]:

@@ -40,7 +40,7 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
             f"{records['records']} records" + (f", steps {records['first_step']} to {records['last_step']}" if records["records"] else ""),
         )
     if described["operators"]:
-        _print_table(
+        print_table(
             ("operator", "matrices", "shapes", "layers"),
             [(o["operator"], o["matrices"], o["shapes"], o["layers"]) for o in described["operators"]],
         )
@@ -155,7 +155,7 @@ def print_schedule(found: "Schedule", path: Path) -> None:
         for operator, entry in found.operators.items()
     ]
     uniform = f"{found.budget['mean_steps']} steps"
-    _print_table(
+    print_table(
         ("operator", "matrices", "NS steps", f"residual at {found.budget['mean_steps']}", "residual", "FLOPs", "σ under bf16"), rows
     )
     objective, provenance = found.objective, found.provenance
@@ -213,7 +213,7 @@ def _print_findings(findings: list[dict[str, Any]]) -> None:
         say(f"{finding['severity']} {finding['rule']}", f"{finding['sentence']}{concerned} {finding['advice']}")
 
 
-def _print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     from rich.table import Table
     from rich.text import Text
 

@@ -9,8 +9,9 @@ from matplotlib.figure import Figure
 
 from ...diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
 from ...diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from ..bootstrap import interval, resampled
 from ..figures import axes, finish, operator_palette
-from ..run import operators_of, orthogonalised, residual_of_records
+from ..run import evenly_spread, operators_of, orthogonalised, residuals_of_records
 
 QUESTION = "How many Newton–Schulz steps does each operator need?"
 READING = (
@@ -19,6 +20,7 @@ READING = (
 )
 
 STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
+RECORDS = 32
 
 # Family name → coefficients of a schedule of k steps.
 SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
@@ -28,7 +30,7 @@ SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
 }
 
 
-def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str] = tuple(SCHEDULES)) -> xr.Dataset:
+def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str] = tuple(SCHEDULES), records: int = RECORDS) -> xr.Dataset:
     """Mean residual R_g(k) per operator g, for schedules of 3 to 8 steps of each family.
 
     "matched" is designed anew for every k; the others are the first k steps of their list. Residuals follow from the
@@ -38,9 +40,11 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
         run: as from `open_run`.
         window: steps to average over, both ends included; by default all.
         families: of "matched", "jordan", "polar_express".
+        records: of the window at most so many, evenly spread, as each spectrum is mapped anew.
 
     Returns:
-        `residual` (family, operator, k): mean over the operator's matrices and the window; `convex` (family, operator):
+        `residual` (family, operator, k): mean over the operator's matrices and the window's records, with `residual_low` and `residual_high`, 95 % over
+        layers; `convex` (family, operator):
         whether each further step gains no more than the one before; `snapshots`. Operators without a
         spectrum in the window are left out.
 
@@ -48,7 +52,8 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
         ValueError: no orthogonalised matrix, or no spectrum in the window.
     """
     everything = orthogonalised(run)[["sigma_quantile"]]
-    geometry = everything.sel(step=window or slice(None)).load()
+    inside = everything.sel(step=window or slice(None))
+    geometry = inside.isel(step=evenly_spread(inside.sizes["step"], records)).load()
     seen = np.isfinite(geometry["sigma_quantile"].values).all(axis=-1).any(axis=0)
     if not seen.any():
         first, last = (int(everything["step"].values[i]) for i in (0, -1))
@@ -56,16 +61,23 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
     geometry = geometry.isel(matrix=np.flatnonzero(seen))
     operators = operators_of(geometry)
     label = geometry["operator"].values
-    mean = np.full((len(families), len(operators), len(STEPS)), np.nan)
-    for f, family in enumerate(families):
-        for i, k in enumerate(STEPS):
-            residual = residual_of_records(geometry, SCHEDULES[family](k))
-            for g, operator in enumerate(operators):
-                mean[f, g, i] = np.nanmean(residual[:, label == operator])
+    residual = residuals_of_records(geometry, [SCHEDULES[family](k) for family in families for k in STEPS])
+    known = np.isfinite(residual)
+    total, count = np.where(known, residual, 0).sum(axis=1), known.sum(axis=1)  # of each matrix, over the records
+    shape = (len(operators), len(families), len(STEPS))
+    mean, low, high = np.empty(shape), np.empty(shape), np.empty(shape)
+    for g, operator in enumerate(operators):
+        own, layers = label == operator, geometry["layer"].values[label == operator]
+        mean[g] = (total[:, own].sum(axis=1) / count[:, own].sum(axis=1)).reshape(shape[1:])
+        drawn = np.nansum(resampled(total[:, own], layers), axis=-1) / np.nansum(resampled(count[:, own], layers), axis=-1)
+        low[g], high[g] = (end.reshape(shape[1:]) for end in interval(drawn))
+    mean, low, high = (np.moveaxis(values, 0, 1) for values in (mean, low, high))
     gains = -np.diff(mean, axis=-1)
     return xr.Dataset(
         {
             "residual": (("family", "operator", "k"), mean),
+            "residual_low": (("family", "operator", "k"), low),
+            "residual_high": (("family", "operator", "k"), high),
             "convex": (("family", "operator"), (np.diff(gains, axis=-1) <= 1e-9).all(axis=-1) & (gains >= 0).all(axis=-1)),
             "snapshots": geometry.sizes["step"],
         },

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from ..by_operator import median_and_extremes
 from ..figures import FEW, axes, finish, operator_lines, operator_palette
-from ..run import median_by, operators_of, quantile_of_rows, recorded, records
+from ..nan_quantile import nan_quantile
+from ..run import median_by, operators_of, recorded, records
 
 QUESTION = "How differently would layers be scaled by trust ratios?"
 READING = (
@@ -48,7 +49,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     low, high = (median_by(ratio, update["optimizer"].values, optimizers, q) for q in WIDEST)
     result = xr.Dataset(coords={**ratio.coords, "of": optimizers, "kind": operators})
     for suffix, q in (("_lower", 0.25), ("", 0.5), ("_upper", 0.75)):
-        result[f"ratio{suffix}"] = ("matrix", quantile_of_rows(ratio.values.T, q))
+        result[f"ratio{suffix}"] = ("matrix", nan_quantile(ratio.values.T, q))
         result[f"trust{suffix}"] = (("step", "kind"), median_by(trust, update["operator"].values, operators, q))
     several = np.stack([np.isfinite(ratio.values[:, own]).sum(axis=1) > 1 for own in of.values()], axis=1)
     result["spread"] = (("step", "of"), np.where(several, np.log10(high / low), np.nan))

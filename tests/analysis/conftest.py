@@ -189,7 +189,7 @@ def _size(extra):
 
 @pytest.fixture(scope="session")
 def complete_run(build_run, add_rows):
-    """`complete_run(matrices, …)`: as `build_run`, with every quantity of every group: numbers between 0.1 and 0.9 where spectra do not tell it.
+    """`complete_run(matrices, …)`: as `build_run`, with every quantity of every group and a loss: numbers between 0.1 and 0.9 where spectra do not tell it.
 
     Blocks are two heads of the first matrix of every layer, pairs its and the next layer's; `without`: quantities that stay missing.
     """
@@ -204,7 +204,7 @@ def complete_run(build_run, add_rows):
                     q.name: _some(rng, q, size) for q in in_group(group) if q.name not in without and q.name not in {**GEOMETRY, **UPDATE}
                 }  # fmt: skip
         groups["update"]["weight_decay"] = 0.1
-        run = build_run(matrices, groups=groups, **how)
+        run = build_run(matrices, groups=groups, **{"scalars": {"loss": np.linspace(3, 2, size[0])}, **how})
         run["update"]["update_rms"] *= 1.01  # with a decay that `update_rms_per_lr` does not hold
         firsts = {layer_index(name): name for name in reversed(matrices)}
         for group, names in (
@@ -244,7 +244,7 @@ def model():
 @pytest.fixture(scope="session")
 def model_run(build_run, model):
     """The run of `model`, recorded at steps 10 to 60."""
-    return build_run(model, steps=range(10, 70, 10))
+    return build_run(model, steps=range(10, 70, 10), scalars={"loss": [6.0, 5.0, 4.5, 4.0, 3.8, 3.7]})
 
 
 @pytest.fixture(scope="session")

@@ -24,10 +24,13 @@ NOT_FINITE = {
     "geometry": {"sigma_quantile": np.full(64, np.nan), "condition_number": np.nan, "fro_norm": np.nan, "ns_residual": np.full(11, np.nan)},
     "update": dict.fromkeys(("update_rms", "update_rms_per_lr", "grad_rms", "update_noise"), np.nan),
 }
-NS_STUDIES = {"kappa_vs_residual", "residual_curves"}
+NS_STUDIES = {"kappa_vs_residual", "residual_curves", "allocation_regret", "ns_band"}
+# Of what was logged, whatever became of the matrices.
+LOSS_STUDIES = {"efficiency_table", "spikes"}
 # Need more than the spectra and update sizes that plain built runs have.
 MORE = {*analysis.STUDIES} - {
     "kappa_vs_residual", "kappa_by_operator", "kappa_by_layer", "shallow_vs_deep", "residual_curves", "rms_alignment", "trust_ratio",
+    "allocation_regret", "ns_band", "efficiency_table", "spikes",
 }  # fmt: skip
 
 # Changes to six plain matrices, and the studies that must refuse the run with a reason.
@@ -36,11 +39,11 @@ RUNS = {
     "gaps": (lambda m: {name: {"sigma": [None, *[x["sigma"]] * 2] if i % 2 else x["sigma"]} for i, (name, x) in enumerate(m.items())}, set()),
     "last record empty": (lambda m: {name: {"sigma": [x["sigma"], x["sigma"], None]} for name, x in m.items()}, set()),
     "diverged later": (lambda m: {**m, NAMES[0]: {**m[NAMES[0]], **NOT_FINITE}}, set()),
-    "diverged": (lambda m: {name: {**x, **NOT_FINITE} for name, x in m.items()}, {*analysis.STUDIES} - {"rms_alignment", "trust_ratio"}),
+    "diverged": (lambda m: {name: {**x, **NOT_FINITE} for name, x in m.items()}, {*analysis.STUDIES} - LOSS_STUDIES - {"rms_alignment", "trust_ratio"}),
     "bounds only": (lambda m: {name: {**x, "floor": True} for name, x in m.items()}, set()),
     "all the same": (lambda m: {name: {"sigma": SIGMA[0]} for name in m}, set()),
     "AdamW only": (lambda m: {name: {**x, "optimizer": "AdamW"} for name, x in m.items()}, NS_STUDIES),
-    "one matrix": (lambda m: {NAMES[0]: m[NAMES[0]]}, {"shallow_vs_deep"}),
+    "one matrix": (lambda m: {NAMES[0]: m[NAMES[0]]}, {"shallow_vs_deep", "allocation_regret"}),
     "single rows": (lambda m: {name: {"sigma": (1.0,), "shape": (1, 8)} for name in m}, set()),
     "an operator of the user's": (lambda m: {**m, "layers.0.tower.weight": {"sigma": SIGMA[1]}}, set()),
 }  # fmt: skip
@@ -51,7 +54,8 @@ DRAWN = {"last record empty", "diverged", "one matrix"}
 @pytest.fixture(scope="module", params=RUNS)
 def case(request, build_run):
     change, refusing = RUNS[request.param]
-    run = build_run(change({name: {"sigma": sigma} for name, sigma in zip(NAMES, SIGMA, strict=True)}))
+    matrices = change({name: {"sigma": sigma} for name, sigma in zip(NAMES, SIGMA, strict=True)})
+    run = build_run(matrices, scalars={"loss": [3.0, 2.0, 1.0]})
     return run, refusing | MORE, request.param in DRAWN
 
 
@@ -64,7 +68,7 @@ def test_a_study_gives_a_sentence_and_a_figure_or_a_reason(case, name):
 # Changes to the same six matrices, and the studies that must refuse the run with a reason although it has every quantity of every group.
 COMPLETE_RUNS = {
     "one record": (lambda m: m, {"steps": (10,)}, set()),
-    "one matrix": (lambda m: {NAMES[0]: m[NAMES[0]]}, {}, {"shallow_vs_deep", "stacking"}),
+    "one matrix": (lambda m: {NAMES[0]: m[NAMES[0]]}, {}, {"shallow_vs_deep", "stacking", "allocation_regret"}),
     "last record empty": (lambda m: {name: {"sigma": [x["sigma"], x["sigma"], None]} for name, x in m.items()}, {}, set()),
     "AdamW only": (lambda m: {name: {**x, "optimizer": "AdamW"} for name, x in m.items()}, {}, {*NS_STUDIES, "precision_split"}),
 }
@@ -126,10 +130,14 @@ SCALES = {
     "lr_statistic_ablation": [(False, False)],
     "soap_basis": [(False, False)] * 2 + [(False, True)] * 2,
     "sophia_clip": [(False, False)] * 2,
+    "allocation_regret": [(False, False)] * 3,
+    "ns_band": [(True, True)],
+    "efficiency_table": [(False, False)],
+    "spikes": [(False, True)],
 }
 # The operators along the left panel of rms_alignment name themselves, and panels that share an axis label it once.
 UNLABELLED = {
-    ("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"),
+    ("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"), ("allocation_regret", 2, "x"), ("allocation_regret", 2, "y"),
 }  # fmt: skip
 
 
