@@ -10,14 +10,15 @@ import argparse
 import hashlib
 import pydoc_data.topics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from optiscope.hooks import attach
+from optiscope.hooks import Recorder, attach
 
 # Everything that can be recorded; without `measure` the first line is.
 MEASURE = (
@@ -100,11 +101,14 @@ class ByteLlama(nn.Module):
         self.norm = nn.RMSNorm(config.d)
         self.lm_head = nn.Linear(config.d, 256, bias=False)
 
-    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def logits(self, tokens: Tensor) -> Tensor:
         x = self.embed_tokens(tokens)
         for layer in self.layers:
             x = layer(x)
-        return F.cross_entropy(self.lm_head(self.norm(x)).flatten(0, 1), targets.flatten())
+        return self.lm_head(self.norm(x))
+
+    def forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(self.logits(tokens).flatten(0, 1), targets.flatten())
 
 
 def rotate(x: Tensor) -> Tensor:
@@ -133,6 +137,22 @@ def batches(data: Tensor, config: Config, generator: torch.Generator) -> tuple[T
     starts = torch.randint(len(data) - config.sequence - 1, (config.batch,), generator=generator)
     window = starts[:, None] + torch.arange(config.sequence + 1)
     return data[window][:, :-1], data[window][:, 1:]
+
+
+def record_curvature(recorder: Recorder, model: ByteLlama, tokens: Tensor, targets: Tensor, config: Config, *, last: bool) -> None:
+    """Record the Hessian's and the Gauss–Newton diagonal; at the last step also exact Hessians of two rows of three matrices, and blocks."""
+
+    def loss() -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the CPU's flash attention has no second backward pass
+            return model(tokens, targets)
+
+    def logits() -> Tensor:
+        return model.logits(tokens)
+
+    if last:
+        some = rf"layers\.{config.layers - 1}\.(attn\.q|mlp\.up)_proj|lm_head"
+        recorder.curvature(loss, logits_fn=logits, probes=16, draws=16, exact=2 * config.d, only=some)
+    recorder.curvature(loss, logits_fn=logits, probes=16, draws=16, block_probes=3 if last else 0)
 
 
 @torch.no_grad()
@@ -166,6 +186,9 @@ def train(store: str | Path, config: Config, report: Callable[[int, float], None
         "seed": config.seed,
         "budget": f"{config.steps} steps",
     }
+    # A batch of its own for the curvature, so that the training's data go on as they would without.
+    few = replace(config, batch=max(1, 2 * config.d // config.sequence))
+    tokens, targets = batches(training, few, torch.Generator().manual_seed(config.seed + 1))
     with attach([muon, adamw], model, store, every=config.every, measure=MEASURE, about=about) as recorder:
         for step in range(1, config.steps + 1):
             loss = model(*batches(training, config, generator))
@@ -175,6 +198,8 @@ def train(store: str | Path, config: Config, report: Callable[[int, float], None
             muon.zero_grad()
             adamw.zero_grad()
             recorder.log(loss=loss)
+            if step % (10 * config.every) == 0 or step == config.steps:
+                record_curvature(recorder, model, tokens, targets, config, last=step == config.steps)
             report(step, loss.item())
         after = validation_loss(model, validation, config)
         recorder.log(validation_loss=after)

@@ -42,7 +42,7 @@ def attach(
     """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
 
     Training is bitwise what it would be without: nothing is changed, no random number is drawn, and no exception of the
-    recorder leaves a hook. Use the result as a context manager, or call its `close()`; the run can be read meanwhile.
+    recorder leaves a hook. Curvature is recorded when you call the result's `curvature`. Use the result as a context manager, or call its `close()`; the run can be read meanwhile.
 
     Args:
         optimizers: one `torch.optim.Optimizer` or several. They share one step counter: the number of steps of the one

@@ -12,7 +12,7 @@ QUESTION = "How good are the estimates of the Hessian's diagonal, and how many p
 READING = (
     "Left: how far the mean of n probes scatters, relative to the mean itself; it falls as 1/√n (dotted), and where it is under 0.1 a mean is known to "
     "10 %. Right: what is left against the exact Hessian on the rows that have one. Hutchinson should lie at 0 within its bar; "
-    "Gauss–Newton is another matrix, and its distance from 0 is what it leaves out."
+    "Gauss–Newton is another matrix, and its distance from 0 is what it leaves out; rows of rare tokens, which few draws hit, come out too low."
 )
 GROUPS_AT_LEAST = 4  # disjoint groups of n probes, from which a scatter is told
 ESTIMATORS = {"hutchinson": ("hessian_probe_mean", "Hutchinson"), "gauss_newton": ("gauss_newton_draw_mean", "Gauss–Newton–Bartlett")}

@@ -59,11 +59,9 @@ def plot(dataset: xr.Dataset) -> Figure:
         table = table.sample(SHOWN, random_state=0)
     table["τ"] = table["dominance"]
     figure, panels = axes(2)
-    # Blocks of one length would cover each other; moved sideways by up to 8 %.
-    table["size"] *= 1 + 0.08 * np.random.default_rng(0).uniform(-1, 1, len(table))
     for ax, x, text in (
         (panels[0], "condition", "condition number κ(H_b)"),
-        (panels[1], "size", "coordinates d of the block (moved by up to 8 %)"),
+        (panels[1], "size", "coordinates d of the block"),
     ):
         sns.scatterplot(
             table,
