@@ -67,7 +67,7 @@ def summary(dataset: xr.Dataset) -> str:
     mean, low, high = (float(dataset[f"mean_win_rate{suffix}"]) for suffix in ("", "_low", "_high"))
     interval = f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
     below, above = float(dataset["below"]), float(dataset["above"])
-    text = f"Win rate {mean:.2f}{interval}; {1 - below - above:.0%} of the records lie in the target band 0.1–0.5, {below:.0%} below and {above:.0%} above"
+    text = f"Win rate {mean:.2f}{interval}; {max(1 - below - above, 0):.0%} of the records lie in the target band 0.1–0.5, {below:.0%} below and {above:.0%} above"
     if max(below, above) > 0.5:
         text += f": γ is too {'small' if below > above else 'large'}"
     nonpositive = float(dataset["nonpositive_share"].median())
