@@ -5,6 +5,8 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -50,6 +52,9 @@ def _page(runs: Mapping[str, xr.DataTree], found: Mapping[str, list[dict[str, An
     single = next(iter(runs.values())) if len(runs) == 1 else None
     described = {name: describe(run) for name, run in runs.items()}
     answers, absent = _ask_all(single, progress) if single is not None else ({}, {})
+    comparison = None
+    if single is None:
+        comparison, absent = _compared(runs)
     plots = {"plot-loss": loss_plot(runs, "plot-loss"), "plot-kappa": kappa_plot(single, "plot-kappa") if single is not None else None}
     library, own = Markup(script()), Markup((HERE / "page.js").read_text(encoding="utf-8"))
     return _environment().get_template("page.html").render(
@@ -59,7 +64,7 @@ def _page(runs: Mapping[str, xr.DataTree], found: Mapping[str, list[dict[str, An
             for name in runs
         ],
         themes={theme: [answers[name] for name in names if name in answers] for theme, names in THEMES.items()},
-        comparison=None,
+        comparison=comparison,
         absent=absent,
         plots={name: plot for name, plot in plots.items() if plot is not None},
         matrices=matrices(single) if single is not None else None,
@@ -109,6 +114,17 @@ def _ask_all(run: xr.DataTree, progress: Progress) -> tuple[dict[str, dict[str, 
             continue
         answers[name] = _shown(name, answer)
     return answers, absent
+
+
+def _compared(runs: Mapping[str, xr.DataTree]) -> tuple[dict[str, Any] | None, dict[str, str]]:
+    """The comparison for the template, or the reason why there is none."""
+    if find_spec("..compare", __package__) is None:
+        return None, {}
+    compare = import_module("..compare", __package__)
+    try:
+        return _shown("compare", Answer(compare, compare.study(runs))), {}
+    except ValueError as error:
+        return None, {"compare": str(error)}
 
 
 def _shown(name: str, answer: Answer) -> dict[str, Any]:

@@ -164,6 +164,16 @@ def test_several_runs_are_shown_beside_each_other(run, build_run, write, parse):
     assert {"a.zarr", "b.zarr"} <= {e.text for e in of(elements, "h3")}
 
 
+def test_a_comparison_comes_before_everything_else(run, write, parse):
+    compare = pytest.importorskip("optiscope.analysis.compare")
+    runs = {"a.zarr": run, "b.zarr": run.copy()}
+    elements = parse(write(runs))
+    assert next(e.attributes["id"] for e in elements if e.tag == "section") == "comparison"
+    (article,) = of(elements, "article")
+    assert compare.QUESTION in article.text
+    assert compare.summary(compare.study(runs)) in article.text
+
+
 def test_a_run_with_little_in_it_has_a_page(build_run, write, parse):
     """No loss, no spectrum, no layer: what cannot be shown is not there, and nothing else is missing."""
     elements = parse(write({"run.zarr": build_run({"bias": {"sigma": None, "optimizer": "AdamW"}}, steps=(1,))}))
