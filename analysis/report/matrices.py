@@ -10,7 +10,6 @@ import xarray as xr
 
 from ...diagnostics.catalogue import QUANTITIES
 from ..run import own_residual, records
-from ..studies import rms_alignment
 
 # Group, quantity, heading, behind κ, residual and alignment. What a run lacks has no column.
 COLUMNS = (
@@ -78,8 +77,16 @@ def matrices(run: xr.DataTree) -> Matrices:
             own_residual(geometry),
         )
     if "update" in groups:
-        aligned = rms_alignment.study(run)
-        add("alignment a", "size of the update over the one that an exact polar factor would have (1)", aligned, aligned["alignment"])
+        update = groups["update"]
+        size = update["update_rms_per_lr"]
+        if "update_rms_intended" in update:  # of weights too coarse to read the applied one back from
+            size = update["update_rms_intended"].where(np.isfinite(update["update_rms_intended"]), size)
+        add(
+            "alignment a",
+            "size of the update over the one that an exact polar factor would have (1)",
+            update,
+            size / update["update_rms_target"],
+        )
     for group, quantity, heading in COLUMNS:
         if group in groups and quantity in groups[group]:
             add(heading, DEFINITIONS[quantity], groups[group], groups[group][quantity])
