@@ -64,7 +64,7 @@ def far_from_rank_1(run: xr.DataTree) -> Iterator[Finding]:
     if factored.any():
         yield Finding(
             "factored_loses", "warning",
-            f"{text}, while {count(factored)} keep factors only: what those lose cannot be read from them, but is likely of that size.",
+            f"{text}. Beside them {count(factored)} with factors alone: what these lose cannot be read from them, but is likely of that size.",
             advice, names(moments, factored), {**numbers, "factored": factored.sum()},
         )  # fmt: skip
     else:

@@ -162,7 +162,7 @@ MOMENTS = {
     "factored_loses": (
         {"rank1_log_error": [0.6, 0.0], "rank1_information": [0.3, 0.0], "second_moment_form": [0, 1]},
         "warning",
-        "while 1 matrix keep factors only",
+        "Beside them 1 matrix with factors alone",
         (V,),
     ),
 }  # fmt: skip
@@ -192,6 +192,26 @@ def test_operators_that_a_schedule_would_help(build_run):
     assert found.numbers["gain"] == pytest.approx(1 - found.numbers["scheduled"] / found.numbers["uniform"])
     assert found.matrices == tuple(f"layers.{i}.attn.q_proj.weight" for i in range(3))
     assert "steps_by_operator" not in informing(build_run({name: {"sigma": easy} for name in matrices}))
+
+
+def test_parts_of_a_matrix_that_are_unlike(build_run, add_rows):
+    whole = "layers.0.attn.qkv.weight"
+
+    def run(query, key):
+        rows = {
+            f"{whole}[{part}]": {
+                "shape": (8, 8), "operator": f"attn_{part}", "block_condition_number": kappa, "block_stable_rank": 3.0, "block_update_rms_per_lr": size,
+            }
+            for part, (kappa, size) in (("q", query), ("k", key))
+        }  # fmt: skip
+        return add_rows(build_run({whole: {"sigma": np.geomspace(1, 1e-4, 8), "shape": (16, 8)}}), "blocks", rows)
+
+    found = informing(run((10.0, 0.2), (1000.0, 0.6)))["unlike_blocks"]
+    assert found.sentence == (
+        "The parts of attn_qkv matrices differ within one matrix: condition numbers 100 times apart and updates 3 times apart (median)."
+    )
+    assert found.matrices == (whole,)
+    assert "unlike_blocks" not in informing(run((10.0, 0.2), (50.0, 0.25)))
 
 
 def test_odd_runs_are_passed_over(build_run):
