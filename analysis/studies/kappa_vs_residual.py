@@ -8,8 +8,9 @@ from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
 from ...diagnostics.spectrum_sketch import TINY
+from ..bootstrap import interval, resampled
 from ..figures import axes, finish
-from ..run import operators_of, orthogonalised, own_residual
+from ..run import evenly_spread, operators_of, orthogonalised, own_residual
 from ..shape_null import null_log10_condition
 
 QUESTION = "Does the condition number tell how well a matrix is orthogonalised?"
@@ -20,13 +21,16 @@ READING = (
 )
 
 
+POINTS = 4000  # that are drawn, of evenly spread records
+
+
 def study(run: xr.DataTree) -> xr.Dataset:
     """Correlation of log10 κ of the NS input with the residual ε̃ it ends with, over all recorded (step, matrix) pairs.
 
     Variables: `log10_kappa`, `residual` (predicted Gram residual at the steps in force), `residual_achieved`, `is_floor`,
     `log10_spread` (log10 σ_1/σ_{.95r}, a better predictor than κ), `log10_kappa_excess` (κ over its shape-only null), all
-    (step, matrix); per predictor Pearson's and Spearman's r over pairs whose κ is measured, not a floor; Pearson's r
-    within each operator.
+    (step, matrix); per predictor Pearson's and Spearman's r over pairs whose κ is measured, not a floor, with
+    `pearson_low` and `pearson_high`, 95 % over layers; Pearson's r within each operator.
 
     Raises:
         ValueError: no orthogonalised matrix in the run.
@@ -54,6 +58,8 @@ def study(run: xr.DataTree) -> xr.Dataset:
         _correlation(pearsonr, log_kappa.values[:, own], residual[:, own]) for own in (geometry["operator"].values == o for o in operators)
     ]
     points["pearson_within_operator"] = ("of_operator", within)
+    ends = np.array([_pearson_interval(points[p].values, residual, geometry["layer"].values) for p in predictors])
+    points["pearson_low"], points["pearson_high"] = ("predictor", ends[:, 0]), ("predictor", ends[:, 1])
     points["pairs"] = int(np.isfinite(residual).sum())
     points["floors"] = int(points["is_floor"].sum())
     return points.assign_coords(predictor=predictors, of_operator=operators)
@@ -61,7 +67,8 @@ def study(run: xr.DataTree) -> xr.Dataset:
 
 def plot(dataset: xr.Dataset) -> Figure:
     """Scatter of residual over κ, colour by layer; triangles where κ is only known to be at least that."""
-    table = dataset[["log10_kappa", "residual", "is_floor"]].to_dataframe().dropna().reset_index()
+    shown = dataset.isel(step=evenly_spread(dataset.sizes["step"], max(1, POINTS // max(dataset.sizes["matrix"], 1))))
+    table = shown[["log10_kappa", "residual", "is_floor"]].to_dataframe().dropna().reset_index()
     table["condition number κ"] = 10 ** table["log10_kappa"]
     table["κ is"] = np.where(table["is_floor"], "at least", "measured")
     figure, (ax,) = axes(width=7.2)
@@ -70,7 +77,7 @@ def plot(dataset: xr.Dataset) -> Figure:
         palette="viridis", ax=ax, s=22, linewidth=0.2, edgecolor="white",
     )  # fmt: skip
     r = float(dataset["pearson"].sel(predictor="log10_kappa"))
-    correlation = f", Pearson r = {r:.2f}" if np.isfinite(r) else ""
+    correlation = f", Pearson r = {r:.2f}{_bars(dataset, 'log10_kappa')}" if np.isfinite(r) else ""
     finish(ax, title=f"Residual against condition number, {len(table)} matrix snapshots{correlation}",
            x="condition number κ of the NS input", y="predicted Gram residual ε̃", log_x=True)  # fmt: skip
     return figure
@@ -82,18 +89,43 @@ def summary(dataset: xr.Dataset) -> str:
         return f"Too few snapshots with a measured κ to correlate it with the residual: {int(dataset['pairs'])}, and {int(dataset['floors'])} with κ only bounded."
     r = {str(p): float(dataset["pearson"].sel(predictor=p)) for p in dataset["predictor"].values}
     return (
-        f"log10 κ and the residual correlate with r = {r['log10_kappa']:.2f} over {int(dataset['pairs'])} snapshots "
+        f"log10 κ and the residual correlate with r = {r['log10_kappa']:.2f}{_bars(dataset, 'log10_kappa')} over {int(dataset['pairs'])} snapshots "
         f"({int(dataset['floors'])} with κ only bounded left out); {r['log10_kappa_excess']:.2f} once each shape's own κ is taken off, "
         f"and {r['log10_spread']:.2f} for σ_1/σ_.95r in place of κ."
     )
+
+
+def _bars(dataset: xr.Dataset, predictor: str) -> str:
+    low, high = (float(dataset[f"pearson_{end}"].sel(predictor=predictor)) for end in ("low", "high"))
+    return f" [{low:.2f}, {high:.2f}]" if np.isfinite(low) else ""
 
 
 def _log10_spread(geometry: xr.Dataset) -> xr.DataArray:
     """log10 σ_1/σ_{.95r}, from the stored singular values: linear in log σ at level 0.05."""
     logs = np.log10(np.maximum(geometry["sigma_quantile"].values.astype(np.float64), TINY))
     levels = geometry["quantile_level"].values
-    low = np.stack([[np.interp(0.05, levels[j], logs[t, j]) for j in range(logs.shape[1])] for t in range(logs.shape[0])])
+    low = np.empty(logs.shape[:2])
+    # Where level 0.05 lies depends on the matrix only.
+    for j, level in enumerate(levels):
+        right = int(np.clip(np.searchsorted(level, 0.05), 1, len(level) - 1))
+        gap = level[right] - level[right - 1]
+        share = (0.05 - level[right - 1]) / gap if gap > 0 else 0.0
+        low[:, j] = logs[:, j, right - 1] + share * (logs[:, j, right] - logs[:, j, right - 1])
     return xr.DataArray(logs[..., -1] - low, dims=("step", "matrix"))
+
+
+def _pearson_interval(x: NDArray[np.float64], y: NDArray[np.float64], layers: NDArray[np.int64]) -> tuple[float, float]:
+    """95 % over layers of Pearson's r, from the sums of every matrix."""
+    both = np.isfinite(x) & np.isfinite(y)
+    if both.sum() < 3:
+        return float("nan"), float("nan")
+    x, y = np.where(both, x - x[both].mean(), 0), np.where(both, y - y[both].mean(), 0)
+    sums = np.stack([values.sum(axis=0) for values in (both, x, y, x * x, y * y, x * y)])
+    n, sx, sy, sxx, syy, sxy = np.nansum(resampled(sums, layers), axis=-1)
+    with np.errstate(invalid="ignore", divide="ignore"):  # a resample of one value repeated has no r
+        r = (n * sxy - sx * sy) / np.sqrt((n * sxx - sx**2) * (n * syy - sy**2))
+    low, high = interval(r)
+    return float(low), float(high)
 
 
 def _correlation(kind: object, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:

@@ -5,6 +5,7 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from optiscope.analysis import kappa_vs_residual
+from optiscope.analysis.bootstrap import layer_interval
 from optiscope.analysis.shape_null import null_log10_condition
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
@@ -64,3 +65,19 @@ def test_too_few_pairs_give_no_number(build_run):
     assert np.isnan(found["pearson"]).all()
     assert kappa_vs_residual.summary(found).startswith("Too few snapshots with a measured κ to correlate it with the residual: 3,")
     assert "r =" not in kappa_vs_residual.plot(found).axes[0].get_title()
+
+
+def test_the_interval_of_r_is_the_bootstrap_of_whole_layers_written_out(model_run):
+    """Against numpy's correlation of every resample's pairs."""
+    dataset = kappa_vs_residual.study(model_run)
+    layers = dataset["layer"].values
+    x, y = (np.where(dataset["is_floor"].values, np.nan, dataset[name].values) for name in ("log10_kappa", "residual"))
+
+    def r(chosen):
+        a, b = x[:, chosen].ravel(), y[:, chosen].ravel()
+        known = np.isfinite(a) & np.isfinite(b)
+        return np.corrcoef(a[known], b[known])[0, 1]
+
+    found = [float(dataset[name].sel(predictor="log10_kappa")) for name in ("pearson_low", "pearson_high")]
+    # Sums of some hundred terms about their mean: 1e-12 measured.
+    np.testing.assert_allclose(found, layer_interval(r, layers), rtol=1e-9)
