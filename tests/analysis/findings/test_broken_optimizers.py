@@ -27,7 +27,9 @@ def trained(store, make, *, steps=40, loss_scale=1.0, dtype=torch.float32):
     model = nn.Sequential(nn.Linear(24, 48), nn.Tanh(), nn.Linear(48, 32), nn.Tanh(), nn.Linear(32, 128), nn.Tanh(), nn.Linear(128, 16))
     model = model.to(dtype)
     hidden = [model[i].weight for i in (0, 2, 4)]
-    optimizers = [make(hidden), torch.optim.AdamW([p for p in model.parameters() if all(p is not h for h in hidden)], lr=0.01)]
+    rest = [p for p in model.parameters() if all(p is not h for h in hidden)]
+    # Its own ε is no mistake here, however small the gradients are.
+    optimizers = [make(hidden), torch.optim.AdamW(rest, lr=0.01, eps=1e-20)]
     truth = torch.randn(24, 16, dtype=dtype)
     with attach(optimizers, model, store, every=1, on_error="raise"):
         for _ in range(steps):
