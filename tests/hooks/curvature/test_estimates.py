@@ -104,7 +104,7 @@ def quadratic(tmp_path: Path, read: Any, **options: Any) -> Any:
 @pytest.mark.parametrize("method", ["double_backward", "central_difference"])
 def test_one_rademacher_probe_is_exact_on_a_diagonal_hessian(tmp_path: Path, read: Any, method: str) -> None:
     _, found = quadratic(tmp_path, read, method=method)
-    # Differences of a quadratic have no truncation; their rounding was 4e-11.
+    # Differences of a quadratic have no truncation; their rounding was 5e-12.
     assert float(found["hessian_mean"]) == pytest.approx(1.0, abs=1e-9 if method == "central_difference" else 1e-14)
     # The bound is the spread of the diagonal: it does not know that the rest of the Hessian is zero.
     a = np.linspace(-1, 3, 35)
@@ -129,8 +129,8 @@ def test_a_gaussian_probe_of_a_diagonal_hessian_has_the_relative_deviation_root_
 
 
 def test_central_differences_against_double_backward(case: Any, record: Any) -> None:
-    # One probe each, the same one. Seen: 6e-10 in float64, 2e-3 in float32, relative to the largest matrix mean.
-    for dtype, bound in ((torch.float64, 1e-8), (torch.float32, 1e-2)):
+    # One probe each, the same one. Seen: 2e-10 in float64, 1.2e-4 in float32, relative to the largest matrix mean.
+    for dtype, bound in ((torch.float64, 1e-8), (torch.float32, 1e-3)):
         exact, found = (
             record(case(dtype=dtype), method=method)["hessian_mean"].values for method in ("double_backward", "central_difference")
         )
@@ -207,10 +207,10 @@ def test_exact_hessians_of_rows(case: Any, record: Any, method: str) -> None:
         assert mean == pytest.approx(float(chosen.diagonal().mean()), rel=1e-6, abs=1e-9)
         tiles = of(found, stem, "hessian_map")
         size = len(chosen)
-        # Entries below the rounding of differences (seen 1e-10) are not compared.
+        # Zeros, which the map holds as missing logarithms, are not compared; of the rest the float32 of the store showed 1.5e-7.
         expected = np.log10(np.maximum(chosen.abs().numpy(), 1e-30)).ravel() if size <= 16 else None
         large = expected > -6
-        np.testing.assert_allclose(tiles[: size * size][large], expected[large], atol=1e-3)
+        np.testing.assert_allclose(tiles[: size * size][large], expected[large], atol=1e-5)
         for i in range(count):
             block = chosen[i * cols : (i + 1) * cols, i * cols : (i + 1) * cols].numpy()
             eigenvalues = np.abs(np.linalg.eigvalsh(block))
