@@ -16,13 +16,19 @@ from numpy.typing import NDArray
 from ..diagnostics.operators import OPERATORS
 
 FEW = 12  # records that are marked one by one
+WIDEST = 13.0  # inches: a page shrinks what is wider until its text cannot be read
 
 
-def axes(columns: int = 1, *, width: float = 6.0, height: float = 4.2) -> tuple[Figure, list[Axes]]:
-    """A figure with `columns` axes side by side in the house style."""
+def axes(panels: int = 1, *, width: float = 6.0, height: float = 4.2) -> tuple[Figure, list[Axes]]:
+    """A figure of `panels` axes in the house style, each up to `width` wide: side by side, four and more in two rows."""
+    rows = 1 if panels < 4 else 2
+    columns = -(-panels // rows)
     with _style():
-        figure = Figure(figsize=(width * columns, height), dpi=130, layout="constrained")
-        return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+        figure = Figure(figsize=(min(width * columns, WIDEST), height * rows), dpi=130, layout="constrained")
+        made = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for unused in made[panels:]:
+        unused.remove()
+    return figure, made[:panels]
 
 
 def operator_palette(operators: Sequence[str]) -> dict[str, Any]:

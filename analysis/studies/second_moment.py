@@ -86,7 +86,7 @@ def plot(dataset: xr.Dataset) -> Figure:
     _levels(panels[0], dataset["eps"], "ε =", "--")
     finish(
         panels[0],
-        title="Median over elements; grey: 5–95 % of all operators' elements",
+        title="Elements: median; grey: 5–95 % of all",
         x="optimizer step",
         y="√v̂ (gradient units)",
         log_y=True,
@@ -96,13 +96,13 @@ def plot(dataset: xr.Dataset) -> Figure:
             bars = 100 * np.stack([dataset[name + suffix].values for suffix in ("_low", "", "_high")])
             intervals(panels[1], operators, bars, colours, label=text, offset=offset, **look)
         panels[1].set_xlim(-2, max(panels[1].get_xlim()[1], 10))
-        finish(panels[1], title="Coordinates that ε takes from; bars: 95 % over layers", x="share of coordinates (%)", y="operator")
+        finish(panels[1], title="Coordinates near ε; bars: 95 % over layers", x="share of coordinates (%)", y="operator")
         panels[1].legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False, fontsize=8)
     if signal:
         _lines(panels[-1], dataset, "snr", legend=True)
         _levels(panels[-1], dataset["noise"], "noise alone", ":")
         _levels(panels[-1], dataset["bound"], "bound", "--", above=False)
-        finish(panels[-1], title="Signal to noise; grey: 5–95 % of all operators' elements", x="optimizer step", y="|m̂|/√v̂", log_y=True)
+        finish(panels[-1], title="Signal to noise: median; grey: 5–95 % of all", x="optimizer step", y="|m̂|/√v̂", log_y=True)
     return figure
 
 

@@ -84,7 +84,7 @@ def plot(dataset: xr.Dataset) -> Figure:
             panels[1],
             title="Blocks against coordinates",
             x="variance of ln v between over within blocks",
-            y="operator (its blocks)",
+            y="",
             log_x=True,
         )
     right = panels[-1]

@@ -137,7 +137,7 @@ SCALES = {
 }
 # The operators along the left panel of rms_alignment name themselves, and panels that share an axis label it once.
 UNLABELLED = {
-    ("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"), ("allocation_regret", 2, "x"), ("allocation_regret", 2, "y"),
+    ("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"), ("allocation_regret", 2, "x"), ("allocation_regret", 2, "y"), ("v_blocks", 1, "y"),
 }  # fmt: skip
 
 
