@@ -5,27 +5,22 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import nn
 
-from ...diagnostics.catalogue import HESSIAN_METHODS
 from ..layout import Layout
 from ..matrices import Matrix
 from ..writer import Writer
-from .hessian_products import Loss, has_second_backward
 
 
 class CurvatureGroup:
-    """The group `curvature` of a run, made when it is first needed."""
+    """The group `curvature` of a run, made when it is first needed.
+
+    Attributes:
+        has_second_backward: what method="auto" goes by.
+    """
 
     def __init__(self, writer: Writer) -> None:
         self._layout = Layout(writer, ["curvature"])
-        self._second_backward: bool | None = None  # not known yet
-
-    def method(self, asked: str, loss: Loss, parameters: list[nn.Parameter]) -> str:
-        """One of `HESSIAN_METHODS`; "auto" is tried out once."""
-        if asked == "auto" and self._second_backward is None:
-            self._second_backward = has_second_backward(loss, parameters)
-        return asked if asked != "auto" else HESSIAN_METHODS[0 if self._second_backward else 1]
+        self.has_second_backward = True  # until it is seen to lack one
 
     def include(self, matrices: Sequence[Matrix]) -> None:
         """Give new matrices their rows, and forget those that are gone."""

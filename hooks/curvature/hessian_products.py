@@ -1,6 +1,5 @@
 """Products H·u of the Hessian of a loss, by two backward passes or by differences of gradients."""
 
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -9,8 +8,6 @@ from torch import Tensor, nn
 
 from ..snapshot import tensor_rms
 from .undisturbed import RandomState, shifted
-
-log = logging.getLogger("optiscope")
 
 # A direction is made at most this many times longer than one over all weights, where it has few entries.
 _LONGEST = 10.0
@@ -121,22 +118,3 @@ class CentralDifference(Products):
 
     def _gradient(self, chosen: Sequence[int]) -> list[Tensor]:
         return list(torch.autograd.grad(self._loss(), [self._parameters[i] for i in chosen], materialize_grads=True))
-
-
-def has_second_backward(loss: Loss, parameters: list[nn.Parameter]) -> bool:
-    """Whether a product by double backward works; where not, says once what is done instead. Costs one product."""
-    value = loss()  # what is wrong with the loss itself is no reason to try another method
-    try:
-        DoubleBackward(value, parameters).of(range(len(parameters)), [torch.zeros_like(p) for p in parameters])
-    except RuntimeError as error:  # NotImplementedError and OutOfMemoryError are of its kind
-        log.warning(
-            "optiscope: this model has no second backward pass (%s); curvature comes from central differences of gradients instead. Attention has "
-            "one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).", str(error).splitlines()[0],
-        )  # fmt: skip
-        return False
-    return True
-
-
-def hessian_products(loss: Loss, parameters: list[nn.Parameter], method: str) -> Products:
-    """Products by one of `catalogue.HESSIAN_METHODS`."""
-    return DoubleBackward(loss(), parameters) if method == "double_backward" else CentralDifference(loss, parameters)

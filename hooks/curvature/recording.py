@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ...diagnostics.catalogue import DISTRIBUTIONS, HESSIAN_METHODS, PROBE_SEED
 from ..matrices import Matrix
 from .estimation import Estimation
-from .hessian_products import Loss, hessian_products
+from .group import CurvatureGroup
+from .hessian_products import CentralDifference, DoubleBackward, Loss
 from .probes import Probes
 from .undisturbed import undisturbed
 
@@ -90,9 +91,7 @@ def curvature(
             estimation = Estimation(matrices, Probes(PROBE_SEED + recorder.step), distribution)
             with undisturbed(recorder._names.model, estimation.parameters) as state:
                 if loss_fn is not None:
-                    loss = Loss(loss_fn, state)
-                    by = group.method(method, loss, estimation.parameters)
-                    estimation.hessian(hessian_products(loss, estimation.parameters, by), probes, block_probes, exact)
+                    _hessian(estimation, Loss(loss_fn, state), method, group, probes, block_probes, exact)
                 if logits_fn is not None:
                     estimation.gauss_newton(logits_fn, state, draws)
             measured = group.rows(own, estimation.found)
@@ -101,6 +100,26 @@ def curvature(
             group.include(own)
             recorder._journal.append({"curvature": measured}, recorder.step, recorder.step)
     recorder._journal.flush_if_due()
+
+
+def _hessian(estimation: Estimation, loss: Loss, asked: str, group: CurvatureGroup, *counts: int) -> None:
+    """By the method that was asked for; "auto": by double backward, where that fails by differences, and by these from then on."""
+    if asked == "double_backward" or (asked == "auto" and group.has_second_backward):
+        value = loss()  # what is wrong with the loss itself is no reason to try another method
+        try:
+            return estimation.hessian(DoubleBackward(value, estimation.parameters), *counts)
+        except RuntimeError as error:  # NotImplementedError and OutOfMemoryError are of its kind
+            if asked != "auto":
+                raise
+            reason = str(error).splitlines()[0]
+        del value  # and its graph
+    estimation.hessian(CentralDifference(loss, estimation.parameters), *counts)
+    if asked == "auto" and group.has_second_backward:
+        group.has_second_backward = False
+        log.warning(
+            "optiscope: this model has no second backward pass (%s); curvature comes from central differences of gradients instead. Attention has "
+            "one under torch.nn.attention.sdpa_kernel(SDPBackend.MATH).", reason,
+        )  # fmt: skip
 
 
 def _can_be_measured(matrix: Matrix) -> bool:

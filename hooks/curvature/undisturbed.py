@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -38,28 +38,20 @@ def undisturbed(model: nn.Module | None, parameters: Iterable[nn.Parameter]) -> 
     can begin with the same ones.
     """
     modules = [] if model is None else list(model.modules())
-    modes = [module.training for module in modules]
-    buffers = [(module, name, buffer, _copy(buffer)) for module in modules for name, buffer in module._buffers.items()]
     owned = {id(p): p for p in (*(p for module in modules for p in module.parameters(recurse=False)), *parameters)}
-    gradients = [(p, p.grad) for p in owned.values()]
-    state = RandomState()
-    for p, _ in gradients:
-        p.grad = None
-    try:
+    with ExitStack() as back:  # what cannot be put back keeps nothing else from it
+        back.callback(_forget_autocast)
+        for module in modules:
+            back.callback(setattr, module, "training", module.training)
+            for name, buffer in module._buffers.items():
+                back.callback(_put_back, module, name, buffer, _copy(buffer))
+        for p in owned.values():
+            back.callback(setattr, p, "grad", p.grad)
+            p.grad = None
+        state = RandomState()
+        back.callback(state.put_back)
         with torch.inference_mode(False), torch.enable_grad():
             yield state
-    finally:
-        state.put_back()
-        for p, gradient in gradients:
-            p.grad = gradient
-        for module, mode in zip(modules, modes, strict=True):
-            module.training = mode
-        for module, name, buffer, copy in buffers:
-            module._buffers[name] = buffer
-            if buffer is not None and copy is not None:
-                # By `data`, whose writes do not count as changes: a graph of the training that holds the buffer stays valid.
-                buffer.data.copy_(copy)
-        _forget_autocast()
 
 
 @contextmanager
@@ -78,7 +70,22 @@ def shifted(parameters: list[nn.Parameter], direction: list[Tensor], size: float
 
 
 def _copy(buffer: Any) -> Tensor | None:
-    return buffer.detach().clone() if isinstance(buffer, Tensor) else None
+    return _once(buffer).detach().clone() if isinstance(buffer, Tensor) else None
+
+
+def _put_back(module: nn.Module, name: str, buffer: Any, copy: Tensor | None) -> None:
+    module._buffers[name] = buffer
+    if copy is not None:
+        with torch.inference_mode(buffer.is_inference()):
+            # By `data`, whose writes do not count as changes: a graph of the training that holds the buffer stays valid.
+            _once(buffer.data).copy_(copy)
+
+
+def _once(tensor: Tensor) -> Tensor:
+    """Every number of an expanded tensor once: it cannot be written to as it is."""
+    if tensor.layout != torch.strided:
+        return tensor
+    return tensor[tuple(slice(1 if stride == 0 and size > 1 else None) for size, stride in zip(tensor.shape, tensor.stride(), strict=True))]
 
 
 def _forget_autocast() -> None:

@@ -17,7 +17,7 @@ from optiscope.hooks import attach
 
 
 def as_bytes(tensor: Tensor | None) -> bytes | None:
-    return None if tensor is None else tensor.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+    return None if tensor is None else tensor.detach().to_dense().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def everything(model: nn.Module, optimizer: Any) -> list[Any]:
@@ -37,11 +37,15 @@ def everything(model: nn.Module, optimizer: Any) -> list[Any]:
 
 
 def net() -> nn.Sequential:
-    """Batch normalisation, dropout, an unused and a frozen weight."""
+    """Batch normalisation, dropout, an unused and a frozen weight, buffers that cannot simply be written to."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.Tanh(), nn.Dropout(0.3), nn.Linear(12, 5))
     model.register_parameter("unused", nn.Parameter(torch.randn(3, 3)))
     model.register_parameter("frozen", nn.Parameter(torch.randn(3, 3), requires_grad=False))
+    model.register_buffer("expanded", torch.arange(3.0).expand(4, 3))
+    model.register_buffer("sparse", torch.eye(3).to_sparse())
+    with torch.inference_mode():
+        model.register_buffer("inferred", torch.ones(2))
     return model
 
 
@@ -129,6 +133,22 @@ def test_a_kernel_without_second_backward_is_found_out_once(tmp_path: Path, read
     assert exact.attrs["methods"][int(exact["hessian_method"])] == "double_backward"
     # float32 differences: seen 4e-6 of the mean's size.
     assert float(found["hessian_mean"]) == pytest.approx(float(exact["hessian_mean"]), rel=1e-3)
+
+
+def test_a_kernel_that_the_first_call_did_not_meet_is_found_out_later(tmp_path: Path, read: Any, caplog: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Attention())
+    model.register_parameter("beside", nn.Parameter(torch.randn(3, 3)))
+    x, optimizer = torch.randn(2, 4, 8), SGD(model.parameters(), lr=0.1)
+    with attach(optimizer, model, tmp_path / "run.zarr", on_error="raise") as recorder:
+        for only in ("beside", None):
+            recorder.curvature(lambda: model(x) + model.beside.square().sum(), only=only)
+            optimizer.step()  # records of one step would be merged
+    found = read(tmp_path / "run.zarr")["curvature"].to_dataset().set_index(matrix="name")
+    by, differences = found["hessian_method"], found.attrs["methods"].index("central_difference")
+    assert found.attrs["methods"][int(by.sel(matrix="beside")[0])] == "double_backward"
+    assert set(by[1].values) == {differences}
+    assert sum("no second backward pass" in r.getMessage() for r in caplog.records) == 1
 
 
 def fails(model: nn.Module) -> dict[str, tuple[Any, str]]:
