@@ -72,7 +72,7 @@ class Layout:
             known = set(keys)
             new = [m for m in wanted if _key(m) not in known]
             if new and not self._writer.has(group):
-                self._create(group, new)
+                self._writer.create_group(group, _coordinates(group, new), {})
             elif new:
                 # A run of an earlier version has fewer coordinates.
                 known_there = {key: values for key, values in _coordinates(group, new).items() if self._writer.has(group, key)}
@@ -80,6 +80,9 @@ class Layout:
             keys += map(_key, new)
             if self._writer.has(group):
                 self._create_variables(group, len(keys))
+                # What a run of an earlier version has stays: its records hold indices into that.
+                for name, value in _ATTRIBUTES.get(group, {}).items():
+                    self._writer.attributes[group].setdefault(name, deepcopy(value))
             row = {key: i for i, key in enumerate(keys)}
             row_of.update({m: row[_key(m)] for m in wanted})
         if not self._writer.has("scalars"):
@@ -99,9 +102,6 @@ class Layout:
             for group in self.row_of
             if self._keys[group]
         }
-
-    def _create(self, group: str, matrices: Sequence[Matrix]) -> None:
-        self._writer.create_group(group, _coordinates(group, matrices), deepcopy(_ATTRIBUTES.get(group, {})))
 
     def _create_variables(self, group: str, matrices: int) -> None:
         """Those that the group lacks: all of a new one, those that a run of an earlier version did not have."""

@@ -14,6 +14,7 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from optiscope.diagnostics.catalogue import PARTITIONS
 from optiscope.analysis import open_run
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import Adapter, entry
@@ -283,15 +284,17 @@ def test_continued_run_grows_as_often_as_it_likes(mlp: Make, tmp_path: Path) -> 
     assert np.isfinite(update["update_rms"].values).sum(axis=1).tolist() == [1, 1, 1, 1, 2, 3]
 
 
-def test_run_that_lacks_a_group_and_a_variable_is_continued_with_them(mlp: Make, tmp_path: Path, read: Read) -> None:
+def test_run_that_lacks_a_group_a_variable_and_an_attribute_is_continued_with_them(mlp: Make, tmp_path: Path, read: Read) -> None:
     """As one of an earlier version."""
     model = mlp(dropout=0.0)
     optimizer = SGD(model.parameters(), lr=0.1)
-    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=["update"]):
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=["update", "second_moment"]):
         backward(model)
         optimizer.step()
     old = Writer(tmp_path / "run.zarr", {})
     del old._groups["update"]["changed_outside"]  # the next commit does not know it
+    del old.attributes["second_moment"]["partitions"]
+    old.attributes["second_moment"]["forms"] = ["full"]  # what indices of its records are into
     old.flush()
     with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise"):
         for t in (1, 2):
@@ -299,7 +302,9 @@ def test_run_that_lacks_a_group_and_a_variable_is_continued_with_them(mlp: Make,
             optimizer.step()
     run = read(tmp_path / "run.zarr")
     assert run["update"]["changed_outside"].values.tolist() == [[-1] * 3, [-1] * 3, [0] * 3]
-    assert run["second_moment"]["step"].values.tolist() == run["geometry"]["step"].values.tolist() == [2, 3]
+    assert run["geometry"]["step"].values.tolist() == [2, 3]
+    assert run["second_moment"].attrs["partitions"] == list(PARTITIONS)
+    assert run["second_moment"].attrs["forms"] == ["full"]
 
 
 def test_recorder_that_was_taken_over_touches_nothing_and_says_so_once(mlp: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
