@@ -14,8 +14,8 @@ import xarray as xr
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from optiscope.diagnostics.catalogue import PARTITIONS
 from optiscope.analysis import open_run
+from optiscope.diagnostics.catalogue import PARTITIONS
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import Adapter, entry
 from optiscope.hooks.adapters.table import _registered
