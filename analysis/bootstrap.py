@@ -72,6 +72,15 @@ def interval(distribution: ArrayLike) -> tuple[Floats, Floats]:
     return low, high
 
 
+def with_interval(value: float, low: float, high: float, spec: str) -> str:
+    """A number and its error bar, where it has one, for a sentence.
+
+    >>> with_interval(2.0, 1.5, 2.25, ".2f"), with_interval(2.0, float("nan"), float("nan"), ".2f")
+    ('2.00 (95 % 1.50 to 2.25)', '2.00')
+    """
+    return f"{value:{spec}}" + (f" (95 % {low:{spec}} to {high:{spec}})" if np.isfinite(low) and np.isfinite(high) else "")
+
+
 def median_interval(values: Floats, layers: ArrayLike) -> tuple[float, float]:
     """`layer_interval` of the median of finite `values` (matrices,), all resamples at once."""
     low, high = interval(nan_quantile(resampled(values, layers)))

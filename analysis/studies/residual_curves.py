@@ -9,13 +9,13 @@ from matplotlib.figure import Figure
 
 from ...diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
 from ...diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
-from ..bootstrap import interval, resampled
+from ..bootstrap import interval, resampled, with_interval
 from ..figures import axes, finish, operator_palette
 from ..run import evenly_spread, operators_of, orthogonalised, residuals_of_records
 
 QUESTION = "How many Newton–Schulz steps does each operator need?"
 READING = (
-    "Each line shows how much of an operator's matrices is left unorthogonalised after k steps. Lines that are already low at few "
+    "Each line shows how much of an operator's matrices is left unorthogonalised after k steps, shaded 95 % over layers. Lines that are already low at few "
     "steps can give steps away; lines that still fall steeply at the right would use more."
 )
 
@@ -87,7 +87,7 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
 
 
 def plot(dataset: xr.Dataset) -> Figure:
-    """One panel per family, one line per operator."""
+    """One panel per family, one line per operator, with a band of 95 % over layers."""
     operators = [str(o) for o in dataset["operator"].values]
     families = [str(f) for f in dataset["family"].values]
     figure, panels = axes(len(families), width=4.6)
@@ -105,7 +105,11 @@ def plot(dataset: xr.Dataset) -> Figure:
             legend=ax is panels[-1],
             errorbar=None,
         )
-        ax.set_ylim(0, float(dataset["residual"].max()) * 1.05)
+        for operator in operators:
+            one = dataset.sel(family=family, operator=operator)
+            ends = one["residual_low"].values, one["residual_high"].values
+            ax.fill_between(one["k"].values, *ends, color=operator_palette(operators)[operator], alpha=0.2, linewidth=0)
+        ax.set_ylim(0, float(np.nanmax([dataset["residual"].max(), dataset["residual_high"].max()])) * 1.05)
         design = "one design per step count" if family == "matched" else "first k steps of the list"
         finish(ax, title=f"{family}: {design}", x="Newton–Schulz steps k", y="mean Gram residual ε̃" if ax is panels[0] else "")
     return figure
@@ -117,7 +121,8 @@ def summary(dataset: xr.Dataset) -> str:
     hardest = at_five.isel(family=0).to_series().idxmax()
     values = ", ".join(f"{f!s} {float(at_five.sel(family=f).mean()):.3f}" for f in dataset["family"].values)
     convex = int(dataset["convex"].isel(family=0).sum())
+    value, low, high = (float(dataset[f"residual{suffix}"].isel(family=0).sel(k=5, operator=hardest)) for suffix in ("", "_low", "_high"))
     return (
-        f"Mean residual after 5 steps: {values}. Hardest operator: {hardest}. {convex} of {dataset.sizes['operator']} curves are convex "
+        f"Mean residual after 5 steps: {values}. Hardest operator: {hardest}, {with_interval(value, low, high, '.3f')}. {convex} of {dataset.sizes['operator']} curves are convex "
         f"({dataset['family'].values[0]!s}), so a greedy allocation {'is exact where costs are equal' if convex == dataset.sizes['operator'] else 'may fail'}."
     )

@@ -9,17 +9,21 @@ import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
+from numpy.typing import NDArray
 
 from ...diagnostics.newton_schulz import ns_map
 from ...diagnostics.spectrum_sketch import unsketch
 from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
-from ..figures import axes, finish, operator_palette
+from ..bootstrap import median_interval, medians_by, with_interval
+from ..figures import FEW, axes, finish, intervals, operator_palette
+from ..nan_quantile import nan_quantile
 from ..run import evenly_spread, ns_schedules, operators_of, own_residual, records
 
 QUESTION = "Are update sizes what they are meant to be?"
 READING = (
-    "Left: 1 means that updates have exactly the size an ideal orthogonalisation would give them. Right: size of an update per "
-    "unit of learning rate; 0.2 is what AdamW usually has, so that matrices near 0.2 can share AdamW's learning rate."
+    "Left: 1 means that updates have exactly the size an ideal orthogonalisation would give them; black bars are 95 % over layers. Middle: size of an "
+    "update per unit of learning rate; 0.2 is what AdamW usually has, so that matrices near 0.2 can share AdamW's learning rate. Right: the same "
+    "over all records; operators whose bars lie apart differ by more than their layers do."
 )
 
 # o below this is counted as under-lifted: an NS budget problem; the rest of a² − 1 is the coefficients' band.
@@ -27,6 +31,7 @@ UNDER_LIFTED = 0.5
 # How far a may lie outside the bound: reading ΔW and bfloat16 arithmetic each move it by under 1 %.
 SLACK = 0.02
 DRAWN = 64  # records
+ENDS = ("_low", "", "_high")
 
 
 def study(run: xr.DataTree) -> xr.Dataset:
@@ -36,7 +41,9 @@ def study(run: xr.DataTree) -> xr.Dataset:
     and that was recorded); `alignment` a (missing without orthogonalisation); `to_adamw` (RMS over
     0.2, the size that lets a learning rate be shared with AdamW); `residual` ε̃ predicted for the steps in force;
     `under_lifted` and `band`, which add up to the predicted a² − 1; `off_target`: a outside √(1 ± ε̃) by more than 2 %,
-    where the update could be read back (rounding noise up to 0.01) or the intended one is known.
+    where the update could be read back (rounding noise up to 0.01) or the intended one is known. Medians over matrices, each with its
+    median over the records, with `_low` and `_high`, 95 % over layers: `median_alignment` and `median_update_rms_per_lr` (of_operator),
+    `median_to_adamw` (of_optimizer), and `overall_alignment` of all that are orthogonalised.
 
     Raises:
         ValueError: no update records.
@@ -48,6 +55,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     per_lr = intended.where(np.isfinite(intended), applied)
     alignment = per_lr / update["update_rms_target"].drop_attrs()
     result = xr.Dataset({"update_rms_per_lr": per_lr, "alignment": alignment, "to_adamw": per_lr / ADAMW_RMS})
+    result = result.assign(_medians(result))
     missing = xr.full_like(per_lr, np.nan)
     result = result.assign(residual=missing, under_lifted=missing.copy(), band=missing.copy(), off_target=xr.zeros_like(per_lr, dtype=bool))
     if "geometry" not in run.children or not run["geometry"].sizes.get("step"):
@@ -67,30 +75,55 @@ def study(run: xr.DataTree) -> xr.Dataset:
     return result
 
 
+def _medians(result: xr.Dataset) -> xr.Dataset:
+    """What a matrix has in the median over its records, per operator, per optimizer and in all, with error bars."""
+    operators, optimizers = operators_of(result), np.unique(result["optimizer"].values).tolist()
+    found = xr.Dataset(coords={"of_operator": operators, "of_optimizer": optimizers})
+    for name, of, order in (
+        ("alignment", "operator", operators),
+        ("update_rms_per_lr", "operator", operators),
+        ("to_adamw", "optimizer", optimizers),
+    ):
+        for suffix, bars in zip(ENDS, medians_by(result[name], result[of].values, order), strict=True):
+            found[f"median_{name}{suffix}"] = (f"of_{of}", bars)
+    a = nan_quantile(np.where(np.isfinite(result["alignment"]), result["alignment"], np.nan).T)
+    known = np.isfinite(a)
+    low, high = median_interval(a[known], result["layer"].values[known])
+    for suffix, value in zip(ENDS, (low, float(nan_quantile(a)), high), strict=True):
+        found[f"overall_alignment{suffix}"] = value
+    return found
+
+
 def plot(dataset: xr.Dataset) -> Figure:
-    """Left: a per operator, at most 64 evenly spread records. Right: update RMS per learning rate over training, with AdamW's 0.2."""
+    """Left: a per operator, at most 64 evenly spread records. Middle: update RMS per learning rate over training, with AdamW's 0.2. Right: in all."""
     operators = operators_of(dataset)
     palette = operator_palette(operators)
     shown = dataset.isel(step=evenly_spread(dataset.sizes["step"], DRAWN))
     table = shown[["alignment", "update_rms_per_lr"]].to_dataframe().reset_index()
     aligned = table.dropna(subset=["alignment"])
-    figure, (left, right) = axes(2)
+    several = len(set(table["optimizer"])) > 1
+    figure, (left, middle, right) = axes(3, width=5.2)
     if len(aligned):
-        shown = [o for o in operators if o in set(aligned["operator"])]
+        present = [o for o in operators if o in set(aligned["operator"])]
+        bars = _bars(dataset.sel(of_operator=present), "median_alignment")
         sns.violinplot(
             aligned,
             x="operator",
             y="alignment",
             hue="operator",
-            order=shown,
-            hue_order=shown,
+            order=present,
+            hue_order=present,
             palette=palette,
             cut=0,
-            inner="quartile",
+            inner=None,
             linewidth=0.8,
             density_norm="width",
             legend=False,
             ax=left,
+        )
+        reach = np.stack([np.maximum(bars[1] - bars[0], 0), np.maximum(bars[2] - bars[1], 0)])
+        left.errorbar(
+            range(len(present)), bars[1], yerr=reach, fmt="o", color="black", markersize=4, markerfacecolor="white", elinewidth=1.2
         )
         left.tick_params(axis="x", rotation=40)
     left.axhline(1, color="0.4", linewidth=0.8)
@@ -105,31 +138,46 @@ def plot(dataset: xr.Dataset) -> Figure:
         hue_order=operators,
         estimator="median",
         errorbar=None,
-        ax=right,
+        marker="o" if dataset.sizes["step"] <= FEW else None,
+        legend=several,
+        ax=middle,
     )
-    right.axhline(ADAMW_RMS, color="0.4", linestyle=":", linewidth=1)
+    middle.axhline(ADAMW_RMS, color="0.4", linestyle=":", linewidth=1)
     finish(
-        right,
+        middle,
         title="Median per operator; dotted: 0.2, AdamW's usual size",
         x="optimizer step",
         y="update RMS per learning rate",
         log_y=True,
     )
+    if several:  # the operators' colours are told by the panel beside it
+        marks, texts = middle.get_legend_handles_labels()
+        names = set(dataset["optimizer"].values)
+        own = [(mark, text) for mark, text in zip(marks, texts, strict=True) if text in names]
+        middle.legend(*zip(*own, strict=True), fontsize=8, title="optimizer", title_fontsize=8)
+    intervals(right, operators, _bars(dataset, "median_update_rms_per_lr"), [palette[o] for o in operators])
+    right.axvline(ADAMW_RMS, color="0.4", linestyle=":", linewidth=1)
+    finish(right, title="Median over all records; bars: 95 % over layers", x="update RMS per learning rate", y="", log_x=True)
     return figure
 
 
 def summary(dataset: xr.Dataset) -> str:
     """The result in a sentence."""
-    median = {str(o): float(dataset["to_adamw"].where(dataset["optimizer"] == o).median()) for o in np.unique(dataset["optimizer"].values)}
-    per_optimizer = [f"{o} {m:.2f}" for o, m in median.items() if np.isfinite(m)]
+    bars = zip(dataset["of_optimizer"].values, *_bars(dataset, "median_to_adamw"), strict=True)
+    per_optimizer = [f"{o} {with_interval(m, low, high, '.2f')}" for o, low, m, high in bars if np.isfinite(m)]
     if not per_optimizer:
         return "No update in this run is finite."
     text = f"Update RMS per learning rate over AdamW's 0.2, median: {', '.join(per_optimizer)}."
     known = int(np.isfinite(dataset["residual"].values).sum())
     if known:
-        a = float(dataset["alignment"].median())
-        text += f" Orthogonalised updates have {a:.2f} times the size of an exact polar factor; {int(dataset['off_target'].sum())} of {known} lie outside what their residual explains."
+        low, a, high = map(float, _bars(dataset, "overall_alignment"))
+        text += f" Orthogonalised updates have {with_interval(a, low, high, '.2f')} times the size of an exact polar factor; {int(dataset['off_target'].sum())} of {known} lie outside what their residual explains."
     return text
+
+
+def _bars(dataset: xr.Dataset, name: str) -> NDArray[np.float64]:
+    """Lower end, value and upper end, shape (3, …)."""
+    return np.stack([dataset[name + suffix].values for suffix in ENDS])
 
 
 def _split(geometry: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:

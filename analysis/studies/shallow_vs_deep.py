@@ -8,13 +8,17 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..figures import axes, finish, operator_palette
+from ..bootstrap import interval, resampled, with_interval
+from ..figures import FEW, axes, finish, intervals, operator_palette
+from ..nan_quantile import nan_quantile
 from ..run import median_by, operators_of, spectra
 
 QUESTION = "Do shallow and deep layers of one operator go different ways?"
+Matrices = tuple[NDArray[np.float64], NDArray[np.int64]]  # a number of each and its layer
+
 READING = (
-    "Solid and dashed lines of one colour are the first and the last layers of the same operator. Where they part, one schedule "
-    "for the whole operator suits only one of them."
+    "Left: solid and dashed lines of one colour are the first and the last layers of the same operator. Where they part, one schedule "
+    "for the whole operator suits only one of them. Right: how far apart they are; a bar across zero says that layers differ as much among themselves."
 )
 
 
@@ -26,7 +30,9 @@ def study(run: xr.DataTree, operators: Sequence[str] | None = None) -> xr.Datase
         operators: which; by default the ones with the largest and the smallest median κ.
 
     Returns:
-        `median` (step, depth, operator), depth being "shallow" or "deep".
+        `median` (step, depth, operator), depth being "shallow" or "deep"; `difference` (operator), median log10 κ of the deep less that of the
+        shallow matrices in decades, a matrix counting once with its median over the records, with `difference_low` and `difference_high`, 95 %
+        over the layers of both, drawn apart; missing with fewer than three layers to a third.
 
     Raises:
         ValueError: no spectra, none of an operator in both thirds, or an operator of which that holds.
@@ -51,18 +57,32 @@ def study(run: xr.DataTree, operators: Sequence[str] | None = None) -> xr.Datase
         operators = list(dict.fromkeys([comparable[int(np.argmax(overall))], comparable[int(np.argmin(overall))]]))
     if missing := set(operators) - set(comparable):
         raise ValueError(f"operators: {', '.join(sorted(missing))} not in shallow and deep layers of this run; {', '.join(comparable)} are")
+    per_matrix = nan_quantile(np.log10(geometry["condition_number"].values).T)
+    bars = np.array([_difference(*((per_matrix[keys == f"{d} {o}"], layer[keys == f"{d} {o}"]) for d in depths)) for o in operators]).T
+    differences = {f"difference{suffix}": ("operator", row) for suffix, row in zip(("_low", "", "_high"), bars, strict=True)}
     return xr.Dataset(
-        {"median": (("step", "depth", "operator"), medians(operators))},
+        {"median": (("step", "depth", "operator"), medians(operators)), **differences},
         coords={"step": geometry["step"].values, "depth": list(depths), "operator": list(operators)},
         attrs={"layers_per_third": third},
     )
 
 
+def _difference(shallow: Matrices, deep: Matrices) -> tuple[float, float, float]:
+    """Lower end, value and upper end of the difference of two medians; NaN ends where either has too few layers."""
+    value = float(nan_quantile(deep[0]) - nan_quantile(shallow[0]))
+    # Two sets of layers, independent of each other: two seeds.
+    drawn = [nan_quantile(resampled(*part, seed)) for seed, part in enumerate((shallow, deep))]
+    if not all(len(d) for d in drawn):
+        return np.nan, value, np.nan
+    low, high = interval(drawn[1] - drawn[0])
+    return float(low), value, float(high)
+
+
 def plot(dataset: xr.Dataset) -> Figure:
-    """Paired lines: colour by operator, dashes for deep layers."""
+    """Left: paired lines, colour by operator, dashes for deep layers. Right: their difference with its error bar."""
     operators = [str(o) for o in dataset["operator"].values]
     table = dataset["median"].to_dataframe().reset_index()
-    figure, (ax,) = axes(width=7.0)
+    figure, (ax, right) = axes(2)
     sns.lineplot(
         table,
         x="step",
@@ -71,6 +91,7 @@ def plot(dataset: xr.Dataset) -> Figure:
         style="depth",
         palette=operator_palette(operators),
         hue_order=operators,
+        marker="o" if dataset.sizes["step"] <= FEW else None,
         ax=ax,
         errorbar=None,
     )
@@ -82,11 +103,24 @@ def plot(dataset: xr.Dataset) -> Figure:
         y="condition number κ of the NS input",
         log_y=True,
     )
+    bars = np.stack([dataset[f"difference{suffix}"].values for suffix in ("_low", "", "_high")])
+    intervals(right, operators, bars, [operator_palette(operators)[o] for o in operators])
+    right.axvline(0, color="0.4", linewidth=0.8)
+    title = "Deep against shallow" + ("; bars: 95 % over layers" if np.isfinite(bars[0]).any() else "")
+    finish(right, title=title, x="log10 κ deep − log10 κ shallow (decades)", y="operator")
     return figure
 
 
 def summary(dataset: xr.Dataset) -> str:
     """The result in a sentence."""
-    decades = np.log10(dataset["median"].sel(depth="deep").values / dataset["median"].sel(depth="shallow").values)
-    parts = [f"{o!s}: {r:+.2f}" for o, r in zip(dataset["operator"].values, np.nanmedian(decades, axis=0), strict=True)]
-    return "Deep over shallow layers, decades of κ (median over steps): " + ", ".join(parts) + "."
+    parts = []
+    bars = zip(*(dataset[f"difference{suffix}"].values for suffix in ("", "_low", "_high")), strict=True)
+    for operator, (value, low, high) in zip(dataset["operator"].values, bars, strict=True):
+        chance = "" if not np.isfinite(low) else ", which may be chance" if low <= 0 <= high else ", which excludes zero"
+        parts.append(f"{operator!s} {with_interval(value, low, high, '+.2f')}{chance}")
+    few = (
+        ""
+        if np.isfinite(dataset["difference_low"].values).any()
+        else " With fewer than three layers to a third, what is chance is not known."
+    )
+    return f"Deep over shallow layers, decades of κ (median over records): {'; '.join(parts)}.{few}"

@@ -11,11 +11,26 @@ from optiscope.diagnostics.spectrum_sketch import sketch, sketch_levels
 JORDAN = (3.4445, -4.7750, 2.0315)
 
 
+def naive_interval(statistic, *labels):
+    """2.5 and 97.5 % of `statistic(members of the first set, …)` over 999 draws of layers, a loop; the i-th set of layers by seed i."""
+    draws = []
+    for seed, label in enumerate(labels):
+        members = [[i for i, own in enumerate(label) if own == layer] for layer in sorted(set(label))]
+        drawn = np.random.default_rng(seed).integers(len(members), size=(999, len(members)))
+        draws.append([[i for layer in row for i in members[layer]] for row in drawn])
+    return np.quantile([statistic(*chosen) for chosen in zip(*draws, strict=True)], [0.025, 0.975])
+
+
 def naive_output(x, coefficients):
     """Singular values of O, the polynomial written out."""
     for a, b, c in coefficients:
         x = a * x + b * x**3 + c * x**5
     return x
+
+
+@pytest.fixture(scope="session")
+def resample():
+    return naive_interval
 
 
 @pytest.fixture(scope="session")

@@ -68,7 +68,7 @@ def test_the_summary_names_the_hardest_and_the_easiest(build_run):
     kappa = {"layers.0.attn.q_proj.weight": 50.0, "layers.0.attn.k_proj.weight": 20.0, "layers.0.attn.v_proj.weight": 10.0}
     matrices = {name: {"sigma": (k, 2.0, 1.0), "shape": (3, 3)} for name, k in kappa.items()}
     text = kappa_by_operator.summary(kappa_by_operator.study(build_run(matrices)))
-    assert "Hardest operator by median κ: attn_q (50), easiest: attn_v (10)" in text
+    assert "Hardest operator by median κ: attn_q, 50; easiest: attn_v, 10." in text
     # All shapes are one: there is nothing that shape could correlate with.
     assert "correlates" not in text
     shapes = zip(((3, 3), (3, 9), (3, 30)), matrices.items(), strict=True)
@@ -76,3 +76,21 @@ def test_the_summary_names_the_hardest_and_the_easiest(build_run):
     found = kappa_by_operator.study(build_run(different))
     r = np.corrcoef(np.log10([50, 20, 10]), np.log10(found["null"].values))[0, 1]
     assert f"Shape alone correlates {r:.2f} with that ranking" in kappa_by_operator.summary(found)
+
+
+def test_error_bars_are_those_of_a_naive_bootstrap(model, model_run, resample):
+    found = kappa_by_operator.study(model_run)
+    for operator, part in OPERATORS.items():
+        own = [m for name, m in model.items() if part in name]  # of layers 0, 1, 2
+        null = null_log10_condition(*own[0]["shape"])
+        kappa = np.array([np.median([s[0] / s[-1] for s in m["sigma"]]) for m in own])
+        excess = np.array([np.median([np.log10(s[0] / s[-1]) for s in m["sigma"]]) for m in own]) - null
+        for name, values in (("overall", kappa), ("overall_excess", excess)):
+            one = found.sel(operator=operator)
+            assert float(one[name]) == pytest.approx(np.median(values), rel=1e-12)
+            low, high = resample(lambda chosen, values=values: np.median(values[chosen]), range(3))
+            np.testing.assert_allclose([one[f"{name}_low"], one[f"{name}_high"]], [low, high], rtol=1e-12)
+            assert low < high
+    hardest = max(OPERATORS, key=lambda o: float(found["overall"].sel(operator=o)))
+    value, low, high = (float(found[f"overall{end}"].sel(operator=hardest)) for end in ("", "_low", "_high"))
+    assert f"Hardest operator by median κ: {hardest}, {value:.3g} (95 % {low:.3g} to {high:.3g}); " in kappa_by_operator.summary(found)

@@ -123,4 +123,32 @@ def test_the_summary_names_the_hardest(build_run):
     found = residual_curves.study(build_run(matrices))
     mean = float(found["residual"].sel(family="matched", k=5).mean())
     assert residual_curves.summary(found).startswith(f"Mean residual after 5 steps: matched {mean:.3f}, jordan ")
-    assert "Hardest operator: attn_q." in residual_curves.summary(found)
+    assert "Hardest operator: attn_q, " in residual_curves.summary(found)
+
+
+def test_error_bars_are_those_of_a_naive_bootstrap(model, model_run, resample):
+    rng = np.random.default_rng(5)
+    found = residual_curves.study(model_run, families=["jordan"])
+    for operator, part in OPERATORS.items():
+        own = [m for name, m in model.items() if part in name]
+        for k in (3, 8):
+            residual = np.array([[residual_of_matrix(s, m["shape"], [JORDAN] * k, rng) for s in m["sigma"]] for m in own])
+            one = found.sel(family="jordan", operator=operator, k=k)
+            low, high = resample(lambda chosen, residual=residual: residual[chosen].mean(), range(3))
+            assert low < high
+            # As above, of the stored singular values.
+            np.testing.assert_allclose([one["residual_low"], one["residual_high"]], [low, high], atol=2e-7)
+
+
+def test_error_bars_draw_matrices_of_a_layer_together(build_run, resample):
+    rng, layers = np.random.default_rng(6), [0, 0, 1, 2, 2]
+    names = [f"layers.{layer}.{i}.q_proj.weight" for i, layer in enumerate(layers)]
+    sigma = [[np.geomspace(1, 10 ** -rng.uniform(0.5, 3), 8) for _ in range(3)] for _ in layers]
+    sigma[4][1] = None  # a record that is missing weighs nothing
+    found = residual_curves.study(build_run({name: {"sigma": s} for name, s in zip(names, sigma, strict=True)}), families=["jordan"])
+    residual = [[residual_of_matrix(s, (8, 8), [JORDAN] * 5, rng) for s in own if s is not None] for own in sigma]
+    low, high = resample(lambda chosen: np.mean([r for i in chosen for r in residual[i]]), layers)
+    one = found.sel(family="jordan", operator="attn_q", k=5)
+    np.testing.assert_allclose([one["residual_low"], one["residual_high"]], [low, high], atol=2e-7)
+    hardest = f"Hardest operator: attn_q, {float(one['residual']):.3f} (95 % {low:.3f} to {high:.3f})."
+    assert hardest in residual_curves.summary(found)

@@ -183,3 +183,31 @@ def test_intended_update_is_judged_where_weights_are_too_coarse(build_run, outpu
     before = rms_alignment.study(run)
     run["update"] = run["update"].to_dataset().drop_vars(["update_rms_intended", "changed_outside"])
     assert rms_alignment.study(run).identical(before)
+
+
+def test_error_bars_are_those_of_a_naive_bootstrap(build_run, resample):
+    rng, layers = np.random.default_rng(4), range(5)
+    sizes = {part: rng.uniform(0.7, 1.3, (3, 5)) for part in ("attn.q_proj", "mlp.up_proj")}
+    matrices = {
+        f"layers.{layer}.{part}.weight": {"sigma": np.ones(4), "target": 0.25, "optimizer": "Muon" if part == "attn.q_proj" else "AdamW"}
+        for part in sizes
+        for layer in layers
+    }
+    per_lr = 0.2 * np.concatenate(list(sizes.values()), axis=1)
+    run = build_run(matrices, groups={"update": {"update_rms_per_lr": per_lr}})
+    found = rms_alignment.study(run)
+    for operator, optimizer, part in (("attn_q", "Muon", "attn.q_proj"), ("mlp_up", "AdamW", "mlp.up_proj")):
+        own = np.median(0.2 * sizes[part], axis=0)
+        bars = np.array([*resample(lambda chosen, own=own: np.median(own[chosen]), layers), np.median(own)])
+        for name, factor in (("median_update_rms_per_lr", 1.0), ("median_to_adamw", 5.0)):
+            one = found.sel(of_operator=operator, of_optimizer=optimizer)
+            np.testing.assert_allclose([one[f"{name}_low"], one[f"{name}_high"], one[name]], factor * bars, rtol=1e-12)
+        if optimizer == "Muon":
+            one = found.sel(of_operator=operator)
+            for name in ("median_alignment", "overall_alignment"):
+                np.testing.assert_allclose([one[f"{name}_low"], one[f"{name}_high"], one[name]], bars / 0.25, rtol=1e-12)
+            told = "{2:.2f} (95 % {0:.2f} to {1:.2f})"
+            assert f"Muon {told.format(*(5 * bars))}." in rms_alignment.summary(found)
+            assert f"updates have {told.format(*(bars / 0.25))} times" in rms_alignment.summary(found)
+    # What does not orthogonalise has no alignment.
+    assert np.isnan(found["median_alignment"].sel(of_operator="mlp_up"))

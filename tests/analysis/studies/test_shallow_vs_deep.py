@@ -36,7 +36,9 @@ def test_by_default_the_hardest_and_the_easiest_operator(build_run):
 def test_the_summary_tells_decades(build_run):
     found = shallow_vs_deep.study(run_of(build_run, 10, ("attn.q_proj",)))
     # Medians of 1 … 3 and 8 … 10.
-    assert shallow_vs_deep.summary(found) == f"Deep over shallow layers, decades of κ (median over steps): attn_q: {np.log10(9 / 2):+.2f}."
+    # Every resampled median lies in 1 … 3 and 8 … 10: the difference has log10(8/3) = 0.43 and log10(10) = 1 as its extremes.
+    text = f"Deep over shallow layers, decades of κ (median over records): attn_q {np.log10(9 / 2):+.2f} (95 % +0.43 to +1.00), which excludes zero."
+    assert shallow_vs_deep.summary(found) == text
 
 
 def test_an_operator_that_is_not_there_is_named(build_run):
@@ -63,3 +65,25 @@ def test_matrices_outside_the_layers_do_not_count(build_run):
 def test_one_depth_cannot_be_compared(build_run, names):
     with pytest.raises(ValueError, match="no operator has spectra both in shallow and in deep layers"):
         shallow_vs_deep.study(build_run({name: {"sigma": (2.0, 1.0)} for name in names}))
+
+
+def test_the_difference_and_its_error_bar_are_those_of_a_naive_bootstrap(build_run, resample):
+    rng = np.random.default_rng(2)
+    log_kappa = rng.uniform(0.5, 2, (12, 3))  # of layers and records; a third is four layers
+    matrices = {
+        f"layers.{i}.attn.q_proj.weight": {"sigma": [(10**value, 1.0) for value in row]} for i, row in enumerate(log_kappa.tolist())
+    }
+    found = shallow_vs_deep.study(build_run(matrices))
+    shallow, deep = np.median(log_kappa[:4], axis=1), np.median(log_kappa[8:], axis=1)
+    assert float(found["difference"][0]) == pytest.approx(np.median(deep) - np.median(shallow), rel=1e-12)
+    expected = resample(lambda s, d: np.median(deep[d]) - np.median(shallow[s]), range(4), range(4))
+    np.testing.assert_allclose([found["difference_low"][0], found["difference_high"][0]], expected, rtol=1e-12)
+    assert expected[0] < 0 < expected[1]
+    assert shallow_vs_deep.summary(found).endswith(", which may be chance.")
+
+
+def test_few_layers_have_no_error_bar(build_run):
+    found = shallow_vs_deep.study(run_of(build_run, 6, ("attn.q_proj",)))
+    assert float(found["difference"][0]) == pytest.approx((np.log10(5 * 6) - np.log10(1 * 2)) / 2)
+    assert np.isnan([found["difference_low"], found["difference_high"]]).all()
+    assert shallow_vs_deep.summary(found).endswith("With fewer than three layers to a third, what is chance is not known.")

@@ -106,11 +106,11 @@ def check_study(run, name, refuses, drawn):
 # study: (log x, log y) per panel.
 SCALES = {
     "kappa_vs_residual": [(True, False)],
-    "kappa_by_operator": [(False, True), (False, False)],
+    "kappa_by_operator": [(False, True), (False, False), (True, False)],
     "kappa_by_layer": [(False, True)],
-    "shallow_vs_deep": [(False, True)],
+    "shallow_vs_deep": [(False, True), (False, False)],
     "residual_curves": [(False, False)] * 3,
-    "rms_alignment": [(False, False), (False, True)],
+    "rms_alignment": [(False, False), (False, True), (True, False)],
     "precision_split": [(False, True), (False, False)],
     "gradient_spectrum": [(False, True), (False, False), (False, False)],
     "block_geometry": [(True, False)] * 3,
@@ -137,7 +137,7 @@ SCALES = {
 }
 # The operators along the left panel of rms_alignment name themselves, and panels that share an axis label it once.
 UNLABELLED = {
-    ("rms_alignment", 0, "x"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"), ("allocation_regret", 2, "x"), ("allocation_regret", 2, "y"), ("v_blocks", 1, "y"),
+    ("rms_alignment", 0, "x"), ("rms_alignment", 2, "y"), ("residual_curves", 1, "y"), ("residual_curves", 2, "y"), ("block_geometry", 1, "y"), ("block_geometry", 2, "y"), ("allocation_regret", 2, "x"), ("allocation_regret", 2, "y"), ("v_blocks", 1, "y"),
 }  # fmt: skip
 
 
