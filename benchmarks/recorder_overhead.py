@@ -25,6 +25,7 @@ import zarr
 from machine import machine
 from numpy.typing import NDArray
 
+from optiscope.diagnostics.catalogue import DEFAULT_GROUPS
 from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference
 from optiscope.hooks import Recorder, attach
 
@@ -67,7 +68,7 @@ def share(every: int | None, steps: int) -> str:
         recorder.close()
         total = time.process_time() - attached
         records = zarr.open_array(store / "update" / "step", mode="r").shape[0]
-        kilobytes = sum(size for group in ("geometry", "update") for size in chunk_sizes(store / group)) / 1e3
+        kilobytes = sum(size for group in DEFAULT_GROUPS for size in chunk_sizes(store / group)) / 1e3
     own = recorder.overhead_cpu_seconds
     each = f"{recording / records * 1e3:9.1f} {kilobytes / records:10.1f}" if records else f"{'-':>9} {'-':>10}"
     closing, attaching = (own - recording) * 1e3, (attached - begun) * 1e3
