@@ -49,13 +49,15 @@ def study(runs: Mapping[str, xr.DataTree], baseline: str | None = None, target: 
         single run; `p_value` (setting): Welch's test against the setting with the lowest mean, missing where one has a single run.
 
     Raises:
-        ValueError: fewer than two runs, an unknown baseline, or a run without a training loss.
+        ValueError: fewer than two runs, an unknown baseline, a target that is no number, or a run without a training loss.
     """
     if len(runs) < 2:
         raise ValueError(f"runs: expected two or more to compare, got {len(runs)}")
     baseline = next(iter(runs)) if baseline is None else baseline
     if baseline not in runs:
         raise ValueError(f"baseline: {baseline} is none of the runs {', '.join(runs)}")
+    if target is not None and not np.isfinite(target):
+        raise ValueError(f"target: expected a finite loss, got {target}")
     constant = _curve(baseline, runs[baseline], None).attrs["time_constant"]
     curves = {name: _curve(name, run, constant) for name, run in runs.items()}
     aim = float(curves[baseline]["ema"][-1]) if target is None else target

@@ -16,7 +16,7 @@ FACTOR = np.log10(2)  # between the updates of the parts of one matrix
 
 def unlike_blocks(run: xr.DataTree) -> Iterator[Finding]:
     """κ of the heads, or of the fused parts, of one matrix are a decade apart, or their updates a factor of 2, in the median record."""
-    blocks, whole = group(run, "blocks"), group(run, "update")
+    blocks, whole, geometry = group(run, "blocks"), group(run, "update"), group(run, "geometry")
     operator_of = dict(zip(whole["name"].values.tolist(), whole["operator"].values.tolist(), strict=True))
     try:
         study = block_geometry.study(run)
@@ -30,9 +30,12 @@ def unlike_blocks(run: xr.DataTree) -> Iterator[Finding]:
         texts = [f"condition numbers {10**condition:.3g} times apart"] if condition > DECADE else []
         texts += [f"updates {10**update:.3g} times apart"] if update > FACTOR else []
         concerned = dict.fromkeys(str(name) for name in blocks["of"].values if operator_of.get(str(name), classify(str(name))) == operator)
+        orthogonalised = np.isin(geometry["name"].values[(geometry["ns_schedule"].values >= 0).any(axis=0)], list(concerned)).any()
         yield Finding(
             "unlike_blocks", "info", f"The {kind} of {operator} matrices differ within one matrix: {' and '.join(texts)} (median).",
-            "Orthogonalise them one by one (split the fused projection, or its heads), so that the hardest does not set the steps of all.",
+            "Orthogonalise them one by one (split the fused projection, or its heads), so that the hardest does not set the steps of all."
+            if orthogonalised
+            else "Nothing; a learning rate for each of them (split the fused projection, or its heads) could tell whether it matters.",
             tuple(concerned),
             {name: value for name, value in (("condition_decades", condition), ("update_decades", update)) if np.isfinite(value)},
         )  # fmt: skip

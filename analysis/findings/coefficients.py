@@ -101,7 +101,9 @@ def _hazard(
     numbers = {"lowest": low, "highest": high, "reach": reach}
     known = WRONG.get(coefficients[0])
     known = f" This is {known}." if known else ""
-    band = f"singular values from {LIFTED} to {reach:.2g} of ‖M‖_F end in [{low:.3g}, {high:.3g}], where 1 is meant"
+    bounded = np.isfinite([low, high]).all()
+    ends = f"end in [{low:.3g}, {high:.3g}], where 1 is meant" if bounded else "grow beyond all bounds"
+    band = f"singular values from {LIFTED} to {reach:.2g} of ‖M‖_F {ends}"
     bad = low < BAND[0] or high > BAND[1]
     if bad and (step := restart(coefficients)):
         yield Finding(
@@ -128,7 +130,7 @@ def _hazard(
         )  # fmt: skip
     elif bad:
         yield Finding(
-            "ns_band", "warning", f"{of}The coefficients do not orthogonalise: {band}.{known}",
+            "ns_band", "warning" if bounded else "error", f"{of}The coefficients do not orthogonalise: {band}.{known}",
             "Check the list against its source; a list is made for its own number of steps.", names(geometry, concerned), numbers,
         )  # fmt: skip
 

@@ -64,7 +64,7 @@ def drift(run: xr.DataTree) -> Iterator[Finding]:
         factor = float(np.exp(change[np.argmax(np.where(drifted, np.abs(change), 0))]))
         yield Finding(
             "update_drift", "info",
-            f"The updates per learning rate of {count(drifted)} drift: in the last quarter of the run they are up to {factor:.3g} times what they were in the second.",
+            f"The updates per learning rate of {count(drifted)} drift: in the last quarter of the run they are {factor:.3g} times what they were in the second, where they changed most.",
             "Nothing for SGD, whose updates follow the gradients; elsewhere look for vanishing gradients, ε, or growing second moments.",
             names(update, drifted), {"factor": factor},
         )  # fmt: skip

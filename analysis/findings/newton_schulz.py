@@ -96,7 +96,8 @@ def not_orthogonalised(run: xr.DataTree) -> Iterator[Finding]:
 
     Compared is the kurtosis-like D = mean o⁴/(mean o²)², which no scaling of the update changes: 1 for an orthogonal one. Of the achieved
     update it follows from the size a² = mean o² and the residual, D = (ε̃² − 1 + 2a²)/a⁴; found where log D is nearer to that of
-    X₀ = M/‖M‖_F than to the predicted one, in more than half of a matrix's records in which these two are a factor of 2 apart.
+    X₀ = M/‖M‖_F than to the predicted one, in more than half of a matrix's records in which these two are a factor of 2 apart. Records with
+    a norm near eps, whose X₀ is smaller, are `near_eps`'.
     """
     study, geometry = alignment(run), group(run, "geometry")
     if not study or not geometry.sizes["step"]:
@@ -112,7 +113,7 @@ def not_orthogonalised(run: xr.DataTree) -> Iterator[Finding]:
         of_start = _inequality(start[..., 0], 1 / rank)
         predicted = _inequality(study["residual"].values, 1 + study["under_lifted"].values + study["band"].values)
         achieved = _inequality(geometry["ns_residual_achieved"].values, study["alignment"].values ** 2)
-        told = np.isfinite(achieved) & (of_start > 2 * predicted)
+        told = np.isfinite(achieved) & (of_start > 2 * predicted) & (geometry["fro_norm"].values > NEAR_EPS * _eps_in_force(geometry))
         unequal = told & (achieved > np.sqrt(of_start * predicted))
     concerned = unequal.sum(axis=0) > 0.5 * np.maximum(told.sum(axis=0), 1)
     if concerned.any():
@@ -124,9 +125,9 @@ def not_orthogonalised(run: xr.DataTree) -> Iterator[Finding]:
         }
         yield Finding(
             "not_orthogonalised", "error",
-            f"The updates of {count(concerned)} are not orthogonalised although the optimizer's settings say so: their singular values are "
-            f"as unequal (mean o⁴ over squared mean o²: {numbers['inequality']:.2f}) as those the iteration starts from "
-            f"({numbers['of_start']:.2f}), not those it should end with ({numbers['predicted']:.2f}).",
+            f"The updates of {count(concerned)} are not orthogonalised although the optimizer's settings say so: how unequal their singular values "
+            f"are (mean o⁴ over squared mean o²: {numbers['inequality']:.2f}) is nearer to what the iteration starts from "
+            f"({numbers['of_start']:.2f}) than to what it should end with ({numbers['predicted']:.2f}).",
             "Check that the iteration runs, and that its result is what is applied.", names(geometry, concerned), numbers,
         )  # fmt: skip
 
@@ -152,6 +153,13 @@ def not_aligned(run: xr.DataTree) -> Iterator[Finding]:
             "Check the sign of the update, transposes, and that it is made of this step's momentum.", names(geometry, away),
             {"cosine": float(np.median(cosine[away]))},
         )  # fmt: skip
+
+
+def _eps_in_force(geometry: xr.Dataset) -> NDArray[np.float64]:
+    """eps of every record's schedule, 0 without one; (step, matrix)."""
+    eps = np.array([schedule.eps for schedule in ns_schedules(geometry)] + [0.0])  # the index of no schedule is −1
+    found: NDArray[np.float64] = eps[geometry["ns_schedule"].values]
+    return found
 
 
 def _inequality(residual: ArrayLike, mean_square: ArrayLike) -> NDArray[np.float64]:

@@ -34,8 +34,8 @@ def steps_by_operator(run: xr.DataTree) -> Iterator[Finding]:
     steps = ", ".join(f"{o} {entry.steps}" for o, entry in found.operators.items())
     yield Finding(
         "steps_by_operator", "info",
-        f"{' and '.join(more) or 'Some operators'} {'is' if len(more) == 1 else 'are'} harder than others: at the FLOPs of {budget} steps for all, "
-        f"steps by operator ({steps}) lower the predicted mean residual from {before:.3f} to {after:.3f}.",
+        f"At the FLOPs of {budget} steps for all, steps by operator ({steps}) lower the predicted mean residual from {before:.3f} to {after:.3f}: "
+        "more where a step does more, or costs less.",
         "Derive a schedule (diag schedule) and apply it (apply_schedule); whether the loss gains by it, a training must tell.",
         tuple(name for entry in more.values() for name in entry.matrices),
         {"uniform": before, "scheduled": after, "gain": 1 - after / before, "budget": budget}

@@ -77,7 +77,7 @@ def uneven_decay(run: xr.DataTree) -> Iterator[Finding]:
     spread: NDArray[np.float64] = typical(moments["decay_spread"].values)
     uneven = spread > UNEVEN_DECAY
     if uneven.any():
-        largest = float(np.median(spread[uneven]))
+        largest = float(spread[uneven].max())
         yield Finding(
             "uneven_decay", "warning",
             f"Weight decay is divided by √v̂ in {count(uneven)}: nine of ten coordinates shrink at rates up to {10**largest:.3g} times apart.",

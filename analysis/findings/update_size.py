@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from ...diagnostics.update_size import READABLE_NOISE
+from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
 from ..studies import rms_alignment
 from .finding import Finding, count, group, names, typical
 from .size_causes import explain, growth
@@ -73,7 +73,8 @@ def off_target(run: xr.DataTree) -> Iterator[Finding]:
 def not_matched(run: xr.DataTree) -> Iterator[Finding]:
     """Updates per learning rate are under 0.7 or over 1.5 of AdamW's 0.2 (Moonlight, arXiv 2502.16982), beside an optimizer like AdamW.
 
-    A warning where both are given the same learning rate, which this size makes another one.
+    A warning where both are given the same learning rate, which this size makes another one. Silent where the size that is meant is 0.2:
+    what makes updates differ from that is no matter of scaling.
     """
     study = alignment(run)
     if not study:
@@ -88,7 +89,9 @@ def not_matched(run: xr.DataTree) -> Iterator[Finding]:
     for optimizer in map(str, np.unique(labels[orthogonal])):
         own = (labels == optimizer) & orthogonal
         size = float(sizes.isel(matrix=own).median())
-        if not others or off[own].any() or not np.isfinite(size) or SHARED[0] < size < SHARED[1]:
+        meant = float(np.nanmedian(target[:, own])) / ADAMW_RMS
+        aligned = any(SHARED[0] < one < SHARED[1] for one in (size, meant))
+        if not others or off[own].any() or not np.isfinite(size) or aligned:
             continue
         shared = [other for other in others if other in of_adam and _same_rate(update, optimizer, other)]
         text = f"{optimizer}: update RMS per learning rate is {size:.2f} of AdamW's usual 0.2, "

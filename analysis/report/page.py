@@ -28,6 +28,10 @@ from .verdict import counts, verdict
 
 HERE = Path(__file__).parent
 SHOWN, DOWNLOAD = 240, 3_000  # cells of a table that is shown whole, and of one that can be downloaded from the page
+WORDS = {  # of the studies' names, as they are read
+    "kappa": "κ", "vs": "against", "ns": "Newton–Schulz", "rms": "RMS", "rank1": "of rank 1", "lr": "learning-rate",
+    "precond": "preconditioning", "hdiag": "Hessian-diagonal", "hessian": "Hessian", "soap": "SOAP", "sophia": "Sophia",
+}  # fmt: skip
 WORD = 160  # characters of a word that is shown whole
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
@@ -146,11 +150,11 @@ def _shown(name: str, answer: Answer) -> dict[str, Any]:
 def title(name: str) -> str:
     """A study's name to read.
 
-    >>> title("kappa_by_operator")
-    'κ by operator'
+    >>> title("kappa_by_operator"), title("ns_band"), title("v_rank1")
+    ('κ by operator', 'Newton–Schulz band', 'v of rank 1')
     """
-    words = name.replace("_", " ").replace("kappa", "κ").replace("rms", "RMS").replace(" vs ", " against ")
-    return words[0].upper() + words[1:] if words[0] != "κ" else words
+    words = " ".join(WORDS.get(word, word) for word in name.split("_"))
+    return words[0].upper() + words[1:] if words[0] not in "κv" else words
 
 
 def _table(name: str, dataset: xr.Dataset) -> dict[str, Any]:

@@ -115,6 +115,8 @@ def test_refusals():
         compare.study({"a": falling(100.0)})
     with pytest.raises(ValueError, match=r"^baseline: c is none of the runs a, b$"):
         compare.study({"a": falling(100.0), "b": falling(100.0)}, "c")
+    with pytest.raises(ValueError, match=r"^target: expected a finite loss, got nan$"):
+        compare.study({"a": falling(100.0), "b": falling(100.0)}, target=float("nan"))
     empty = xr.DataTree.from_dict({"/": xr.Dataset()})
     with pytest.raises(ValueError, match=r"^b: run: no scalars in it, so no loss"):
         compare.study({"a": falling(100.0), "b": empty})

@@ -79,6 +79,11 @@ MISTAKES = {
         ("norm_near_eps", "is below it in 100% of the records: these updates are not orthogonalised"),
         ("update_follows_momentum", "updates grow and shrink with the momentum"),
     ),
+    "norm partly under eps": (
+        (broken.OwnMuon, {"ns_eps": 10.0}, broken.MUON, {"loss_scale": 0.1}),
+        ("norm_near_eps", "is below it in 100% of the records"),
+        ("update_follows_momentum", "updates grow and shrink with the momentum"),
+    ),
     "zero steps": (
         (broken.OwnMuon, {"ns_steps": 0}, broken.MUON, {}),
         ("no_ns_steps", "3 matrices not orthogonalised: zero Newton–Schulz steps"),
@@ -124,6 +129,13 @@ def test_a_mistake_is_named(findings, mistake, read):
         assert part in found[rule].sentence
         assert found[rule].matrices == HIDDEN
         assert all(isinstance(value, float) for value in found[rule].as_dict()["numbers"].values())
+
+
+@pytest.mark.parametrize("mistake", ["norm under eps", "norm partly under eps", "zero steps"])
+def test_what_follows_from_a_mistake_is_no_other_one(findings, mistake):
+    """Updates that are too small because they are not orthogonalised want no other scaling, and no second cause."""
+    (make, settings, adapter, training), (rule, _), _ = MISTAKES[mistake]
+    assert set(findings(make, settings, adapter=adapter, **training)) == {rule}
 
 
 @pytest.mark.parametrize("read", [True, False], ids=["read", "unread"])

@@ -187,7 +187,7 @@ def test_operators_that_a_schedule_would_help(build_run):
     easy, hard = np.linspace(1, 0.3, 12), np.geomspace(1, 10**-3.5, 12)
     matrices = {f"layers.{i}.{name}.weight": {"sigma": s} for i in range(3) for name, s in (("attn.q_proj", hard), ("mlp.up_proj", easy))}
     found = informing(build_run(matrices))["steps_by_operator"]
-    assert found.sentence.startswith("attn_q is harder than others: at the FLOPs of 5 steps for all")
+    assert found.sentence.startswith("At the FLOPs of 5 steps for all, steps by operator (attn_q 6, mlp_up 4)")
     assert found.numbers["scheduled"] < found.numbers["uniform"]
     assert found.numbers["gain"] == pytest.approx(1 - found.numbers["scheduled"] / found.numbers["uniform"])
     assert found.matrices == tuple(f"layers.{i}.attn.q_proj.weight" for i in range(3))
@@ -211,6 +211,10 @@ def test_parts_of_a_matrix_that_are_unlike(build_run, add_rows):
         "The parts of attn_qkv matrices differ within one matrix: condition numbers 100 times apart and updates 3 times apart (median)."
     )
     assert found.matrices == (whole,)
+    assert found.advice.startswith("Orthogonalise them one by one")
+    own = run((10.0, 0.2), (1000.0, 0.6))
+    own["geometry"]["ns_schedule"].values[:] = -1  # nothing is orthogonalised here, nor should the advice say so
+    assert informing(own)["unlike_blocks"].advice.startswith("Nothing;")
     assert "unlike_blocks" not in informing(run((10.0, 0.2), (50.0, 0.25)))
 
 
