@@ -75,7 +75,8 @@ def curvature(
         return
     for watched in recorder._watched:
         recorder._take_off_skipped(watched)
-    recorder._include_new_parameters()
+    if recorder._record is None:  # the rows of one that is being filled are as many as its matrices
+        recorder._include_new_parameters()
     own = [m for watched in recorder._watched for m in watched.matrices]
     measured: dict[str, NDArray[Any]] = {}
     group = recorder._curvature

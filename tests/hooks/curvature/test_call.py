@@ -241,6 +241,26 @@ def test_records_merge_at_a_step_and_runs_are_continued(mlp: Any, tmp_path: Path
     assert float(continued["scalars"]["overhead_seconds"][-1]) > 0
 
 
+def test_a_parameter_added_while_a_record_waits_for_an_optimizer(tmp_path: Path, read: Any) -> None:
+    first, second, late = (nn.Parameter(torch.ones(2, 2)) for _ in range(3))
+    optimizers = [SGD([first], lr=0.1), SGD([second], lr=0.1)]
+
+    def loss() -> Tensor:
+        return first.square().sum() + second.square().sum() + late.square().sum()
+
+    with attach(optimizers, None, tmp_path / "run.zarr", every=1, on_error="raise") as recorder:
+        for step in range(3):
+            loss().backward()
+            optimizers[0].step()
+            if step == 1:
+                optimizers[1].add_param_group({"params": [late]})
+                recorder.curvature(loss)
+            optimizers[1].step()
+    run = read(tmp_path / "run.zarr")
+    assert np.isfinite(run["update"]["update_rms"].values).sum(axis=1).tolist() == [2, 2, 3]
+    np.testing.assert_allclose(run["curvature"]["hessian_mean"], [[2.0, 2.0]])
+
+
 def test_calling_on_a_closed_recorder_warns(mlp: Any, tmp_path: Path, caplog: Any, read: Any) -> None:
     model = mlp()
     recorder = attach(SGD(model.parameters(), lr=0.1), model, tmp_path / "run.zarr")
