@@ -66,6 +66,13 @@ def _plain_ticks(axis: Axis) -> None:
         axis.set_minor_formatter(NullFormatter())
 
 
+def settle(figure: Figure) -> None:
+    """Place everything in the figure now: `savefig` would draw it all once for that alone, at half the cost of saving."""
+    if (engine := figure.get_layout_engine()) is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
 def operator_lines(ax: Axes, dataset: xr.Dataset, name: str, *, legend: bool = True) -> None:
     """`name` (step, operator) over training, one line per operator, with a band from `name_lower` to `name_upper` where there are such."""
     operators = [str(o) for o in dataset["operator"].values]

@@ -8,6 +8,7 @@ from typing import Any
 import xarray as xr
 
 from .answer import Answer, ask
+from .figures import settle
 from .findings import check
 from .run import evenly_spread
 
@@ -34,9 +35,10 @@ def write_answer(answer: Answer, name: str, folder: Path) -> list[str]:
     A table that would have more than 20,000 rows is of evenly spread records, as many as fit; the study itself saw all that it says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    figure = folder / f"{name}.png"
-    answer.plot().savefig(figure)
-    written = [figure.name]
+    picture, figure = folder / f"{name}.png", answer.plot()
+    settle(figure)
+    figure.savefig(picture)
+    written = [picture.name]
     for dimensions, table in answer.tables().items():
         path = folder / f"{name}.{dimensions}.csv"
         _thinned(table).to_dataframe().to_csv(path, float_format="%.8g")
@@ -44,17 +46,25 @@ def write_answer(answer: Answer, name: str, folder: Path) -> list[str]:
     return written
 
 
-def finish_report(run: xr.DataTree, folder: Path, studies: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Add the findings and write everything said as `summary.json`.
+def finish_report(
+    run: xr.DataTree, folder: Path, studies: dict[str, dict[str, Any]], findings: list[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Add the findings, made now where they are not given, and write everything said as `summary.json`.
 
     Raises:
         ValueError: no study could be made of the run; the reason of the first.
     """
     if all(said["skipped"] for said in studies.values()):
         raise ValueError(next(iter(studies.values()))["summary"].removeprefix("skipped: "))
-    result = {"folder": str(folder), "studies": studies, "findings": [finding.as_dict() for finding in check(run)]}
+    found = findings if findings is not None else found_in(run)
+    result = {"folder": str(folder), "studies": studies, "findings": found}
     (folder / "summary.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     return result
+
+
+def found_in(run: xr.DataTree) -> list[dict[str, Any]]:
+    """The run's findings in plain values."""
+    return [finding.as_dict() for finding in check(run)]
 
 
 def _thinned(table: xr.Dataset) -> xr.Dataset:

@@ -1,7 +1,7 @@
 """Opening a run: only committed records, read lazily."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,11 @@ from ..diagnostics.spectrum_sketch import unsketch
 from .nan_quantile import nan_quantile
 
 CACHED = 2**16  # singular values that are mapped at a time
+READ = 256  # records
+KEPT, SPECTRA_KEPT = (
+    20_000_000,
+    130_000_000,
+)  # bytes of an array, of one of spectra, up to which it is read once for all studies of an opened run
 
 
 def open_run(path: str | Path) -> xr.DataTree:
@@ -55,6 +60,7 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
         raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
+    _keep(dataset)
     # Zarr gives NumPy's variable-width strings, which few functions take.
     texts = {
         name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str))
@@ -62,6 +68,19 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
         if name in dataset
     }
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+
+
+def _keep(dataset: xr.Dataset, most: int = KEPT) -> None:
+    """Read what is small; a group's dataset shares its variables with the tree, so that the next study need not."""
+    for variable in dataset.variables.values():
+        if variable.nbytes <= KEPT:
+            variable.load()
+        elif variable.nbytes <= most:
+            # Some records at a time: read at once it would be in memory three times, packed and unpacked too.
+            read = np.empty(variable.shape, variable.dtype)
+            for start in range(0, len(read), READ):
+                read[start : start + READ] = variable[start : start + READ].values
+            variable.data = read
 
 
 def _how_to_record(group: str) -> str:
@@ -148,11 +167,13 @@ def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     Raises:
         ValueError: there are none, or none has a spectrum.
     """
+    if "geometry" in run.children and "sigma_quantile" in run["geometry"].variables:
+        _keep(run["geometry"].to_dataset()[["sigma_quantile"]], SPECTRA_KEPT)
     geometry = spectra(run)
     used = (geometry["ns_schedule"] >= 0).any("step").values
     if not used.any():
         raise ValueError("run: no optimizer in it orthogonalises (Muon does), so there is no Newton–Schulz residual to study")
-    return geometry.isel(matrix=np.flatnonzero(used))
+    return geometry if used.all() else geometry.isel(matrix=np.flatnonzero(used))
 
 
 def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
@@ -174,19 +195,29 @@ def residuals_of_records(geometry: xr.Dataset, schedules: Sequence[Coefficients]
 
     Spectra are read back once, and steps that schedules begin with alike are taken once.
     """
+    residual = np.full((len(schedules), *geometry["sigma_quantile"].shape[:2]), np.nan)
+    flat, chosen = residual.reshape(len(schedules), -1), list(enumerate(schedules))
+    for pairs, x in read_back(geometry):
+        found = np.empty((len(schedules), len(pairs)))
+        _residuals(x, chosen, found)
+        flat[:, pairs] = found
+    return residual
+
+
+def read_back(geometry: xr.Dataset) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float64]]]:
+    """All recorded spectra, shape (pairs, rank) and descending, with the (step, matrix) pairs they are of, as indices into those flattened.
+
+    So many at a time as a processor's cache holds: what is done to them is three times as fast as on all at once.
+    """
     stored = geometry["sigma_quantile"].values
     ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
-    residual = np.full((len(schedules), *stored.shape[:2]), np.nan)
+    place = np.arange(stored.shape[0] * stored.shape[1]).reshape(stored.shape[:2])
     for rank in np.unique(ranks):
-        own = ranks == rank
-        spectra, found = stored[:, own].reshape(-1, stored.shape[-1]), np.empty((len(schedules), len(stored) * int(own.sum())))
-        # So many at a time as a processor's cache holds: three times as fast as all at once.
+        own = place[:, ranks == rank].ravel()
         block = max(1, CACHED // int(rank))
-        for start in range(0, len(spectra), block):
-            own_block = slice(start, start + block)
-            _residuals(unsketch(spectra[own_block], int(rank)), list(enumerate(schedules)), found[:, own_block])
-        residual[:, :, own] = found.reshape(len(schedules), len(stored), -1)
-    return residual
+        for start in range(0, len(own), block):
+            pairs = own[start : start + block]
+            yield pairs, unsketch(stored.reshape(-1, stored.shape[-1])[pairs], int(rank))
 
 
 def _residuals(x: NDArray[np.float64], schedules: list[tuple[int, Coefficients]], out: NDArray[np.float64]) -> None:

@@ -62,7 +62,7 @@ def analyze(
     """Write tables and figures of every study and say what they mean."""
     from ..analysis import open_run
 
-    result = analyse_into(open_run(run), output or sibling(run, "-analysis"), study)
+    result = analyse_into(open_run(run), output or sibling(run, "-analysis"), study, path=run)
     if as_json:
         print_json(result)
         return
@@ -115,21 +115,25 @@ def check(
     raise typer.Exit(FINDINGS if failing else CLEAN)
 
 
-def analyse_into(run: "xr.DataTree", folder: Path, only: list[str] | None = None) -> dict[str, Any]:
-    """Run studies with progress on standard error; the report's content."""
+def analyse_into(run: "xr.DataTree", folder: Path, only: list[str] | None = None, *, path: Path | None = None) -> dict[str, Any]:
+    """Run studies with progress on standard error; the report's content. All studies of a large run at `path` are made by two processes."""
     from rich.progress import track
 
     from ..analysis import STUDIES
     from ..analysis.report_folder import analyse_study, finish_report
+    from ..analysis.two_processes import FINDINGS, analysed, pays
 
     if unknown := set(only or ()) - set(STUDIES):
         raise ValueError(f"--study: {', '.join(sorted(unknown))} is none of {', '.join(STUDIES)}")
     terminal = console(stderr=True)
-    said = {
-        name: analyse_study(run, name, folder, required=only is not None)
-        for name in track(only or STUDIES, "analysing", console=terminal, transient=True, disable=not terminal.is_terminal)
-    }
-    return finish_report(run, folder, said)
+    names = only or STUDIES
+    if only is None and path is not None and pays(run):
+        results = analysed(run, path, folder, names)
+    else:
+        results = ((name, analyse_study(run, name, folder, required=only is not None)) for name in names)
+    said = dict(track(results, "analysing", len(names), console=terminal, transient=True, disable=not terminal.is_terminal))
+    found = said.pop(FINDINGS, None)
+    return finish_report(run, folder, {name: said[name] for name in names}, found)
 
 
 def print_analysis(result: dict[str, Any]) -> None:

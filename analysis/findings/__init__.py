@@ -23,5 +23,6 @@ def check(run: xr.DataTree) -> list[Finding]:
     """
     if not any(run[group].sizes.get("step") for group in ("update", "geometry") if group in run.children):
         raise ValueError("run: no records yet; record at least one step")
+    run = update_size.with_alignment(run)
     found = [finding for rule in RULES for finding in rule(run)]
     return sorted(found, key=lambda finding: -SEVERITIES.index(finding.severity))

@@ -10,14 +10,24 @@ from ..studies import rms_alignment
 from .finding import Finding, count, group, names, typical
 from .size_causes import explain, growth
 
+ALIGNMENT = "alignment of 64 records"  # group of a run that has it ready
 # Records whose spectra are taken through the iteration; evenly spaced, they tell a scaling as well as all do.
 RECORDS = 64
 # Update RMS over AdamW's 0.2 outside of which a learning rate is not AdamW's.
 SHARED = (0.7, 1.5)
 
 
+def with_alignment(run: xr.DataTree) -> xr.DataTree:
+    """The run with `alignment` made once, for all rules that read it."""
+    found = run.copy()
+    found[ALIGNMENT] = xr.DataTree(alignment(run))
+    return found
+
+
 def alignment(run: xr.DataTree) -> xr.Dataset:
     """`studies.rms_alignment` of at most 64 records; empty without update records."""
+    if ALIGNMENT in run.children:
+        return run[ALIGNMENT].to_dataset()
     update, geometry = group(run, "update"), group(run, "geometry")
     if not update.sizes["step"]:
         return xr.Dataset()

@@ -102,16 +102,18 @@ def _bars(dataset: xr.Dataset, predictor: str) -> str:
 
 def _log10_spread(geometry: xr.Dataset) -> xr.DataArray:
     """log10 σ_1/σ_{.95r}, from the stored singular values: linear in log σ at level 0.05."""
-    logs = np.log10(np.maximum(geometry["sigma_quantile"].values.astype(np.float64), TINY))
-    levels = geometry["quantile_level"].values
-    low = np.empty(logs.shape[:2])
+    stored, levels = geometry["sigma_quantile"].values, geometry["quantile_level"].values
     # Where level 0.05 lies depends on the matrix only.
-    for j, level in enumerate(levels):
-        right = int(np.clip(np.searchsorted(level, 0.05), 1, len(level) - 1))
-        gap = level[right] - level[right - 1]
-        share = (0.05 - level[right - 1]) / gap if gap > 0 else 0.0
-        low[:, j] = logs[:, j, right - 1] + share * (logs[:, j, right] - logs[:, j, right - 1])
-    return xr.DataArray(logs[..., -1] - low, dims=("step", "matrix"))
+    right = np.clip((levels < 0.05).sum(axis=-1), 1, levels.shape[-1] - 1)
+    matrix = np.arange(len(levels))
+    below, above = levels[matrix, right - 1], levels[matrix, right]
+    gap = above - below
+    share = np.divide(0.05 - below, gap, out=np.zeros_like(gap), where=gap > 0)
+    largest, high, low = (
+        np.log10(np.maximum(chosen.astype(np.float64), TINY))
+        for chosen in (stored[..., -1], stored[:, matrix, right], stored[:, matrix, right - 1])
+    )
+    return xr.DataArray(largest - low - share * (high - low), dims=("step", "matrix"))
 
 
 def _pearson_interval(x: NDArray[np.float64], y: NDArray[np.float64], layers: NDArray[np.int64]) -> tuple[float, float]:

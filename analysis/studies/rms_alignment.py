@@ -12,12 +12,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...diagnostics.newton_schulz import ns_map
-from ...diagnostics.spectrum_sketch import unsketch
 from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
 from ..bootstrap import median_interval, medians_by, with_interval
 from ..figures import FEW, axes, finish, intervals, operator_palette
 from ..nan_quantile import nan_quantile
-from ..run import evenly_spread, ns_schedules, operators_of, own_residual, records
+from ..run import evenly_spread, ns_schedules, operators_of, own_residual, read_back, records
 
 QUESTION = "Are update sizes what they are meant to be?"
 READING = (
@@ -31,6 +30,7 @@ UNDER_LIFTED = 0.5
 # How far a may lie outside the bound: reading ΔW and bfloat16 arithmetic each move it by under 1 %.
 SLACK = 0.02
 DRAWN = 64  # records
+SPLIT = 64  # records whose spectra are taken through the iteration
 ENDS = ("_low", "", "_high")
 
 
@@ -40,7 +40,8 @@ def study(run: xr.DataTree) -> xr.Dataset:
     Variables (step, matrix): `update_rms_per_lr` (of the update that the optimizer intended, where weights are too coarse to tell it
     and that was recorded); `alignment` a (missing without orthogonalisation); `to_adamw` (RMS over
     0.2, the size that lets a learning rate be shared with AdamW); `residual` ε̃ predicted for the steps in force;
-    `under_lifted` and `band`, which add up to the predicted a² − 1; `off_target`: a outside √(1 ± ε̃) by more than 2 %,
+    `under_lifted` and `band`, which add up to the predicted a² − 1, of at most 64 evenly spread records (attributes `split_records` of
+    `records`) and missing in the others, as each spectrum is mapped anew; `off_target`: a outside √(1 ± ε̃) by more than 2 %,
     where the update could be read back (rounding noise up to 0.01) or the intended one is known. Medians over matrices, each with its
     median over the records, with `_low` and `_high`, 95 % over layers: `median_alignment` and `median_update_rms_per_lr` (of_operator),
     `median_to_adamw` (of_optimizer), and `overall_alignment` of all that are orthogonalised.
@@ -48,7 +49,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     Raises:
         ValueError: no update records.
     """
-    update = records(run, "update").load()
+    update = records(run, "update")
     # Without its texts, which would go on to what is computed from it.
     applied = update["update_rms_per_lr"].drop_attrs()
     intended = update["update_rms_intended"].drop_attrs() if "update_rms_intended" in update else xr.full_like(applied, np.nan)
@@ -60,14 +61,16 @@ def study(run: xr.DataTree) -> xr.Dataset:
     result = result.assign(residual=missing, under_lifted=missing.copy(), band=missing.copy(), off_target=xr.zeros_like(per_lr, dtype=bool))
     if "geometry" not in run.children or not run["geometry"].sizes.get("step"):
         return result
-    geometry = records(run, "geometry").load()
+    geometry = records(run, "geometry")
     # A run may have been continued with other groups: only records and matrices that both groups have.
     _, steps, steps_there = np.intersect1d(update["step"].values, geometry["step"].values, return_indices=True)
     _, here, there = np.intersect1d(update["name"].values, geometry["name"].values, return_indices=True)
     geometry = geometry.isel(step=steps_there, matrix=there)
-    low, band = _split(geometry)
-    for name, values in (("residual", own_residual(geometry).values), ("under_lifted", low), ("band", band)):
-        result[name].values[np.ix_(steps, here)] = values
+    result["residual"].values[np.ix_(steps, here)] = own_residual(geometry).values
+    few = evenly_spread(len(steps), SPLIT)
+    for name, values in zip(("under_lifted", "band"), _split(geometry.isel(step=few)), strict=True):
+        result[name].values[np.ix_(steps[few], here)] = values
+    result.attrs |= {"split_records": len(few), "records": len(steps)}
     square, residual = result["alignment"] ** 2, result["residual"]
     upper, lower = np.sqrt(1 + residual) * (1 + SLACK), np.sqrt(np.maximum(1 - residual, 0)) * (1 - SLACK)
     readable = (update["update_noise"].drop_attrs() <= READABLE_NOISE) | np.isfinite(intended)
@@ -98,8 +101,8 @@ def plot(dataset: xr.Dataset) -> Figure:
     """Left: a per operator, at most 64 evenly spread records. Middle: update RMS per learning rate over training, with AdamW's 0.2. Right: in all."""
     operators = operators_of(dataset)
     palette = operator_palette(operators)
-    shown = dataset.isel(step=evenly_spread(dataset.sizes["step"], DRAWN))
-    table = shown[["alignment", "update_rms_per_lr"]].to_dataframe().reset_index()
+    drawn = dataset.isel(step=evenly_spread(dataset.sizes["step"], DRAWN))
+    table = drawn[["alignment", "update_rms_per_lr"]].to_dataframe().reset_index()
     aligned = table.dropna(subset=["alignment"])
     several = len(set(table["optimizer"])) > 1
     figure, (left, middle, right) = axes(3, width=5.2)
@@ -172,6 +175,9 @@ def summary(dataset: xr.Dataset) -> str:
     if known:
         low, a, high = map(float, _bars(dataset, "overall_alignment"))
         text += f" Orthogonalised updates have {with_interval(a, low, high, '.2f')} times the size of an exact polar factor; {int(dataset['off_target'].sum())} of {known} lie outside what their residual explains."
+    split, of = (dataset.attrs.get(name, 0) for name in ("split_records", "records"))
+    if split < of:
+        text += f" What of a residual is under-lifted and what is the coefficients' band is told over {split} of {of:,} records."
     return text
 
 
@@ -182,17 +188,16 @@ def _bars(dataset: xr.Dataset, name: str) -> NDArray[np.float64]:
 
 def _split(geometry: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     """Predicted a² − 1 = mean(o² − 1), split into values with o < 0.5 and the rest; each (step, matrix)."""
-    stored, index = geometry["sigma_quantile"].values, geometry["ns_schedule"].values
-    ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
+    index = geometry["ns_schedule"].values
+    # The stored singular values are those of M/‖M‖_F: not of what an iteration of another scaling started from.
+    schedules = [(i, schedule) for i, schedule in enumerate(ns_schedules(geometry)) if schedule.scaling == "frobenius"]
     low, band = np.full(index.shape, np.nan), np.full(index.shape, np.nan)
-    for i, schedule in enumerate(ns_schedules(geometry)):
-        if schedule.scaling != "frobenius":
-            continue  # the stored singular values are those of M/‖M‖_F, not of what the iteration started from
-        for rank in np.unique(ranks):
-            own = ranks == rank
-            o = ns_map(unsketch(stored[:, own], int(rank)), schedule.coefficients)
-            excess, under = o * o - 1, o < UNDER_LIFTED
-            chosen = index[:, own] == i
-            low[:, own] = np.where(chosen, np.where(under, excess, 0).mean(axis=-1), low[:, own])
-            band[:, own] = np.where(chosen, np.where(under, 0, excess).mean(axis=-1), band[:, own])
+    for pairs, x in read_back(geometry):
+        for i, schedule in schedules:
+            own = index.ravel()[pairs] == i
+            if own.any():
+                o = ns_map(x[own], schedule.coefficients)
+                excess, under = o * o - 1, o < UNDER_LIFTED
+                low.ravel()[pairs[own]] = np.where(under, excess, 0).mean(axis=-1)
+                band.ravel()[pairs[own]] = np.where(under, 0, excess).mean(axis=-1)
     return low, band
