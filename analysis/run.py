@@ -52,7 +52,7 @@ def open_run(path: str | Path) -> xr.DataTree:
 
 
 def records(run: xr.DataTree, group: str) -> xr.Dataset:
-    """One group of a run, names as plain strings.
+    """One group of a run, names as plain strings. What has one number per matrix and record is read, once for an opened run; all else when used.
 
     Raises:
         ValueError: the run has no records of that group; the text says how to record them.
@@ -60,7 +60,7 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
         raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
-    _keep(dataset)
+    _keep(dataset[[name for name, variable in dataset.data_vars.items() if variable.ndim < 3]], KEPT)
     # Zarr gives NumPy's variable-width strings, which few functions take.
     texts = {
         name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str))
@@ -70,10 +70,10 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
 
 
-def _keep(dataset: xr.Dataset, most: int = KEPT) -> None:
-    """Read what is small; a group's dataset shares its variables with the tree, so that the next study need not."""
+def _keep(dataset: xr.Dataset, most: int) -> None:
+    """Read arrays of up to `most` bytes; a group's dataset shares its variables with the tree, so that the next study need not."""
     for variable in dataset.variables.values():
-        if variable.nbytes <= KEPT:
+        if variable.nbytes <= min(most, KEPT):
             variable.load()
         elif variable.nbytes <= most:
             # Some records at a time: read at once it would be in memory three times, packed and unpacked too.
@@ -167,8 +167,9 @@ def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     Raises:
         ValueError: there are none, or none has a spectrum.
     """
-    if "geometry" in run.children and "sigma_quantile" in run["geometry"].variables:
-        _keep(run["geometry"].to_dataset()[["sigma_quantile"]], SPECTRA_KEPT)
+    if "geometry" in run.children:
+        whole = run["geometry"].to_dataset()
+        _keep(whole[[name for name in ("sigma_quantile", "ns_residual") if name in whole]], SPECTRA_KEPT)
     geometry = spectra(run)
     used = (geometry["ns_schedule"] >= 0).any("step").values
     if not used.any():
