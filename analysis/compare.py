@@ -10,6 +10,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 from numpy.typing import ArrayLike
 from scipy import stats
 
@@ -159,6 +160,8 @@ def plot(dataset: xr.Dataset) -> Figure:
     figure, panels = axes(len(units) + 1, width=4.8, height=4.2)
     for ax, unit in zip(panels, units, strict=False):
         _curves(ax, dataset, unit, colours)
+        if unit != "seconds":
+            ax.xaxis.set_major_formatter(EngFormatter(sep=""))
         finish(ax, title=f"Smoothed over {dataset.attrs['time_constant']:.3g} steps" if ax is panels[0] else "Over wall time", x=UNITS[unit],
                y=dataset.attrs["loss_name"] if ax is panels[0] else "")  # fmt: skip
     _last(panels[-1], dataset, colours)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from ..diagnostics.operators import OPERATORS
 
 FEW = 12  # records that are marked one by one
+STEP = "optimizer step"
 WIDEST = 13.0  # inches: a page shrinks what is wider until its text cannot be read
 
 
@@ -46,6 +47,8 @@ def finish(ax: Axes, *, title: str, x: str, y: str, log_x: bool = False, log_y: 
     ax.set_title(title, fontsize=10)
     ax.set_xlabel(x)
     ax.set_ylabel(y)
+    if x == STEP:  # there is no half a step
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     for log, axis, set_scale in ((log_x, ax.xaxis, ax.set_xscale), (log_y, ax.yaxis, ax.set_yscale)):
         if log:
             set_scale("log")
@@ -92,7 +95,6 @@ def operator_lines(ax: Axes, dataset: xr.Dataset, name: str, *, legend: bool = T
         legend=legend,
         errorbar=None,
     )
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=7))
     if f"{name}_lower" in dataset:
         for o in operators:
             one = dataset.sel(operator=o)

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-# 64 kB in float64: temporaries stay in the cache, and below the 128 kB from which malloc asks the kernel for each anew, which took three
-# times as long for a matrix of 256 × 128. At 4096 × 4096 panels eight times as large are 20 % quicker.
+# 64 kB in float64: temporaries stay in the cache, and below the 128 kB from which malloc asks the kernel for each anew: four times as
+# large they take 2.8 times as long for a matrix of 256 × 128 (0.59 ms against 0.21 for `rank1`). At 4096 × 4096 they are 10 to 25 % quicker.
 _ELEMENTS = 1 << 13
 
 

@@ -101,6 +101,8 @@ def summary(dataset: xr.Dataset) -> str:
     shape = f" Shape alone correlates {np.corrcoef(found, null)[0, 1]:.2f} with that ranking." if comparable else ""
     hardest, easiest = (_told(dataset, "overall", o, ".3g") for o in (overall.index[-1], overall.index[0]))
     above = _told(dataset, "overall_excess", excess.index[-1], "+.1f")
+    if len(overall) == 1:
+        return f"Median κ of {overall.index[0]}: {hardest}; in decades above what its shape explains: {above}."
     return (
         f"Hardest operator by median κ: {overall.index[-1]}, {hardest}; easiest: {overall.index[0]}, {easiest}. "
         f"Above what its shape explains, {excess.index[-1]} is hardest, in decades by {above}.{shape}"

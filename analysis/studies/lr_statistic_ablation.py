@@ -67,7 +67,11 @@ def plot(dataset: xr.Dataset) -> Figure:
     ax.grid(visible=False, axis="x")
     ax.legend(title="statistic of v")
     finish(
-        ax, title="Learning rate per block, made from a statistic of v; bars: 95 % over layers", x="operator", y="cosine with Adam's update"
+        ax,
+        title="One rate per block, from a statistic of v"
+        + ("; whiskers: 95 % over layers" if dataset["cosine_low"].notnull().any() else ""),
+        x="operator",
+        y="cosine with Adam's update",
     )
     return figure
 

@@ -154,7 +154,7 @@ def _panel(ax: Axes, one: xr.Dataset) -> None:
             operator, (float(own["most"]), y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7, annotation_clip=False
         )
     ax.set_ylim(bottom * 10 ** (-0.28 * (len(known) + 1)), max(3.0, min(high, 1e3) * 1.6 if np.isfinite(high) else 1e3))
-    ax.set_xlim(left, 6 if known else 1.2)
+    ax.set_xlim(left, 15 if known else 1.2)
 
 
 def summary(dataset: xr.Dataset) -> str:

@@ -190,17 +190,20 @@ def _bars(ax: Axes, dataset: xr.Dataset) -> None:
     names = [f"{q} {o}" for q, o in zip(top["quantity"].values, top["of_operator"].values, strict=True)]
     colours = sns.color_palette("deep")
     signs = top["moved"].values > 0
+    threshold = float(dataset.attrs["threshold"])
+    # Behind the dashed line, which would cross a number beside a shorter bar.
+    beyond = np.maximum(top["ratio"].values, threshold)
     ax.barh(range(len(names)), top["ratio"].values, color=[colours[3] if up else colours[0] for up in signs])
     for i, (score, up) in enumerate(zip(top["score"].values, signs, strict=True)):
         ax.annotate(
             f"{'+' if up else '−'}{score:.1f}",
-            (float(top["ratio"][i]), i),
+            (beyond[i], i),
             xytext=(3, 0),
             textcoords="offset points",
             va="center",
             fontsize=7,
         )
-    ax.axvline(dataset.attrs["threshold"], color="0.3", linestyle="--", linewidth=1)
+    ax.axvline(threshold, color="0.3", linestyle="--", linewidth=1)
     ax.set_yticks(range(len(names)), names, fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.12)

@@ -90,7 +90,7 @@ def test_against_blocks_one_by_one(operator, zeros):
     _, blocks = row_blocks(operator, 64, 48, (4, 2))
     found = within_blocks(v, blocks, m)
     dispersion, ratio, cv2, step, cosine = naive(v, blocks, m)
-    # Largest relative difference seen: 4e-15.
+    # Largest relative difference measured: 1.1e-14, of float64 sums in another order.
     assert (found.dispersion, found.variance_ratio, found.step_ratio) == pytest.approx((dispersion, ratio, step), rel=1e-12)
     np.testing.assert_allclose(found.cosine, cosine, rtol=1e-12)
     assert found.cv2 == pytest.approx(cv2, rel=1e-12)

@@ -74,8 +74,9 @@ def test_gradients_that_are_kronecker_have_a_rank_one_second_moment_in_the_eigen
     gradients = a @ generator.standard_normal((samples, 4, 3)) @ b
     q_left, q_right = np.linalg.eigh(a @ a.T)[1], np.linalg.eigh(b.T @ b)[1]
     information = rank1(np.mean((q_left.T @ gradients @ q_right) ** 2, 0)).information
-    # 2·samples·MI of such means is at most about χ² with 6 degrees of freedom, twice as wide (squares of normals): mean 12/8000.
-    assert information < 5 * 12 / (2 * samples)
+    # 2·samples·MI is about Σ p δ² of means whose δ has variance 2, p the shares of the 12 elements: 6/12 of that for equal shares, less for
+    # unequal ones. Over 400 seeds, factors drawn anew: mean 0.34, at most 1.7.
+    assert information < 4 / (2 * samples)
     # Of two such kinds of gradients, one to the other as the axes are turned round, no factors tell.
     mixed = np.concatenate([gradients, gradients[:, ::-1, ::-1]])
     assert rank1(np.mean((q_left.T @ mixed @ q_right) ** 2, 0)).information > 10 * information

@@ -60,7 +60,7 @@ def test_the_signal_to_noise_ratio_of_adam_reaches_its_bound(betas: tuple[float,
 
 
 def test_noise_gives_adams_update_the_rms_of_theory(tmp_path: Path) -> None:
-    """√((1 − β₁)/(1 + β₁)) = 0.2294 of i.i.d. gradients. 64 × 64, 400 steps, seed 0: a standard deviation of 0.0025."""
+    """√((1 − β₁)/(1 + β₁)) = 0.2294 of i.i.d. gradients. 64 × 64, 400 steps: over 100 seeds 0.2296 with a standard deviation of 0.0021."""
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(64, 64, generator=generator) for _ in range(400)]
     run, _, _ = train(
@@ -90,7 +90,7 @@ def test_adamws_first_step_moves_every_weight_by_the_learning_rate(tmp_path: Pat
 
 def test_weights_of_adamw_settle_at_the_rms_of_theory(tmp_path: Path) -> None:
     """RMS(W) = RMS(u)·√(η/2λ) for updates u that do not hang together: β₁ = 0, i.i.d. gradients. The mean over 20 records, 1,000 entries
-    each, that are several 1/(ηλ) = 100 steps apart: a relative standard deviation of 0.5 %."""
+    each, 1/(ηλ) = 100 steps apart: over 100 seeds 0.4 % above (0.25 % are of finite steps, 1/√(1 − ηλ/2)) with a standard deviation of 0.8 %."""
     lr, decay, steps = 0.1, 0.1, 2500
     generator = torch.Generator().manual_seed(0)
     gradients = [torch.randn(50, 20, generator=generator) for _ in range(steps)]
