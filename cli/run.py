@@ -37,7 +37,8 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
     for group, records in described["groups"].items():
         say(
             group,
-            f"{records['records']} records" + (f", steps {records['first_step']} to {records['last_step']}" if records["records"] else ""),
+            f"{records['records']} record{'' if records['records'] == 1 else 's'}"
+            + (f", steps {records['first_step']} to {records['last_step']}" if records["records"] else ""),
         )
     if described["operators"]:
         print_table(
