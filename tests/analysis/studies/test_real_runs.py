@@ -64,7 +64,9 @@ def train(store, model, optimizers, steps, measure, data, loss_of, curvature=Fal
                 optimizer.step()
             recorder.log(loss=loss)
             if curvature and step == steps - 1:
-                recorder.curvature(lambda: loss_of(data), logits_fn=lambda: model(data), probes=4, block_probes=1, draws=2, exact=32)
+                # What is dear, of three matrices alone; of what both calls measure the later one's values stay.
+                recorder.curvature(lambda: loss_of(data), block_probes=1, exact=16, only=r"q_proj")
+                recorder.curvature(lambda: loss_of(data), logits_fn=lambda: model(data), probes=4, draws=2)
     return analysis.open_run(store)
 
 
