@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import xarray as xr
+from numpy.typing import NDArray
 
 from .answer import Answer, ask
 from .figures import settle
@@ -18,6 +21,7 @@ ROWS = 20_000  # of a table: a million take longer to write than all studies to 
 def analyse_study(run: xr.DataTree, name: str, folder: Path, *, required: bool) -> dict[str, Any]:
     """Run one study, write its figure and tables into `folder`, and give its sentence.
 
+    Tables that hold evenly spread records only (`write_answer`) are told under `tables_of`: "285 of 2000 step".
     A study that a run does not allow (no orthogonalised matrix, say) is skipped with the reason, unless `required`.
     """
     try:
@@ -26,7 +30,9 @@ def analyse_study(run: xr.DataTree, name: str, folder: Path, *, required: bool) 
         if required:
             raise
         return {"summary": f"skipped: {error}", "files": [], "skipped": True}
-    return {"summary": answer.summary, "files": write_answer(answer, name, folder), "skipped": False}
+    said = {"summary": answer.summary, "files": write_answer(answer, name, folder), "skipped": False}
+    few = {f"{name}.{dims}.csv": kept for dims, table in answer.tables().items() if (kept := _thinned_to(table))}
+    return {**said, "tables_of": few} if few else said
 
 
 def write_answer(answer: Answer, name: str, folder: Path) -> list[str]:
@@ -68,6 +74,18 @@ def found_in(run: xr.DataTree) -> list[dict[str, Any]]:
 
 
 def _thinned(table: xr.Dataset) -> xr.Dataset:
+    along, kept = _kept(table)
+    return table.isel({along: kept}) if len(kept) < table.sizes[along] else table
+
+
+def _thinned_to(table: xr.Dataset) -> str:
+    """How many of what a table is of, where that is not all."""
+    along, kept = _kept(table)
+    return f"{len(kept)} of {table.sizes[along]} {along}" if len(kept) < table.sizes[along] else ""
+
+
+def _kept(table: xr.Dataset) -> tuple[Hashable, NDArray[np.int64]]:
+    """The first dimension, and which of its coordinates a table of at most `ROWS` rows has."""
     along = next(iter(table.data_vars.values())).dims[0]
     count, rows = table.sizes[along], math.prod(table.sizes.values())
-    return table if rows <= ROWS else table.isel({along: evenly_spread(count, max(1, count * ROWS // rows))})
+    return along, evenly_spread(count, count if rows <= ROWS else max(1, count * ROWS // rows))

@@ -75,7 +75,7 @@ def _keep(dataset: xr.Dataset, most: int) -> None:
     for variable in dataset.variables.values():
         if variable.nbytes <= min(most, KEPT):
             variable.load()
-        elif variable.nbytes <= most:
+        elif variable.nbytes <= most and not isinstance(variable._data, np.ndarray):
             # Some records at a time: read at once it would be in memory three times, packed and unpacked too.
             read = np.empty(variable.shape, variable.dtype)
             for start in range(0, len(read), READ):

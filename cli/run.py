@@ -142,7 +142,9 @@ def print_analysis(result: dict[str, Any]) -> None:
     for name, said in result["studies"].items():
         say(name, said["summary"])
     _print_findings(result["findings"])
-    say("figures and tables", result["folder"])
+    few = sum(len(said.get("tables_of", ())) for said in result["studies"].values())
+    spread = f"; {few} tables hold evenly spread records, which summary.json counts" if few else ""
+    say("figures and tables", result["folder"] + spread)
 
 
 def print_schedule(found: "Schedule", path: Path) -> None:

@@ -63,7 +63,8 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
     operators = [str(o) for o in in_window["operator"].values]
     if len(operators) < 2:
         raise ValueError(f"run: all orthogonalised matrices are {operators[0]}, so there is nothing to allocate steps between")
-    geometry = geometry.isel(matrix=np.isin(geometry["operator"].values, operators))
+    known = np.isin(geometry["operator"].values, operators)
+    geometry = geometry if known.all() else geometry.isel(matrix=known)
     cost = step_costs(geometry, operators)
     weight = [int((geometry["operator"].values == o).sum()) for o in operators]
 
