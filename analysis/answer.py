@@ -37,11 +37,11 @@ class Answer:
         return figure
 
     def tables(self) -> dict[str, xr.Dataset]:
-        """The dataset by sets of dimensions, under their names joined: variables of different dimensions share no rows of a table."""
+        """The dataset by sets of dimensions, under their names joined: variables of different dimensions share no rows of a table. Empty ones are left out."""
         by_dimensions: dict[tuple[str, ...], list[str]] = defaultdict(list)
         for variable in self.dataset.data_vars:
             by_dimensions[tuple(map(str, self.dataset[variable].dims))].append(str(variable))
-        return {"-".join(dims): self.dataset[names] for dims, names in by_dimensions.items() if dims}
+        return {"-".join(dims): self.dataset[names] for dims, names in by_dimensions.items() if dims and self.dataset[names[0]].size}
 
 
 def ask(run: xr.DataTree, name: str) -> Answer:
