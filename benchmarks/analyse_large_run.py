@@ -10,7 +10,7 @@ log-linear spectra with scatter, ranks of 256 to 1,024, residuals from these spe
 
 A command is run as a user would, in a process of its own with the threads that the libraries choose, after one run that is thrown away
 (the first after an installation compiles). Wall time, CPU time of all processes, and peak memory: the proportional set size (PSS) of the
-process and its children, summed, sampled every 20 ms, in which pages that processes share count once.
+process and its children, summed, sampled every 200 ms, in which pages that processes share count once.
 """
 
 import argparse
@@ -180,7 +180,7 @@ def measured(command: list[str]) -> str:
     peak = 0.0
     while process.poll() is None:
         peak = max(peak, sum(proportional_set(pid) for pid in family(process.pid)))
-        time.sleep(0.02)
+        time.sleep(0.2)
     wall, after = time.perf_counter() - wall, os.times()
     cpu = after.children_user + after.children_system - before.children_user - before.children_system
     errors = process.stderr.read().decode() if process.stderr else ""
