@@ -1,0 +1,34 @@
+"""The lists in docs/ hold what the code has, no more and no less."""
+
+import ast
+import re
+from importlib import import_module
+from pathlib import Path
+
+from optiscope.analysis import STUDIES
+
+ROOT = Path(__file__).parents[1]
+
+
+def rows(path):
+    """Names in backquotes in the first column of every table row."""
+    lines = (ROOT / "docs" / path).read_text(encoding="utf-8").splitlines()
+    return [name for line in lines if line.startswith("| `") for name in re.findall(r"`(\w+)`", line.split("|")[1])]
+
+
+def test_every_study_is_listed_with_its_question():
+    assert rows("studies.md") == list(STUDIES)
+    text = (ROOT / "docs" / "studies.md").read_text(encoding="utf-8")
+    for name in (*(f"studies.{study}" for study in STUDIES), "compare"):
+        assert import_module(f"optiscope.analysis.{name}").QUESTION in text
+
+
+def test_every_finding_is_listed():
+    calls = [
+        node
+        for path in (ROOT / "analysis" / "findings").glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Finding"
+    ]
+    assert len(calls) > 20
+    assert sorted(rows("findings.md")) == sorted({ast.literal_eval(call.args[0]) for call in calls})
