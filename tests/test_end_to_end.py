@@ -7,8 +7,7 @@ import pytest
 
 from optiscope import analysis
 from optiscope.analysis import derive_schedule, open_run
-from optiscope.analysis.run import ns_schedules, orthogonalised, own_residual
-from optiscope.analysis.studies.residual_curves import residual_of_records
+from optiscope.analysis.run import ns_schedules, orthogonalised, own_residual, residual_of_records
 from optiscope.diagnostics import Schedule, matched_coefficients
 from optiscope.examples.byte_llama import SHORT, ByteLlama, Config, batches, language_reference, train
 

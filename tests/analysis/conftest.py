@@ -62,6 +62,8 @@ def build_run():
             "rows": ("matrix", np.array([m["shape"][0] for m in described])),
             "cols": ("matrix", np.array([m["shape"][1] for m in described])),
             "optimizer": ("matrix", np.array([m["optimizer"] for m in described], dtype=text)),
+            "query_heads": ("matrix", np.zeros(len(names), dtype="int32")),
+            "kv_heads": ("matrix", np.zeros(len(names), dtype="int32")),
             "step": steps,
         }
         levels = np.stack([sketch_levels(min(m["shape"])) for m in described])

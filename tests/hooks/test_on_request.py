@@ -14,7 +14,7 @@ from contract.harness import Case, as_list, plain_step, same, tensors_in
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Muon
 
-from optiscope.diagnostics.catalogue import DEFAULT_GROUPS, GROUPS, ON_REQUEST, in_group
+from optiscope.diagnostics.catalogue import DEFAULT_GROUPS, MEASURES, ON_REQUEST, in_group
 from optiscope.examples.optimizers.aro import ARO, BASES
 from optiscope.examples.optimizers.mars_m import MARSM
 from optiscope.examples.optimizers.teon import TEON
@@ -101,7 +101,7 @@ def test_what_stands_in_them(tmp_path: Path, read: Read) -> None:
     model = Tower()
     gradients: list[dict[str, np.ndarray]] = []
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
-    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=GROUPS, on_error="raise"):
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=MEASURES, on_error="raise"):
         for step in range(2):
             model.backward(step)
             gradients.append({name: p.grad.double().numpy() for name, p in model.named_parameters() if p.grad is not None})
@@ -146,7 +146,7 @@ def test_a_transposed_fused_projection_is_cut_by_columns(tmp_path: Path, read: R
 def test_layers_that_come_later_get_blocks_and_pairs(tmp_path: Path, read: Read) -> None:
     model = Tower(3)
     optimizer = AdamW(model.layers[:2].parameters())
-    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=GROUPS, on_error="raise"):
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=MEASURES, on_error="raise"):
         for step in range(4):
             if step == 2:
                 optimizer.add_param_group({"params": list(model.layers[2].parameters())})
@@ -177,7 +177,7 @@ def compose_names(model: Tower) -> dict[str, list[str]]:
 def test_a_pair_ends_with_one_of_its_layers(tmp_path: Path, read: Read) -> None:
     model = Tower(3)
     optimizer = SGD(model.parameters(), lr=0.1)
-    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=GROUPS, on_error="raise"):
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=MEASURES, on_error="raise"):
         model.backward(0)
         optimizer.step()
         optimizer.param_groups[0]["params"] = [*model.layers[0].parameters(), *model.layers[1].parameters()]
@@ -192,7 +192,7 @@ def test_a_pair_ends_with_one_of_its_layers(tmp_path: Path, read: Read) -> None:
 def test_a_continued_run_finds_its_blocks_and_pairs(tmp_path: Path, read: Read) -> None:
     model = Tower()
     for _ in range(2):
-        train(model, SGD(model.parameters(), lr=0.1), tmp_path / "run.zarr", measure=GROUPS)
+        train(model, SGD(model.parameters(), lr=0.1), tmp_path / "run.zarr", measure=MEASURES)
     run = read(tmp_path / "run.zarr")
     assert {group: len(names(run, group)) for group in ("blocks", "stacking")} == {"blocks": 38, "stacking": 3}
     assert run["stacking"].sizes["step"] == 4
@@ -210,7 +210,7 @@ def test_heads_that_are_told(tmp_path: Path, read: Read) -> None:
 def test_stacks_of_teon_are_problems_and_its_layers_pairs(tmp_path: Path, read: Read) -> None:
     model = Tower()
     pairs = list(zip(*(layer.parameters() for layer in model.layers), strict=True))
-    train(model, TEON([{"params": list(pair)} for pair in pairs]), tmp_path / "run.zarr", measure=GROUPS)
+    train(model, TEON([{"params": list(pair)} for pair in pairs]), tmp_path / "run.zarr", measure=MEASURES)
     run = read(tmp_path / "run.zarr")
     joined = [f"layers.0.{name}.weight|layers.1.{name}.weight" for name in ("c_attn", "q_proj", "up_proj")]
     for group in ("geometry", "gradient", "precision", "stacking"):
@@ -338,7 +338,7 @@ def trace_of(case: Case, store: Path | None) -> list[Tensor]:
     model = case.model()
     built = case.build(model)
     data = torch.randint(24, (3, 8, 13), generator=torch.Generator().manual_seed(1))
-    recorder = attach(built, model, store, every=1, measure=GROUPS, on_error="raise") if store else None
+    recorder = attach(built, model, store, every=1, measure=MEASURES, on_error="raise") if store else None
     trace: list[Tensor] = []
     for batch in data:
 

@@ -98,7 +98,7 @@ def test_a_single_outlier_is_no_scaling(run_with, build_run):
 def test_updates_lost_in_rounding_are_not_called_off_target(run_with):
     """With coarse weights the size read back is not the size that was meant: bfloat16 drops most small updates."""
     changes = {name: {"size": 0.1, "update": {"update_noise": 5.0}} for name in (Q, UP)}
-    assert {finding.rule for finding in check(run_with(changes))} == {"update_rounded", "rms_not_matched"}
+    assert {finding.rule for finding in check(run_with(changes))} == {"update_rounded"}
 
 
 def test_bfloat16_weights_really_are_read_so(tmp_path):
