@@ -2,9 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/group_costs.py
 
-The recorder's own clock over 20 recorded steps from step 40 on (64 records would be a whole chunk; those left open are written at
-close, and sizes are of complete runs of 64 records). Groups on request are measured beside the default ones, and what they
-add is the difference, the median over five repetitions in turn.
+The recorder's own CPU clock over 8 recorded steps from step 20 on. Groups on request are measured beside the default ones, and what
+they add is the difference, the median over three repetitions in turn. Bytes are those of whole chunks of 64 records.
 """
 
 import tempfile
@@ -17,7 +16,7 @@ from recorder_overhead import Training, chunk_sizes
 from optiscope.diagnostics.catalogue import DEFAULT_GROUPS, ON_REQUEST
 from optiscope.hooks import attach
 
-RECORDS, REPETITIONS = 20, 5
+RECORDS, REPETITIONS = 8, 3
 
 
 def milliseconds(training: Training, measure: tuple[str, ...]) -> float:
@@ -32,25 +31,25 @@ def milliseconds(training: Training, measure: tuple[str, ...]) -> float:
     return 1e3 * spent / RECORDS
 
 
-def kilobytes(training: Training, group: str) -> float:
-    """Compressed bytes of one record of a group, from a whole chunk of 64."""
+def kilobytes(training: Training, groups: tuple[str, ...]) -> dict[str, float]:
+    """Compressed bytes of one record by group, from a whole chunk of 64."""
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder) / "run.zarr"
-        recorder = attach(training.optimizers, training.model, store, every=1, measure=(group,))
+        recorder = attach(training.optimizers, training.model, store, every=1, measure=groups)
         training.run(64, recorder)
         recorder.close()
-        return sum(chunk_sizes(store / group)) / 1e3 / 64
+        return {group: sum(chunk_sizes(store / group)) / 1e3 / 64 for group in groups}
 
 
 def main() -> None:
     print(machine())
     training = Training()
-    training.run(40)
+    training.run(20)
     sets = {"default": DEFAULT_GROUPS, **{group: (*DEFAULT_GROUPS, group) for group in ON_REQUEST}}
     cost = np.array([[milliseconds(training, measure) for measure in sets.values()] for _ in range(REPETITIONS)])
     extra = np.median(cost - cost[:, :1], axis=0)
     default = float(np.median(cost[:, 0]))
-    size = {group: kilobytes(training, group) for group in (*DEFAULT_GROUPS, *ON_REQUEST)}
+    size = kilobytes(training, (*DEFAULT_GROUPS, *ON_REQUEST))
     print(f"{', '.join(DEFAULT_GROUPS)}: {default:.0f} ms, {sum(size[g] for g in DEFAULT_GROUPS):.1f} kB a record")
     for group, more in zip(ON_REQUEST, extra[1:], strict=True):
         print(f"{group:18s} +{more:5.1f} ms ({more / default:+.0%})  +{size[group]:.1f} kB")
