@@ -9,7 +9,7 @@ import xarray as xr
 
 from ..diagnostics.newton_schulz import ns_flops
 from ..diagnostics.schedule import OperatorSchedule, Schedule
-from ..diagnostics.spectrum import precision_floor
+from ..diagnostics.spectrum import BFLOAT16_ROUNDOFF, precision_floor
 from ..diagnostics.spectrum_sketch import unsketch
 from .allocation import RULES, Allocation, Problem, lower_bound, problem, uniform
 from .run import orthogonalised, own_residual, records
@@ -19,7 +19,6 @@ from .studies import residual_curves
 BURN_IN = 20
 SNAPSHOTS = 8
 WINDOW_SHARE = 0.01
-BFLOAT16_ROUNDOFF = 2.0**-8
 
 
 def default_window(run: xr.DataTree) -> slice:

@@ -16,7 +16,7 @@ from .ns_families import Coefficients, repeat_last
 from .output_dispersion import row_dispersion
 from .rotation import Rotation, rotation_drift, rotation_gain
 from .second_moment import Moments, measure_maps, measure_moments
-from .spectrum import Spectrum, precision_floor, spectrum
+from .spectrum import BFLOAT16_ROUNDOFF, Spectrum, precision_floor, spectrum
 from .spectrum_sketch import sketch
 from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
 from .variance_reduction import cosine, variance_ratio
@@ -158,8 +158,6 @@ def part_of(seen: Observation, axis: int, indices: NDArray[np.int64]) -> Observa
         moments=None,
     )
 
-
-BFLOAT16_ROUNDOFF = 2.0**-8
 
 # A run that diverges is data: inf and NaN come out, and no warning appears in somebody's training loop.
 quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")

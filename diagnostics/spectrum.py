@@ -12,6 +12,7 @@ Floats = NDArray[np.float64]
 # Rounding n-bit numbers moves a Gaussian matrix by ‖E‖_F ≈ 0.425·u·‖M‖_F, u the unit roundoff (measured on bfloat16,
 # u = 2⁻⁸: 0.00166; the mean over a binade of a uniform error, hence the same factor for every binary format).
 ROUNDING_NOISE = 0.425
+BFLOAT16_ROUNDOFF = 2.0**-8
 
 # Above this κ the eigenvalues of a float64 Gram matrix lose σ_min: its error grows with κ² (where all values but the smallest
 # are equal, the worst case, 3e-5 at κ = 2e5 and 7e-4 at 9e5 were measured).

@@ -99,12 +99,9 @@ def not_orthogonalised(run: xr.DataTree) -> Iterator[Finding]:
     X₀ = M/‖M‖_F than to the predicted one, in more than half of a matrix's records in which these two are a factor of 2 apart. Records with
     a norm near eps, whose X₀ is smaller, are `near_eps`'.
     """
-    study, geometry = alignment(run), group(run, "geometry")
-    if not study or not geometry.sizes["step"]:
+    study, geometry = _sizes_and_geometry(run)
+    if not geometry.sizes["step"]:
         return
-    _, here, there = np.intersect1d(study["step"].values, geometry["step"].values, return_indices=True)
-    _, mine, own = np.intersect1d(study["name"].values, geometry["name"].values, return_indices=True)
-    study, geometry = study.isel(step=here, matrix=mine), geometry.isel(step=there, matrix=own)
     start = geometry["ns_residual"].values
     rank = np.minimum(geometry["rows"].values, geometry["cols"].values)
     if start.ndim < 3:
@@ -137,12 +134,9 @@ def not_aligned(run: xr.DataTree) -> Iterator[Finding]:
 
     What bfloat16 takes off it at κ = 10⁴ is under 0.2.
     """
-    study, geometry = alignment(run), group(run, "geometry")
-    if not study or not geometry.sizes["step"]:
+    study, geometry = _sizes_and_geometry(run)
+    if not geometry.sizes["step"]:
         return
-    _, here, there = np.intersect1d(study["step"].values, geometry["step"].values, return_indices=True)
-    _, mine, own = np.intersect1d(study["name"].values, geometry["name"].values, return_indices=True)
-    study, geometry = study.isel(step=here, matrix=mine), geometry.isel(step=there, matrix=own)
     size = study["alignment"].values
     cosine = typical(geometry["alignment"].values / np.where(size > 0, size, np.nan))
     away = cosine < ALIGNED
@@ -153,6 +147,16 @@ def not_aligned(run: xr.DataTree) -> Iterator[Finding]:
             "Check the sign of the update, transposes, and that it is made of this step's momentum.", names(geometry, away),
             {"cosine": float(np.median(cosine[away]))},
         )  # fmt: skip
+
+
+def _sizes_and_geometry(run: xr.DataTree) -> tuple[xr.Dataset, xr.Dataset]:
+    """`alignment` and the geometry, at the records and of the matrices that both have; no records where one was not recorded."""
+    study, geometry = alignment(run), group(run, "geometry")
+    if not study:
+        return study, geometry.isel(step=slice(0))
+    _, here, there = np.intersect1d(study["step"].values, geometry["step"].values, return_indices=True)
+    _, mine, own = np.intersect1d(study["name"].values, geometry["name"].values, return_indices=True)
+    return study.isel(step=here, matrix=mine), geometry.isel(step=there, matrix=own)
 
 
 def _eps_in_force(geometry: xr.Dataset) -> NDArray[np.float64]:

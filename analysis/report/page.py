@@ -5,8 +5,6 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -15,7 +13,7 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from .. import STUDIES, THEMES
+from .. import STUDIES, THEMES, compare
 from ..answer import Answer, ask
 from ..describe import describe
 from ..findings import check
@@ -122,9 +120,6 @@ def _ask_all(run: xr.DataTree, progress: Progress) -> tuple[dict[str, dict[str, 
 
 def _compared(runs: Mapping[str, xr.DataTree]) -> tuple[dict[str, Any] | None, dict[str, str]]:
     """The comparison for the template, or the reason why there is none."""
-    if find_spec("..compare", __package__) is None:
-        return None, {}
-    compare = import_module("..compare", __package__)
     try:
         return _shown("compare", Answer(compare, compare.study(runs))), {}
     except ValueError as error:

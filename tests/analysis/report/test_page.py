@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from optiscope.analysis import STUDIES, THEMES, check
+from optiscope.analysis import STUDIES, THEMES, check, compare
 from optiscope.analysis.answer import ask
 from optiscope.analysis.report.page import HERE, write_report
 
@@ -165,7 +165,6 @@ def test_several_runs_are_shown_beside_each_other(run, build_run, write, parse):
 
 
 def test_a_comparison_comes_before_everything_else(run, write, parse):
-    compare = pytest.importorskip("optiscope.analysis.compare")
     runs = {"a.zarr": run, "b.zarr": run.copy()}
     elements = parse(write(runs))
     assert next(e.attributes["id"] for e in elements if e.tag == "section") == "comparison"
