@@ -1,4 +1,4 @@
-"""What a run means: opening it, the studies, the allocator, the findings.
+"""What a run means: opening it, the studies, the schedule, the findings.
 
 A study is a module with `study(run) -> xarray.Dataset`, `plot(dataset) -> matplotlib Figure` and `summary(dataset) -> str`.
 Names are imported when first used, so that opening a run does not wait for the plotting libraries.
@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from . import allocation, compare
+    from . import compare
     from .findings import Finding, check
     from .run import open_run
     from .scheduling import derive_schedule
@@ -61,7 +61,7 @@ STUDIES = tuple(name for names in THEMES.values() for name in names)
 _HOME = {"open_run": "run", "derive_schedule": "scheduling", "check": "findings", "Finding": "findings"}
 
 __all__ = [
-    "STUDIES", "THEMES", "Finding", "allocation", "allocation_regret", "block_geometry", "check", "compare", "derive_schedule",
+    "STUDIES", "THEMES", "Finding", "allocation_regret", "block_geometry", "check", "compare", "derive_schedule",
     "efficiency_table", "gradient_correction", "gradient_spectrum", "hdiag_quality", "hessian_blocks", "kappa_by_layer",
     "kappa_by_operator", "kappa_vs_residual", "lr_statistic_ablation", "ns_band", "open_run", "precision_split", "precond_effect",
     "residual_curves", "rms_alignment", "rotation", "second_moment", "shallow_vs_deep", "sharpness", "soap_basis", "sophia_clip",

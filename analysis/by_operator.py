@@ -1,11 +1,15 @@
 """A quantity of matrices, told per operator: over the training, and as one number with its error bar."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import pandas as pd
 import xarray as xr
+from numpy.typing import ArrayLike, NDArray
 
-from .bootstrap import medians_by
+from ..diagnostics.bootstrap import median_interval
+from ..diagnostics.nan_quantile import nan_quantile
 from .run import median_by, operators_of
 
 
@@ -25,6 +29,29 @@ def by_operator(values: Mapping[str, xr.DataArray]) -> xr.Dataset:
         for suffix, bars in zip(("_low", "", "_high"), medians_by(value, label, operators), strict=True):
             result[f"median_{name}{suffix}"] = ("operator", bars)
     return result
+
+
+def medians_by(values: xr.DataArray, labels: ArrayLike, order: Sequence[Any]) -> NDArray[np.float64]:
+    """Of the matrices of each label: lower end, median, upper end, the ends over resampled layers; shape (3, len(order)).
+
+    A matrix counts once, with its median over the records; what is missing or not finite is left out, and an end is missing
+    where `layer_interval` has none.
+
+    Args:
+        values: (step, matrix), with the coordinate `layer`.
+        labels: of every matrix, shape (matrices,).
+        order: the labels asked for.
+    """
+    per_matrix = nan_quantile(np.where(np.isfinite(values.values), values.values, np.nan).T)
+    known, label, layers = np.isfinite(per_matrix), np.asarray(labels), values["layer"].values
+    found = np.full((3, len(order)), np.nan)
+    for i, one in enumerate(order):
+        chosen = known & (label == one)
+        if chosen.any():
+            own = per_matrix[chosen]
+            low, high = median_interval(own, layers[chosen])
+            found[:, i] = low, np.median(own), high
+    return found
 
 
 def median_and_extremes(values: pd.Series, spec: str) -> str:

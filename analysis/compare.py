@@ -14,8 +14,8 @@ from matplotlib.ticker import EngFormatter
 from numpy.typing import ArrayLike
 from scipy import stats
 
+from ..diagnostics.evenly_spread import evenly_spread
 from .figures import axes, finish
-from .run import evenly_spread
 from .run_conditions import DIFFERS, UNKNOWN, conditions, setting
 from .training_curve import NOT_REACHED, UNITS, first_reach, saved, spent, stated, training_curve, validation_loss
 

@@ -10,10 +10,10 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ..diagnostics.evenly_spread import evenly_spread
 from .answer import Answer, ask
 from .figures import settle
 from .findings import check
-from .run import evenly_spread
 
 ROWS = 20_000  # of a table: a million take longer to write than all studies to make
 

@@ -1,8 +1,7 @@
 """Opening a run: only committed records, read lazily."""
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +10,11 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ..diagnostics.catalogue import SCHEMA
-from ..diagnostics.newton_schulz import gram_residual, ns_map
-from ..diagnostics.ns_families import Coefficients, Triple
+from ..diagnostics.nan_quantile import nan_quantile
+from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
-from ..diagnostics.spectrum_sketch import unsketch
-from .nan_quantile import nan_quantile
+from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
 
-CACHED = 2**16  # singular values that are mapped at a time
 READ = 256  # records
 KEPT, SPECTRA_KEPT = (
     20_000_000,
@@ -132,21 +129,9 @@ def common(*datasets: xr.Dataset) -> list[xr.Dataset]:
     return chosen
 
 
-@dataclass(frozen=True)
-class NsSchedule:
-    """A Newton–Schulz schedule that was in force during a run; `scaling` as in `diagnostics.observation.NewtonSchulz`."""
-
-    coefficients: Coefficients
-    eps: float
-    scaling: str = "frobenius"
-
-
 def ns_schedules(geometry: xr.Dataset) -> list[NsSchedule]:
     """The schedules that the variable `ns_schedule` points to."""
-    return [
-        NsSchedule(tuple((a, b, c) for a, b, c in entry["coefficients"]), entry["eps"], entry.get("scaling", "frobenius"))
-        for entry in geometry.attrs.get("ns_schedules", [])
-    ]
+    return ns_schedules_of(geometry.attrs.get("ns_schedules", []))
 
 
 def spectra(run: xr.DataTree) -> xr.Dataset:
@@ -177,79 +162,27 @@ def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     return geometry if used.all() else geometry.isel(matrix=np.flatnonzero(used))
 
 
-def evenly_spread(count: int, most: int) -> NDArray[np.int64]:
-    """Indices of at most `most` evenly spread ones of `count`, both ends among them.
-
-    >>> evenly_spread(9, 3).tolist()
-    [0, 4, 8]
-    """
-    return np.asarray(np.unique(np.linspace(0, max(count - 1, 0), min(count, most)).round().astype(np.int64)))
-
-
 def residual_of_records(geometry: xr.Dataset, coefficients: Coefficients) -> NDArray[np.float64]:
     """Gram residual under `coefficients` of every recorded spectrum, from the stored singular values, shape (step, matrix)."""
     return np.asarray(residuals_of_records(geometry, [coefficients])[0])
 
 
 def residuals_of_records(geometry: xr.Dataset, schedules: Sequence[Coefficients]) -> NDArray[np.float64]:
-    """Gram residual of every recorded spectrum under each of `schedules`, shape (schedule, step, matrix).
-
-    Spectra are read back once, and steps that schedules begin with alike are taken once.
-    """
-    residual = np.full((len(schedules), *geometry["sigma_quantile"].shape[:2]), np.nan)
-    flat, chosen = residual.reshape(len(schedules), -1), list(enumerate(schedules))
-    for pairs, x in read_back(geometry):
-        found = np.empty((len(schedules), len(pairs)))
-        _residuals(x, chosen, found)
-        flat[:, pairs] = found
-    return residual
+    """:func:`residuals_under` of the records of a dataset, shape (schedule, step, matrix)."""
+    return residuals_under(geometry["sigma_quantile"].values, ranks(geometry), schedules)
 
 
-def read_back(geometry: xr.Dataset) -> Iterator[tuple[NDArray[np.intp], NDArray[np.float64]]]:
-    """All recorded spectra, shape (pairs, rank) and descending, with the (step, matrix) pairs they are of, as indices into those flattened.
-
-    So many at a time as a processor's cache holds: what is done to them is three times as fast as on all at once.
-    """
-    stored = geometry["sigma_quantile"].values
-    ranks = np.minimum(geometry["rows"].values, geometry["cols"].values)
-    place = np.arange(stored.shape[0] * stored.shape[1]).reshape(stored.shape[:2])
-    for rank in np.unique(ranks):
-        own = place[:, ranks == rank].ravel()
-        block = max(1, CACHED // int(rank))
-        for start in range(0, len(own), block):
-            pairs = own[start : start + block]
-            yield pairs, unsketch(stored.reshape(-1, stored.shape[-1])[pairs], int(rank))
-
-
-def _residuals(x: NDArray[np.float64], schedules: list[tuple[int, Coefficients]], out: NDArray[np.float64]) -> None:
-    """Into `out[i]` the residual of x under the i-th schedule."""
-    following: dict[Triple, list[tuple[int, Coefficients]]] = {}
-    for i, coefficients in schedules:
-        if coefficients:
-            following.setdefault(coefficients[0], []).append((i, coefficients[1:]))
-        else:
-            out[i] = gram_residual(x)
-    for triple, rest in following.items():
-        _residuals(ns_map(x, (triple,)), rest, out)
+def ranks(geometry: xr.Dataset) -> NDArray[np.integer[Any]]:
+    """r = min(rows, cols) of every matrix."""
+    return np.asarray(np.minimum(geometry["rows"].values, geometry["cols"].values))
 
 
 def own_residual(geometry: xr.Dataset) -> xr.DataArray:
     """Predicted Gram residual at the number of steps that was in force, dimensions (step, matrix); missing where not recorded."""
-    schedules = ns_schedules(geometry)
-    curve, index = geometry["ns_residual"].values, geometry["ns_schedule"].values
-    residual = np.full(index.shape, np.nan)
-    for i, schedule in enumerate(schedules):
-        steps = len(schedule.coefficients)
-        # Curves are recorded up to 10 steps, exactly; what a longer schedule leaves follows from the stored singular values, but
-        # not from another start than M/‖M‖_F, which they are of.
-        if steps < curve.shape[-1]:
-            own = curve[..., steps]
-        elif schedule.scaling == "frobenius":
-            own = residual_of_records(geometry, schedule.coefficients)
-        else:
-            own = np.full(index.shape, np.nan)
-        residual = np.where(index == i, own, residual)
-    return xr.DataArray(residual, dims=("step", "matrix"), coords=geometry["ns_schedule"].coords)
+    index, schedules = geometry["ns_schedule"], ns_schedules(geometry)
+    # What no schedule is too long for needs no spectrum.
+    residual = residual_in_force(geometry["ns_residual"].values, index.values, schedules, geometry["sigma_quantile"], ranks(geometry))
+    return xr.DataArray(residual, dims=("step", "matrix"), coords=index.coords)
 
 
 def betas(run: xr.DataTree) -> dict[str, tuple[float, float]]:

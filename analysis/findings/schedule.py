@@ -5,9 +5,9 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from ...diagnostics.deriving import STEPS
 from ..run import ns_schedules
 from ..scheduling import derive_schedule
-from ..studies.residual_curves import STEPS
 from .finding import Finding, group
 
 # A gain under this is not worth another schedule (what an adopted schedule must improve on the one before).

@@ -16,11 +16,13 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
+from ...diagnostics.allocation import Allocation, Problem, evaluate, least_mean, problem, uniform
+from ...diagnostics.deriving import SCHEDULES, STEPS, step_costs
+from ...diagnostics.evenly_spread import evenly_spread
 from ...diagnostics.newton_schulz import gram_residual, ns_map
-from ..allocation import Allocation, Problem, evaluate, least_mean, problem, uniform
 from ..figures import axes, finish
-from ..run import evenly_spread, orthogonalised, residuals_of_records
-from ..scheduling import default_window, step_costs
+from ..run import orthogonalised, residuals_of_records
+from ..scheduling import default_window
 from ..shape_null import null_spectrum
 from . import residual_curves
 
@@ -65,16 +67,16 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
         raise ValueError(f"run: all orthogonalised matrices are {operators[0]}, so there is nothing to allocate steps between")
     known = np.isin(geometry["operator"].values, operators)
     geometry = geometry if known.all() else geometry.isel(matrix=known)
-    cost = step_costs(geometry, operators)
+    cost = step_costs(geometry["operator"].values, geometry["rows"].values, geometry["cols"].values, operators)
     weight = [int((geometry["operator"].values == o).sum()) for o in operators]
 
     def of_curves(curves: Floats) -> Problem:
-        return problem(curves, residual_curves.STEPS, cost, weight, BUDGET)
+        return problem(curves, STEPS, cost, weight, BUDGET)
 
     steps, curves = _curves(geometry, operators)
     own = in_window["residual"].values[0]
     given = of_curves(own)
-    hardness = own[:, residual_curves.STEPS.index(BUDGET)]
+    hardness = own[:, STEPS.index(BUDGET)]
     allocations = {"uniform": uniform(given).steps, "committed": least_mean(given).steps}
     for half, part in zip(("first half", "second half"), _halves(geometry, window), strict=True):
         allocations[half] = (
@@ -90,7 +92,7 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
     gain = {name: 1 - _mean(at, k) / baseline for name, k in allocations.items()}
     oracle = 1 - np.array([least_mean(p, capped=False).mean_residual for p in at]) / baseline
     possible = np.where(oracle > SMALL, oracle, np.nan)
-    tau = [_tau(hardness, c[:, residual_curves.STEPS.index(BUDGET)]) for c in curves]
+    tau = [_tau(hardness, c[:, STEPS.index(BUDGET)]) for c in curves]
     quantiles = np.quantile([1 - _mean(at, k) / baseline for k in permuted], [0.05, 0.5, 0.95], axis=0)
     return xr.Dataset(
         {
@@ -135,7 +137,7 @@ def _curves(geometry: xr.Dataset, operators: Sequence[str]) -> tuple[NDArray[np.
     there = np.isfinite(geometry["condition_number"].values)
     whole = np.flatnonzero(np.all([there[:, label == o].any(axis=1) for o in operators], axis=0))
     chosen = geometry[["sigma_quantile"]].isel(step=whole[evenly_spread(len(whole), RECORDS)]).load()
-    residual = residuals_of_records(chosen, [residual_curves.SCHEDULES[FAMILY](k) for k in residual_curves.STEPS])
+    residual = residuals_of_records(chosen, [SCHEDULES[FAMILY](k) for k in STEPS])
     curves = np.stack([np.nanmean(residual[:, :, label == o], axis=-1) for o in operators])
     return chosen["step"].values, curves.transpose(2, 0, 1)
 
@@ -165,7 +167,7 @@ def _window_curves(run: xr.DataTree, window: slice, operators: Sequence[str], ot
 def _shape_curves(geometry: xr.Dataset, operators: Sequence[str]) -> Floats:
     """R_g(k) of Gaussian matrices of the operators' shapes."""
     shapes = list(zip(geometry["operator"].values, geometry["rows"].values.tolist(), geometry["cols"].values.tolist(), strict=True))
-    schedules = [residual_curves.SCHEDULES[FAMILY](k) for k in residual_curves.STEPS]
+    schedules = [SCHEDULES[FAMILY](k) for k in STEPS]
     of_shape = {s: [float(gram_residual(ns_map(null_spectrum(*s), c))) for c in schedules] for s in {(m, n) for _, m, n in shapes}}
     return np.array([np.mean([of_shape[m, n] for o, m, n in shapes if o == operator], axis=0) for operator in operators])
 
@@ -219,7 +221,7 @@ def _mark_window(ax: Axes, dataset: xr.Dataset) -> None:
 def _table(ax: Axes, dataset: xr.Dataset) -> None:
     shown = dataset["steps"].sel(allocation=["committed", "first half", "second half", "shape", "reversed"])
     counts = shown.values.T
-    ax.imshow(counts, cmap="Blues", vmin=residual_curves.STEPS[0] - 2, vmax=residual_curves.STEPS[-1] + 2, aspect="auto")
+    ax.imshow(counts, cmap="Blues", vmin=STEPS[0] - 2, vmax=STEPS[-1] + 2, aspect="auto")
     for (i, j), k in np.ndenumerate(counts):
         ax.text(j, i, str(k), ha="center", va="center", fontsize=9, color="white" if k >= 7 else "black")
     ax.set_xticks(range(counts.shape[1]), [str(a) for a in shown["allocation"].values], fontsize=8, rotation=25)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...diagnostics.operators import classify, ordered
-from ..bootstrap import medians_by
+from ..by_operator import medians_by
 from ..figures import axes, finish, intervals, operator_palette
 from ..run import recorded, records
 from ..shape_null import null_log10_condition

@@ -7,8 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
+from ...diagnostics.evenly_spread import evenly_spread
 from ..figures import axes, finish
-from ..run import evenly_spread
 from ..training_curve import UNITS, first_reach, saved, spent, training_curve, validation_loss
 
 QUESTION = "How much training does a loss take, in steps, tokens and wall time?"

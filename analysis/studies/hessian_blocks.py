@@ -4,7 +4,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..bootstrap import medians_by
+from ..by_operator import medians_by
 from ..figures import axes, finish, intervals, operator_palette
 from ..run import operators_of, recorded
 

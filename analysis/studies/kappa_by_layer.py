@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..bootstrap import interval, resamples, with_interval
+from ...diagnostics.bootstrap import interval, resamples, with_interval
 from ..figures import axes, finish
 from ..run import median_by, spectra
 

@@ -5,7 +5,8 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..bootstrap import medians_by, with_interval
+from ...diagnostics.bootstrap import with_interval
+from ..by_operator import medians_by
 from ..figures import FEW, axes, finish, intervals, operator_palette
 from ..run import median_by, operators_of, spectra
 from ..shape_null import null_log10_condition

@@ -7,10 +7,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
 
+from ...diagnostics.bootstrap import interval, resampled
+from ...diagnostics.evenly_spread import evenly_spread
 from ...diagnostics.spectrum_sketch import TINY
-from ..bootstrap import interval, resampled
 from ..figures import axes, finish
-from ..run import evenly_spread, operators_of, orthogonalised, own_residual
+from ..run import operators_of, orthogonalised, own_residual
 from ..shape_null import null_log10_condition
 
 QUESTION = "Does the condition number tell how well a matrix is orthogonalised?"

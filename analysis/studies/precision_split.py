@@ -11,7 +11,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..bootstrap import medians_by
+from ..by_operator import medians_by
 from ..figures import axes, finish, intervals, operator_palette
 from ..run import common, ns_schedules, operators_of, recorded
 

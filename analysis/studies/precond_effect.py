@@ -5,7 +5,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..bootstrap import medians_by
+from ..by_operator import medians_by
 from ..figures import axes, finish
 from ..run import operators_of, recorded
 

@@ -1,33 +1,23 @@
 """How many Newton–Schulz steps does each operator need? Residual curves from recorded spectra, for any coefficients."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ...diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
-from ...diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
-from ..bootstrap import interval, resampled, with_interval
+from ...diagnostics.bootstrap import interval, resampled, with_interval
+from ...diagnostics.deriving import RECORDS, SCHEDULES, STEPS, mean_residuals
+from ...diagnostics.evenly_spread import evenly_spread
 from ..figures import axes, finish, operator_palette
-from ..run import evenly_spread, operators_of, orthogonalised, residuals_of_records
+from ..run import operators_of, orthogonalised, residuals_of_records
 
 QUESTION = "How many Newton–Schulz steps does each operator need?"
 READING = (
     "Each line shows how much of an operator's matrices is left unorthogonalised after k steps, shaded 95 % over layers. Lines that are already low at few "
     "steps can give steps away; lines that still fall steeply at the right would use more."
 )
-
-STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
-RECORDS = 32
-
-# Family name → coefficients of a schedule of k steps.
-SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
-    "matched": matched_coefficients,
-    "jordan": lambda k: repeat_last(FAMILIES["jordan"].coefficients, k),
-    "polar_express": lambda k: repeat_last(FAMILIES["polar_express"].coefficients, k),
-}
 
 
 def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str] = tuple(SCHEDULES), records: int = RECORDS) -> xr.Dataset:
@@ -68,7 +58,7 @@ def study(run: xr.DataTree, window: slice | None = None, families: Sequence[str]
     mean, low, high = np.empty(shape), np.empty(shape), np.empty(shape)
     for g, operator in enumerate(operators):
         own, layers = label == operator, geometry["layer"].values[label == operator]
-        mean[g] = (total[:, own].sum(axis=1) / count[:, own].sum(axis=1)).reshape(shape[1:])
+        mean[g] = mean_residuals(residual, own).reshape(shape[1:])
         drawn = np.nansum(resampled(total[:, own], layers), axis=-1) / np.nansum(resampled(count[:, own], layers), axis=-1)
         low[g], high[g] = (end.reshape(shape[1:]) for end in interval(drawn))
     mean, low, high = (np.moveaxis(values, 0, 1) for values in (mean, low, high))

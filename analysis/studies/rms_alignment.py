@@ -11,12 +11,15 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ...diagnostics.bootstrap import median_interval, with_interval
+from ...diagnostics.evenly_spread import evenly_spread
+from ...diagnostics.nan_quantile import nan_quantile
 from ...diagnostics.newton_schulz import ns_map
+from ...diagnostics.recorded_spectra import read_back
 from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
-from ..bootstrap import median_interval, medians_by, with_interval
+from ..by_operator import medians_by
 from ..figures import FEW, axes, finish, intervals, operator_palette
-from ..nan_quantile import nan_quantile
-from ..run import evenly_spread, ns_schedules, operators_of, own_residual, read_back, records
+from ..run import ns_schedules, operators_of, own_residual, ranks, records
 
 QUESTION = "Are update sizes what they are meant to be?"
 READING = (
@@ -192,7 +195,7 @@ def _split(geometry: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
     # The stored singular values are those of M/‖M‖_F: not of what an iteration of another scaling started from.
     schedules = [(i, schedule) for i, schedule in enumerate(ns_schedules(geometry)) if schedule.scaling == "frobenius"]
     low, band = np.full(index.shape, np.nan), np.full(index.shape, np.nan)
-    for pairs, x in read_back(geometry):
+    for pairs, x in read_back(geometry["sigma_quantile"].values, ranks(geometry)):
         for i, schedule in schedules:
             own = index.ravel()[pairs] == i
             if own.any():

@@ -9,8 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..bootstrap import medians_by
-from ..by_operator import median_and_extremes
+from ..by_operator import median_and_extremes, medians_by
 from ..figures import axes, finish, intervals, operator_lines, operator_palette
 from ..run import betas, median_by, operators_of, recorded
 

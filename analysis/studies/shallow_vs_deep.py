@@ -8,9 +8,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ..bootstrap import interval, resampled, with_interval
+from ...diagnostics.bootstrap import interval, resampled, with_interval
+from ...diagnostics.nan_quantile import nan_quantile
 from ..figures import FEW, axes, finish, intervals, operator_palette
-from ..nan_quantile import nan_quantile
 from ..run import median_by, operators_of, spectra
 
 QUESTION = "Do shallow and deep layers of one operator go different ways?"

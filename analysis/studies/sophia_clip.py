@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..bootstrap import layer_interval
+from ...diagnostics.bootstrap import layer_interval
 from ..by_operator import by_operator
 from ..figures import axes, finish, operator_lines
 from ..run import recorded

@@ -10,9 +10,10 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import Quantity, in_group
+from ...diagnostics.evenly_spread import evenly_spread
+from ...diagnostics.nan_quantile import nan_quantile
 from ..figures import axes, finish
-from ..nan_quantile import nan_quantile
-from ..run import evenly_spread, median_by, operators_of, records
+from ..run import median_by, operators_of, records
 from ..training_curve import training_curve
 
 QUESTION = "Which quantities moved before a loss spike?"

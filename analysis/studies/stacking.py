@@ -11,7 +11,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ...diagnostics.catalogue import SIDES
-from ..bootstrap import medians_by
+from ..by_operator import medians_by
 from ..figures import axes, finish, intervals, operator_palette
 from ..run import operators_of, recorded
 from ..shape_null import null_log10_condition

@@ -11,9 +11,9 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ...diagnostics.nan_quantile import nan_quantile
 from ..by_operator import median_and_extremes
 from ..figures import FEW, axes, finish, operator_lines, operator_palette
-from ..nan_quantile import nan_quantile
 from ..run import median_by, operators_of, recorded, records
 
 QUESTION = "How differently would layers be scaled by trust ratios?"

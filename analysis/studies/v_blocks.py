@@ -9,8 +9,7 @@ import seaborn as sns
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ..bootstrap import medians_by
-from ..by_operator import median_and_extremes
+from ..by_operator import median_and_extremes, medians_by
 from ..figures import axes, finish, operator_palette
 from ..run import operators_of, recorded
 

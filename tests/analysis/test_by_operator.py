@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import xarray as xr
 
-from optiscope.analysis.bootstrap import layer_interval, medians_by
-from optiscope.analysis.by_operator import by_operator
+from optiscope.analysis.by_operator import by_operator, medians_by
+from optiscope.diagnostics.bootstrap import layer_interval
 
 
 def matrices(values, operators, layers, steps=None):
@@ -47,3 +47,16 @@ def test_ends_are_those_of_the_layer_bootstrap():
     layers = np.array([0, 0, 0, 1, 2, 2, 3, 3, -1, -1])
     low, _, high = medians_by(matrices(values, ["a"] * 10, layers), ["a"] * 10, ["a"])
     assert (low[0], high[0]) == layer_interval(lambda drawn: float(np.median(own[drawn])), layers)
+
+
+def test_medians_by_counts_a_matrix_once():
+    label, layers = np.array(["a"] * 5 + ["b"] * 5), np.tile(np.arange(5), 2)
+    data = np.random.default_rng(1).standard_normal((7, 10))
+    data[:6, 0] = np.nan
+    found = medians_by(xr.DataArray(data, dims=("step", "matrix"), coords={"layer": ("matrix", layers)}), label, ["b", "a", "c"])
+    per_matrix = np.nanmedian(data, axis=0)
+    for i, own in ((0, label == "b"), (1, label == "a")):
+        assert found[1, i] == np.median(per_matrix[own])
+        expected = layer_interval(lambda j, own=own: float(np.median(per_matrix[own][j])), layers[own])
+        np.testing.assert_allclose(found[[0, 2], i], expected, rtol=1e-12)
+    assert np.isnan(found[:, 2]).all()

@@ -5,8 +5,8 @@ import pytest
 from scipy.stats import pearsonr, spearmanr
 
 from optiscope.analysis import kappa_vs_residual
-from optiscope.analysis.bootstrap import layer_interval
 from optiscope.analysis.shape_null import null_log10_condition
+from optiscope.diagnostics.bootstrap import layer_interval
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 # The predicted residual is stored as float32: correlations of it move by less than 1e-7.

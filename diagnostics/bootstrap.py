@@ -6,11 +6,9 @@ interval over few layers is too narrow (with 4 of them a nominal 95 % covers abo
 """
 
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
-import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
 from .nan_quantile import nan_quantile
@@ -85,26 +83,3 @@ def median_interval(values: Floats, layers: ArrayLike) -> tuple[float, float]:
     """`layer_interval` of the median of finite `values` (matrices,), all resamples at once."""
     low, high = interval(nan_quantile(resampled(values, layers)))
     return float(low), float(high)
-
-
-def medians_by(values: xr.DataArray, labels: ArrayLike, order: Sequence[Any]) -> Floats:
-    """Of the matrices of each label: lower end, median, upper end, the ends over resampled layers; shape (3, len(order)).
-
-    A matrix counts once, with its median over the records; what is missing or not finite is left out, and an end is missing
-    where `layer_interval` has none.
-
-    Args:
-        values: (step, matrix), with the coordinate `layer`.
-        labels: of every matrix, shape (matrices,).
-        order: the labels asked for.
-    """
-    per_matrix = nan_quantile(np.where(np.isfinite(values.values), values.values, np.nan).T)
-    known, label, layers = np.isfinite(per_matrix), np.asarray(labels), values["layer"].values
-    found = np.full((3, len(order)), np.nan)
-    for i, one in enumerate(order):
-        chosen = known & (label == one)
-        if chosen.any():
-            own = per_matrix[chosen]
-            low, high = median_interval(own, layers[chosen])
-            found[:, i] = low, np.median(own), high
-    return found

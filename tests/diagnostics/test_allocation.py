@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linprog
 
-from optiscope.analysis.allocation import RULES, evaluate, least_maximum, least_mean, lower_bound, problem, uniform
+from optiscope.diagnostics.allocation import RULES, evaluate, least_maximum, least_mean, lower_bound, problem, uniform
 from optiscope.diagnostics.newton_schulz import ns_flops
 from optiscope.diagnostics.polar_express import matched_coefficients
 
@@ -157,6 +158,27 @@ def test_the_programme_equals_brute_force(curve, cost):
         # The relaxation's optimum is below; HiGHS solves to 1e-7.
         assert lower_bound(given, capped=False) <= free.mean_residual + 1e-7
         assert lower_bound(given) <= capped.mean_residual + 1e-7
+
+
+@pytest.mark.parametrize("capped", [True, False])
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("cost", COSTS)
+def test_the_bound_is_the_linear_programmes(curve, cost, capped):
+    rng = np.random.default_rng(7)
+    for _ in range(60):
+        given = instance(rng, curve, cost)
+        allowed = given.residual <= given.cap if capped else np.full(given.residual.shape, True)
+        solved = linprog(
+            (given.weight[:, None] * given.residual).ravel(),
+            A_ub=np.outer(given.cost, given.steps).ravel()[None, :] / given.budget,
+            b_ub=[1.0],
+            A_eq=np.kron(np.eye(4), np.ones(5)),
+            b_eq=np.ones(4),
+            bounds=[(0, 1 if ok else 0) for ok in allowed.ravel()],
+            method="highs",
+        )
+        # The solver's own tolerance is 1e-7.
+        assert lower_bound(given, capped=capped) == pytest.approx(solved.fun, abs=1e-6)
 
 
 def greedy(given):

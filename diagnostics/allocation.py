@@ -15,7 +15,6 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy.optimize import linprog
 
 Floats = NDArray[np.float64]
 
@@ -169,19 +168,41 @@ def _spend_rest(given: Problem, steps: list[int]) -> Allocation:
 
 
 def lower_bound(given: Problem, *, capped: bool = True) -> float:
-    """A certificate: the linear relaxation (shares z_gk of each step count, Σ_k z_gk = 1) is below every allocation's Σ W R."""
-    groups, counts = given.residual.shape
+    """A certificate: the linear relaxation (shares z_gk of each step count, Σ_k z_gk = 1) is below every allocation's Σ W R.
+
+    Its minimum spends the budget along the lower convex hull of each group's (C k, W R), the steepest pieces of all hulls
+    first and the last one in part (Sinha, Zoltners, "The multiple-choice knapsack problem", 1979).
+    """
     allowed = given.residual <= given.cap if capped else np.ones_like(given.residual, dtype=bool)
-    solved = linprog(
-        (given.weight[:, None] * given.residual).ravel(),
-        A_ub=np.outer(given.cost, given.steps).ravel()[None, :] / given.budget,
-        b_ub=[1.0],
-        A_eq=np.kron(np.eye(groups), np.ones(counts)),
-        b_eq=np.ones(groups),
-        bounds=[(0, 1 if ok else 0) for ok in allowed.ravel()],
-        method="highs",
-    )
-    return float(solved.fun)
+    left, bound = float(given.budget), 0.0
+    pieces: list[tuple[float, float]] = []  # (Σ W R per FLOP, FLOPs)
+    for g in range(len(given.cost)):
+        points = [
+            (float(given.cost[g] * k), float(given.weight[g] * r))
+            for k, r, ok in zip(given.steps, given.residual[g], allowed[g], strict=True)
+            if ok
+        ]
+        hull = _falling_hull(points)
+        left -= hull[0][0]
+        bound += hull[0][1]
+        pieces += [((r1 - r0) / (c1 - c0), c1 - c0) for (c0, r0), (c1, r1) in pairwise(hull)]
+    for slope, flops in sorted(pieces):
+        spent = min(flops, left)
+        bound += slope * spent
+        left -= spent
+    return bound
+
+
+def _falling_hull(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Lower convex hull of points in ascending order, from the first to the lowest."""
+    hull: list[tuple[float, float]] = []
+    for x, y in points:
+        if hull and y >= hull[-1][1]:
+            continue
+        while len(hull) > 1 and (hull[-1][1] - hull[-2][1]) * (x - hull[-2][0]) >= (y - hull[-2][1]) * (hull[-1][0] - hull[-2][0]):
+            hull.pop()
+        hull.append((x, y))
+    return hull
 
 
 RULES: Mapping[str, Callable[[Problem], Allocation]] = {

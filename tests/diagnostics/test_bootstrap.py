@@ -4,11 +4,10 @@ import warnings
 
 import numpy as np
 import pytest
-import xarray as xr
 from scipy.stats import bootstrap, t
 
-from optiscope.analysis.bootstrap import LEVEL, RESAMPLES, interval, layer_interval, medians_by, resampled, resamples
-from optiscope.analysis.nan_quantile import nan_quantile
+from optiscope.diagnostics.bootstrap import LEVEL, RESAMPLES, interval, layer_interval, resampled, resamples
+from optiscope.diagnostics.nan_quantile import nan_quantile
 
 RNG = np.random.default_rng(7)
 
@@ -96,19 +95,6 @@ def test_other_seeds_are_other_draws():
     values = RNG.standard_normal(10)
     first, second = (np.mean(resampled(values, range(10), seed), axis=-1) for seed in (0, 1))
     assert abs(np.corrcoef(first, second)[0, 1]) < 4 / np.sqrt(RESAMPLES)
-
-
-def test_medians_by_counts_a_matrix_once():
-    label, layers = np.array(["a"] * 5 + ["b"] * 5), np.tile(np.arange(5), 2)
-    data = RNG.standard_normal((7, 10))
-    data[:6, 0] = np.nan
-    found = medians_by(xr.DataArray(data, dims=("step", "matrix"), coords={"layer": ("matrix", layers)}), label, ["b", "a", "c"])
-    per_matrix = np.nanmedian(data, axis=0)
-    for i, own in ((0, label == "b"), (1, label == "a")):
-        assert found[1, i] == np.median(per_matrix[own])
-        expected = layer_interval(lambda j, own=own: float(np.median(per_matrix[own][j])), layers[own])
-        np.testing.assert_allclose(found[[0, 2], i], expected, rtol=1e-12)
-    assert np.isnan(found[:, 2]).all()
 
 
 def test_nan_quantile_is_numpys():

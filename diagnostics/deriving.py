@@ -1,0 +1,152 @@
+"""From recorded spectra to a Newton–Schulz schedule per operator (AMO: observe, then commit).
+
+The same for a run that is read from disk and for one that goes on: what is committed live is what would be derived afterwards.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .allocation import RULES, Allocation, Problem, lower_bound, problem, uniform
+from .evenly_spread import evenly_spread
+from .newton_schulz import ns_flops
+from .ns_families import FAMILIES, Coefficients, repeat_last
+from .operators import ordered
+from .polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from .recorded_spectra import RecordedSpectra, residuals_under
+from .schedule import OperatorSchedule, Schedule
+from .spectrum import BFLOAT16_ROUNDOFF, precision_floor
+from .spectrum_sketch import unsketch
+
+Floats = NDArray[np.float64]
+
+# Momentum of 0.95 forgets its zero start in about this many steps.
+BURN_IN = 20
+# A window: so many records at least, and this share of the steps.
+SNAPSHOTS = 8
+WINDOW_SHARE = 0.01
+# Records of a window that are averaged over at most, evenly spread: each spectrum is mapped anew.
+RECORDS = 32
+
+STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
+
+# Family name → coefficients of a schedule of k steps.
+SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
+    "matched": matched_coefficients,
+    "jordan": lambda k: repeat_last(FAMILIES["jordan"].coefficients, k),
+    "polar_express": lambda k: repeat_last(FAMILIES["polar_express"].coefficients, k),
+}
+
+
+def check_choices(budget: int, rule: str, family: str) -> None:
+    """Raise ValueError where one of them is not on offer."""
+    if rule not in RULES:
+        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
+    if family not in SCHEDULES:
+        raise ValueError(f"family: expected one of {', '.join(SCHEDULES)}, got {family!r}")
+    if budget not in STEPS:
+        raise ValueError(f"budget: expected a step count of {STEPS[0]} to {STEPS[-1]}, got {budget}")
+
+
+def schedule_from_spectra(
+    window: RecordedSpectra, *, budget: int = 5, rule: str = "mean", family: str = "matched", provenance: Mapping[str, Any] | None = None
+) -> Schedule:
+    """Steps and coefficients per operator that use a budget of `budget` steps for all better than all-equal steps do.
+
+    The budget is in FLOPs: operators of large matrices pay more per step. Weights are shares of matrices.
+
+    Args:
+        window: the records to average over; of more than 32, as many evenly spread ones.
+        budget: step count of the uniform baseline, 3 to 8; the schedule costs no more than it.
+        rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax", "uniform".
+        family: "matched" (one design per step count), "jordan" or "polar_express" (the first steps of the list).
+        provenance: where the spectra come from, kept in the schedule.
+
+    Raises:
+        ValueError: a choice that is not on offer, or no spectrum in the window.
+    """
+    check_choices(budget, rule, family)
+    if not window.seen.any():
+        raise ValueError("window: no spectrum recorded in it; let it hold at least one record of an optimizer that orthogonalises")
+    spectra = window.of_records(evenly_spread(len(window.step), RECORDS)).of_matrices(window.seen)
+    operators = ordered(spectra.operator.tolist())
+    residual = residuals_under(spectra.stored, spectra.ranks, [SCHEDULES[family](k) for k in STEPS])
+    names = {o: tuple(str(n) for n in spectra.name[spectra.operator == o]) for o in operators}
+    cost = step_costs(spectra.operator, spectra.rows, spectra.cols, operators)
+    curves = np.stack([mean_residuals(residual, spectra.operator == o) for o in operators])
+    given = problem(curves, STEPS, cost, [len(names[o]) for o in operators], budget)
+    found, baseline = RULES[rule](given), uniform(given)
+    entries = {
+        o: OperatorSchedule(
+            coefficients=SCHEDULES[family](k),
+            matrices=names[o],
+            predicted_residual=_residual(given, g, k),
+            baseline_residual=_residual(given, g, budget),
+            cost=cost[g] * k,
+        )
+        for g, (o, k) in enumerate(zip(operators, found.steps, strict=True))
+    }
+    return Schedule(
+        operators=entries,
+        budget={"kind": "flop", "mean_steps": budget, "limit": given.budget, "cost": found.cost},
+        objective={"in_force_mean_residual": _mean(spectra.in_force), **_objective(given, rule, found, baseline)},
+        provenance={
+            **(provenance or {}),
+            "window": [int(spectra.step[0]), int(spectra.step[-1])],
+            "snapshots": len(spectra.step),
+            "family": family,
+            "below_bfloat16_floor": _below_bfloat16_floor(spectra, operators),
+            "residual": "Gram residual ‖I − OOᵀ‖_F/√r predicted in float64 from the stored singular values",
+            "optiscope": version("optiscope"),
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        },
+    )
+
+
+def mean_residuals(residual: Floats, own: NDArray[np.bool_]) -> Floats:
+    """R_g under each schedule: the mean over the operator's matrices and all records; `residual` (schedule, record, matrix)."""
+    known = np.isfinite(residual[:, :, own])
+    total, count = np.where(known, residual[:, :, own], 0).sum(axis=1), known.sum(axis=1)
+    return np.asarray(total.sum(axis=1) / count.sum(axis=1))
+
+
+def step_costs(operator: NDArray[Any], rows: NDArray[Any], cols: NDArray[Any], operators: Sequence[str]) -> list[int]:
+    """FLOPs of one Newton–Schulz step over all matrices of each operator; the arrays of shape (matrices,)."""
+    shapes = list(zip(operator, rows, cols, strict=True))
+    return [sum(ns_flops(int(m), int(n)) for o, m, n in shapes if o == own) for own in operators]
+
+
+def _mean(values: Floats) -> float:
+    known = np.isfinite(values)
+    return float(values[known].mean()) if known.any() else float("nan")
+
+
+def _below_bfloat16_floor(spectra: RecordedSpectra, operators: list[str]) -> dict[str, float]:
+    """Share of each operator's singular values under bfloat16's rounding noise: steps spent on them orthogonalise that noise."""
+    shares: dict[str, list[float]] = {o: [] for o in operators}
+    shapes = zip(spectra.operator.tolist(), spectra.rows.tolist(), spectra.cols.tolist(), strict=True)
+    for j, (operator, rows, cols) in enumerate(shapes):
+        x = unsketch(spectra.stored[:, j], min(rows, cols))
+        seen = np.isfinite(x).all(axis=-1)
+        shares[operator] += (x[seen] < precision_floor(rows, cols, BFLOAT16_ROUNDOFF)).mean(axis=-1).tolist()
+    return {operator: float(np.mean(values)) for operator, values in shares.items()}
+
+
+def _residual(given: Problem, group: int, steps: int) -> float:
+    return float(given.residual[group, given.steps.index(steps)])
+
+
+def _objective(given: Problem, rule: str, found: Allocation, baseline: Allocation) -> dict[str, str | float | None]:
+    bounded = {"mean": True, "mean-uncapped": False}
+    return {
+        "rule": rule,
+        "mean_residual": found.mean_residual,
+        "max_residual": found.max_residual,
+        "baseline_mean_residual": baseline.mean_residual,
+        "baseline_max_residual": baseline.max_residual,
+        "lower_bound": lower_bound(given, capped=bounded[rule]) if rule in bounded else None,
+    }
