@@ -30,15 +30,17 @@ class Record:
         step: its step.
         waits_for: labels of the optimizers whose step is still to come.
         rows: its arrays by group, missing values where nothing was measured.
+        row_of: matrix → row, by group.
+        ns_schedules: the run's list of Newton–Schulz schedules, which `ns_schedule` holds indices into.
     """
 
     def __init__(self, step: int, layout: Layout, waits_for: set[str], ns_schedules: list[dict[str, Any]]) -> None:
-        """`ns_schedules` is the run's list of the schedules that were in force; new ones are added to it."""
+        """New schedules are added to `ns_schedules`."""
         self.step = step
         self.waits_for = waits_for
         self.rows: dict[str, dict[str, NDArray[Any]]] = layout.empty_rows()
-        self._row_of = layout.row_of
-        self._ns_schedules = ns_schedules
+        self.row_of = layout.row_of
+        self.ns_schedules = ns_schedules
 
     def measure(self, matrix: Matrix, seen: Observation) -> None:
         """Measure all groups of one parameter's matrix."""
@@ -71,13 +73,13 @@ class Record:
                 self.fill("stacking", matrix, measure_pair(*seen))
 
     def _has(self, group: str, matrix: Matrix) -> bool:
-        return group in self.rows and matrix in self._row_of[group]
+        return group in self.rows and matrix in self.row_of[group]
 
     def fill(self, group: str, matrix: Matrix, measured: Measured) -> None:
         """Set values of one matrix, if the group is recorded and has the matrix."""
         if not self._has(group, matrix):
             return
-        row = self._row_of[group][matrix]
+        row = self.row_of[group][matrix]
         with np.errstate(over="ignore"):  # what does not fit into float32 is inf, which is data
             for name, value in measured.items():
                 self.rows[group][name][row] = value
@@ -87,6 +89,6 @@ class Record:
         entry: dict[str, Any] = {"coefficients": [list(triple) for triple in newton_schulz.coefficients], "eps": newton_schulz.eps}
         if newton_schulz.scaling != "frobenius":  # what an entry without it means
             entry["scaling"] = newton_schulz.scaling
-        if entry not in self._ns_schedules:
-            self._ns_schedules.append(entry)
-        return self._ns_schedules.index(entry)
+        if entry not in self.ns_schedules:
+            self.ns_schedules.append(entry)
+        return self.ns_schedules.index(entry)

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -54,6 +55,7 @@ class Recorder:
         self._told_of_changes = False
         self._record: Record | None = None  # the one being filled
         self._spent_before = 0.0
+        self._listeners: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
 
         self._handles = [handle for one in watched for handle in self._hook(one)]
         still_open.add(self)
@@ -119,6 +121,25 @@ class Recorder:
             self._journal.optimizers.append(describe_optimizer(one))
             self._handles += self._hook(one)
         self._watched += new
+
+    def on_record(self, listener: Callable[[Record], None]) -> RemovableHandle:
+        """Call `listener` with every record as soon as it is complete: behind the step that completed it, its rows handed to the writer.
+
+        A record knows its `step`, its `rows` by group and, in `row_of`, which row is which matrix. They are the writer's too: look, do
+        not change them. What the listener raises is counted and told of like any other error of the recorder. Its time is on
+        the recorder's clock, but records are not spaced by it.
+
+        Returns:
+            A handle, whose `remove()` ends it.
+
+        Raises:
+            ValueError: the recorder is closed.
+        """
+        if not self._handles:
+            raise ValueError("recorder: expected one that is open, got one that is closed and makes no more records; attach again")
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = listener
+        return handle
 
     def close(self) -> None:
         """Detach from the optimizers and commit what was recorded. Closing twice is harmless."""
@@ -326,6 +347,13 @@ class Recorder:
         self._journal.flush_if_due()
         spent, elapsed = self._journal.spent_and_elapsed()
         self._cadence.recorded(record.step, spent - self._spent_before, spent, elapsed)
+        for listener in list(self._listeners.values()):
+            self._tell(listener, record)
+
+    @guarded
+    def _tell(self, listener: Callable[[Record], None], record: Record) -> None:
+        with self._journal.asked_for():
+            listener(record)
 
 
 def _capturing() -> bool:

@@ -175,6 +175,58 @@ def test_off_steps_only_count(two: tuple[nn.Module, Optimizer, Optimizer], tmp_p
     assert snapshots == [4, 5, 9, 10]  # steps taken before: one snapshot per optimizer on steps 5 and 10
 
 
+# Listeners
+
+
+def test_a_listener_gets_what_the_run_holds(mlp: Make, tmp_path: Path, read: Read) -> None:
+    """Every record once, behind its last optimizer's step and with all its matrices, until the handle is removed."""
+    model = mlp()
+    optimizers = [Muon(weights(model)[:2], lr=0.05), SGD(weights(model)[2:], lr=0.1)]
+    give_gradients(*model.parameters())
+    heard: list[Any] = []
+    with attach(optimizers, model, tmp_path / "run.zarr", every=2, on_error="raise") as recorder:
+        handle = recorder.on_record(heard.append)
+        for step in range(1, 7):
+            if step == 5:
+                handle.remove()
+            optimizers[0].step()
+            assert len(heard) == min((step - 1) // 2, 2)
+            optimizers[1].step()
+            assert len(heard) == min(step // 2, 2)
+    run = read(tmp_path / "run.zarr")
+    assert steps_in(run) == [2, 4, 6]
+    assert [record.step for record in heard] == [2, 4]
+    for group in ("geometry", "update"):
+        names = run[group]["name"].values.tolist()
+        row_of = heard[0].row_of[group]
+        assert {names[row]: (m.operator, m.layer, m.rows, m.cols) for m, row in row_of.items()} == {
+            str(n): (o, layer, m, k)
+            for n, o, layer, m, k in zip(*(run[group][key].values for key in ("name", "operator", "layer", "rows", "cols")), strict=True)
+        }
+        for i, record in enumerate(heard):
+            for name, rows in record.rows[group].items():
+                np.testing.assert_array_equal(rows, run[group][name].values[i])
+    assert heard[0].ns_schedules == run["geometry"].attrs["ns_schedules"]
+
+
+def test_a_listener_that_raises_leaves_training_and_record_alone(
+    two: tuple[nn.Module, Optimizer, Optimizer], tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, d, _ = two
+    heard: list[int] = []
+    with caplog.at_level(logging.WARNING, "optiscope"), attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
+        recorder.on_record(lambda record: 1 / 0)
+        recorder.on_record(lambda record: heard.append(record.step))
+        for _ in range(3):
+            d.step()
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "ZeroDivisionError" in message
+    assert recorder.errors == read(tmp_path / "run.zarr").attrs["errors"] == 3
+    assert steps_in(read(tmp_path / "run.zarr")) == heard == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"^recorder: expected one that is open, got one that is closed"):
+        recorder.on_record(heard.append)
+
+
 # Scalars
 
 
