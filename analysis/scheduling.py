@@ -3,8 +3,9 @@
 import numpy as np
 import xarray as xr
 
-from ..diagnostics.deriving import BURN_IN, RECORDS, SNAPSHOTS, WINDOW_SHARE, check_choices, schedule_from_spectra
+from ..diagnostics.deriving import RECORDS, check_choices, schedule_from_spectra
 from ..diagnostics.evenly_spread import evenly_spread
+from ..diagnostics.observation_window import observation_window
 from ..diagnostics.recorded_spectra import RecordedSpectra
 from ..diagnostics.schedule import Schedule
 from .run import orthogonalised, own_residual, records
@@ -17,18 +18,13 @@ def default_window(run: xr.DataTree) -> slice:
     """
     geometry = orthogonalised(run)
     steps = geometry["step"].values
-    start = min(BURN_IN, int(steps[-1]))
+    rate_steps, rates = steps[:0], np.full(0, np.nan)
     if "update" in run.children and run["update"].sizes.get("step"):
         update = records(run, "update")
         # Of the orthogonalised matrices only: another optimizer may warm up differently, or not at all.
-        largest = update["lr"].isel(matrix=np.isin(update["name"].values, geometry["name"].values)).max("matrix").values
-        if np.isfinite(largest).any():
-            start = max(start, int(update["step"].values[np.nanargmax(largest >= 0.99 * np.nanmax(largest))]))
-    inside = steps[steps >= start]
-    if not len(inside):
-        return slice(int(steps[0]), int(steps[-1]))
-    last = max(int(inside[0] + WINDOW_SHARE * steps[-1]), int(inside[min(SNAPSHOTS, len(inside)) - 1]))
-    return slice(int(inside[0]), last)
+        rate_steps = update["step"].values
+        rates = update["lr"].isel(matrix=np.isin(update["name"].values, geometry["name"].values)).max("matrix").values
+    return slice(*observation_window(steps, int(steps[-1]), rate_steps, rates))
 
 
 def derive_schedule(

@@ -24,11 +24,6 @@ from .spectrum_sketch import unsketch
 
 Floats = NDArray[np.float64]
 
-# Momentum of 0.95 forgets its zero start in about this many steps.
-BURN_IN = 20
-# A window: so many records at least, and this share of the steps.
-SNAPSHOTS = 8
-WINDOW_SHARE = 0.01
 # Records of a window that are averaged over at most, evenly spread: each spectrum is mapped anew.
 RECORDS = 32
 
