@@ -29,6 +29,7 @@ class Problem:
         cost: C_g per step, positive integers, shape (groups,).
         weight: W_g, shape (groups,), Σ W = 1.
         baseline: k̄, the uniform step count whose cost is the budget.
+        current: the steps in force, which a choice may change by 1 per group; None where nothing is in force yet.
     """
 
     residual: Floats
@@ -36,6 +37,7 @@ class Problem:
     cost: NDArray[np.int64]
     weight: Floats
     baseline: int
+    current: tuple[int, ...] | None = None
 
     @property
     def budget(self) -> int:
@@ -46,6 +48,19 @@ class Problem:
     def cap(self) -> float:
         """τ: the largest residual of any group under the uniform baseline."""
         return float(self.residual[:, self.steps.index(self.baseline)].max())
+
+    def on_offer(self, *, capped: bool = False) -> NDArray[np.bool_]:
+        """Which step counts each group may take, shape (groups, len(steps)).
+
+        Where steps are in force, the cap lets a group keep what it has: it may lie above a cap that fell since, and to get below
+        it may cost more than there is.
+        """
+        if self.current is None:
+            return np.asarray(self.residual <= self.cap if capped else np.ones_like(self.residual, dtype=bool))
+        now = np.array(self.current)[:, None]
+        near = np.abs(np.array(self.steps) - now) <= 1
+        as_now = self.residual[np.array(self.steps) == now][:, None]
+        return np.asarray(near & (self.residual <= np.maximum(self.cap, as_now)) if capped else near)
 
 
 @dataclass(frozen=True)
@@ -100,7 +115,7 @@ def least_mean(given: Problem, *, capped: bool = True) -> Allocation:
     dropped, which keeps the programme exact for any costs without a common unit. Of equal results the cheaper wins,
     then the one with the lower maximum, then the one with more steps for the earlier group.
     """
-    allowed = given.residual <= given.cap if capped else np.ones_like(given.residual, dtype=bool)
+    allowed = given.on_offer(capped=capped)
     # What the groups to come cost at least: a state that cannot pay for them leads nowhere.
     cheapest = [int(given.cost[g]) * min(k for k, ok in zip(given.steps, allowed[g], strict=True) if ok) for g in range(len(given.cost))]
     reserve = [sum(cheapest[g + 1 :]) for g in range(len(cheapest))]
@@ -131,10 +146,11 @@ def least_maximum(given: Problem) -> Allocation:
 
     For a threshold τ, k_g(τ) = min{k: R_g(k) ≤ τ} is cheapest; τ is found by bisection over the finite set of residuals.
     """
-    thresholds = np.unique(given.residual)
+    allowed = given.on_offer()
+    thresholds = np.unique(given.residual[allowed])
 
     def cheapest(threshold: float) -> list[int] | None:
-        meets = given.residual <= threshold
+        meets = allowed & (given.residual <= threshold)
         if not meets.any(axis=1).all():
             return None
         steps = [given.steps[i] for i in meets.argmax(axis=1)]
@@ -151,14 +167,15 @@ def least_maximum(given: Problem) -> Allocation:
 
 def _spend_rest(given: Problem, steps: list[int]) -> Allocation:
     """Raise the worst group to its next better affordable step count, again and again."""
+    allowed = given.on_offer()
     while True:
         now = evaluate(given, steps)
         residuals = [float(given.residual[g, given.steps.index(k)]) for g, k in enumerate(steps)]
         for g in sorted(range(len(steps)), key=lambda g: -residuals[g]):
             better = [
                 k
-                for k, r in zip(given.steps, given.residual[g], strict=True)
-                if k > steps[g] and r < residuals[g] and now.cost + int(given.cost[g]) * (k - steps[g]) <= given.budget
+                for k, r, ok in zip(given.steps, given.residual[g], allowed[g], strict=True)
+                if ok and k > steps[g] and r < residuals[g] and now.cost + int(given.cost[g]) * (k - steps[g]) <= given.budget
             ]
             if better:
                 steps = [*steps[:g], better[0], *steps[g + 1 :]]
@@ -173,7 +190,7 @@ def lower_bound(given: Problem, *, capped: bool = True) -> float:
     Its minimum spends the budget along the lower convex hull of each group's (C k, W R), the steepest pieces of all hulls
     first and the last one in part (Sinha, Zoltners, "The multiple-choice knapsack problem", 1979).
     """
-    allowed = given.residual <= given.cap if capped else np.ones_like(given.residual, dtype=bool)
+    allowed = given.on_offer(capped=capped)
     left, bound = float(given.budget), 0.0
     pieces: list[tuple[float, float]] = []  # (Σ W R per FLOP, FLOPs)
     for g in range(len(given.cost)):

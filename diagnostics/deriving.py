@@ -4,6 +4,7 @@ The same for a run that is read from disk and for one that goes on: what is comm
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
@@ -17,10 +18,9 @@ from .newton_schulz import ns_flops
 from .ns_families import FAMILIES, Coefficients, repeat_last
 from .operators import ordered
 from .polar_express import MATCHED_LOWER_BOUND, matched_coefficients
-from .recorded_spectra import RecordedSpectra, residuals_under
+from .recorded_spectra import RecordedSpectra
 from .schedule import OperatorSchedule, Schedule
-from .spectrum import BFLOAT16_ROUNDOFF, precision_floor
-from .spectrum_sketch import unsketch
+from .window_residuals import WindowResiduals, window_residuals
 
 Floats = NDArray[np.float64]
 
@@ -48,7 +48,13 @@ def check_choices(budget: int, rule: str, family: str) -> None:
 
 
 def schedule_from_spectra(
-    window: RecordedSpectra, *, budget: int = 5, rule: str = "mean", family: str = "matched", provenance: Mapping[str, Any] | None = None
+    window: RecordedSpectra,
+    *,
+    budget: int = 5,
+    rule: str = "mean",
+    family: str = "matched",
+    recoverable: bool = False,
+    provenance: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """Steps and coefficients per operator that use a budget of `budget` steps for all better than all-equal steps do.
 
@@ -59,43 +65,98 @@ def schedule_from_spectra(
         budget: step count of the uniform baseline, 3 to 8; the schedule costs no more than it.
         rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax", "uniform".
         family: "matched" (one design per step count), "jordan" or "polar_express" (the first steps of the list).
+        recoverable: residuals over the singular values above bfloat16's rounding noise alone.
         provenance: where the spectra come from, kept in the schedule.
 
     Raises:
         ValueError: a choice that is not on offer, or no spectrum in the window.
     """
     check_choices(budget, rule, family)
-    if not window.seen.any():
+    spectra = few_records(window)
+    if not spectra.seen.any():
         raise ValueError("window: no spectrum recorded in it; let it hold at least one record of an optimizer that orthogonalises")
-    spectra = window.of_records(evenly_spread(len(window.step), RECORDS)).of_matrices(window.seen)
-    operators = ordered(spectra.operator.tolist())
-    residual = residuals_under(spectra.stored, spectra.ranks, [SCHEDULES[family](k) for k in STEPS])
-    names = {o: tuple(str(n) for n in spectra.name[spectra.operator == o]) for o in operators}
-    cost = step_costs(spectra.operator, spectra.rows, spectra.cols, operators)
-    curves = np.stack([mean_residuals(residual, spectra.operator == o) for o in operators])
-    given = problem(curves, STEPS, cost, [len(names[o]) for o in operators], budget)
-    found, baseline = RULES[rule](given), uniform(given)
+    spectra = spectra.of_matrices(spectra.seen)
+    members = {o: spectra.operator == o for o in ordered(spectra.operator.tolist())}
+    matrices = {o: tuple(str(n) for n in spectra.name[own]) for o, own in members.items()}
+    cost = step_costs(spectra.operator, spectra.rows, spectra.cols, list(members))
+    evidence = evidence_of(spectra, members, matrices, cost, budget=budget, family=family, recoverable=recoverable)
+    return schedule_of(evidence, RULES[rule](evidence.given), rule, provenance or {})
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a window says about every operator: all that a schedule for it is chosen by.
+
+    Attributes:
+        spectra: of the matrices that were seen.
+        members: operator → which of those matrices are its own, shape (matrices,).
+        matrices: operator → the names of all its matrices, seen or not.
+        seen: what each schedule on offer leaves of each spectrum.
+        given: the operators' mean residuals, costs and weights.
+        family, recoverable: whose coefficients, and over which singular values the residuals are.
+    """
+
+    spectra: RecordedSpectra
+    members: Mapping[str, NDArray[np.bool_]]
+    matrices: Mapping[str, tuple[str, ...]]
+    seen: WindowResiduals
+    given: Problem
+    family: str
+    recoverable: bool
+
+
+def few_records(window: RecordedSpectra) -> RecordedSpectra:
+    """At most 32 of its records, evenly spread."""
+    return window.of_records(evenly_spread(len(window.step), RECORDS))
+
+
+def evidence_of(
+    spectra: RecordedSpectra,
+    members: Mapping[str, NDArray[np.bool_]],
+    matrices: Mapping[str, tuple[str, ...]],
+    cost: Sequence[int],
+    *,
+    budget: int,
+    family: str,
+    recoverable: bool,
+) -> Evidence:
+    """The allocation problem that the spectra of a window pose; `cost` is of one step of each operator, weights are counts of matrices."""
+    seen = window_residuals(spectra, [SCHEDULES[family](k) for k in STEPS])
+    residual = seen.residual(recoverable=recoverable)
+    curves = np.stack([mean_residuals(residual, own) for own in members.values()])
+    given = problem(curves, STEPS, cost, [len(matrices[o]) for o in members], budget)
+    return Evidence(spectra, members, matrices, seen, given, family, recoverable)
+
+
+def schedule_of(evidence: Evidence, found: Allocation, rule: str, provenance: Mapping[str, Any]) -> Schedule:
+    """The schedule that holds the steps `found`."""
+    given, spectra = evidence.given, evidence.spectra
     entries = {
         o: OperatorSchedule(
-            coefficients=SCHEDULES[family](k),
-            matrices=names[o],
+            coefficients=SCHEDULES[evidence.family](k),
+            matrices=evidence.matrices[o],
             predicted_residual=_residual(given, g, k),
-            baseline_residual=_residual(given, g, budget),
-            cost=cost[g] * k,
+            baseline_residual=_residual(given, g, given.baseline),
+            cost=int(given.cost[g]) * k,
         )
-        for g, (o, k) in enumerate(zip(operators, found.steps, strict=True))
+        for g, (o, k) in enumerate(zip(evidence.members, found.steps, strict=True))
     }
     return Schedule(
         operators=entries,
-        budget={"kind": "flop", "mean_steps": budget, "limit": given.budget, "cost": found.cost},
-        objective={"in_force_mean_residual": _mean(spectra.in_force), **_objective(given, rule, found, baseline)},
+        budget={"kind": "flop", "mean_steps": given.baseline, "limit": given.budget, "cost": found.cost},
+        objective={
+            "in_force_mean_residual": _mean(spectra.in_force),
+            "recoverable": evidence.recoverable,
+            **_objective(given, rule, found, uniform(given)),
+        },
         provenance={
-            **(provenance or {}),
+            **provenance,
             "window": [int(spectra.step[0]), int(spectra.step[-1])],
             "snapshots": len(spectra.step),
-            "family": family,
-            "below_bfloat16_floor": _below_bfloat16_floor(spectra, operators),
-            "residual": "Gram residual ‖I − OOᵀ‖_F/√r predicted in float64 from the stored singular values",
+            "family": evidence.family,
+            "below_bfloat16_floor": {o: _mean(1 - evidence.seen.recoverable[:, own]) for o, own in evidence.members.items()},
+            "residual": "Gram residual ‖I − OOᵀ‖_F/√r predicted in float64 from the stored singular values"
+            + (" above bfloat16's rounding noise" if evidence.recoverable else ""),
             "optiscope": version("optiscope"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
@@ -118,17 +179,6 @@ def step_costs(operator: NDArray[Any], rows: NDArray[Any], cols: NDArray[Any], o
 def _mean(values: Floats) -> float:
     known = np.isfinite(values)
     return float(values[known].mean()) if known.any() else float("nan")
-
-
-def _below_bfloat16_floor(spectra: RecordedSpectra, operators: list[str]) -> dict[str, float]:
-    """Share of each operator's singular values under bfloat16's rounding noise: steps spent on them orthogonalise that noise."""
-    shares: dict[str, list[float]] = {o: [] for o in operators}
-    shapes = zip(spectra.operator.tolist(), spectra.rows.tolist(), spectra.cols.tolist(), strict=True)
-    for j, (operator, rows, cols) in enumerate(shapes):
-        x = unsketch(spectra.stored[:, j], min(rows, cols))
-        seen = np.isfinite(x).all(axis=-1)
-        shares[operator] += (x[seen] < precision_floor(rows, cols, BFLOAT16_ROUNDOFF)).mean(axis=-1).tolist()
-    return {operator: float(np.mean(values)) for operator, values in shares.items()}
 
 
 def _residual(given: Problem, group: int, steps: int) -> float:

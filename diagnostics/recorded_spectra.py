@@ -97,24 +97,27 @@ def residuals_under(stored: NDArray[np.floating[Any]], ranks: NDArray[np.integer
     Spectra are read back once, and steps that schedules begin with alike are taken once.
     """
     residual = np.full((len(schedules), *stored.shape[:2]), np.nan)
-    flat, chosen = residual.reshape(len(schedules), -1), list(enumerate(schedules))
+    flat = residual.reshape(len(schedules), -1)
     for pairs, x in read_back(stored, ranks):
-        found = np.empty((len(schedules), len(pairs)))
-        _residuals(x, chosen, found)
-        flat[:, pairs] = found
+        for i, o in outputs_under(x, schedules):
+            flat[i, pairs] = gram_residual(o)
     return residual
 
 
-def _residuals(x: Floats, schedules: list[tuple[int, Coefficients]], out: Floats) -> None:
-    """Into `out[i]` the residual of x under the i-th schedule."""
+def outputs_under(x: Floats, schedules: Sequence[Coefficients]) -> Iterator[tuple[int, Floats]]:
+    """Singular values x after each schedule, with its place among `schedules`; steps that schedules begin with alike are taken once."""
+    yield from _outputs(x, list(enumerate(schedules)))
+
+
+def _outputs(x: Floats, schedules: list[tuple[int, Coefficients]]) -> Iterator[tuple[int, Floats]]:
     following: dict[Triple, list[tuple[int, Coefficients]]] = {}
     for i, coefficients in schedules:
         if coefficients:
             following.setdefault(coefficients[0], []).append((i, coefficients[1:]))
         else:
-            out[i] = gram_residual(x)
+            yield i, x
     for triple, rest in following.items():
-        _residuals(ns_map(x, (triple,)), rest, out)
+        yield from _outputs(ns_map(x, (triple,)), rest)
 
 
 def residual_in_force(
