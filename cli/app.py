@@ -64,4 +64,4 @@ def print_json(result: Any) -> None:
 
 
 # Importing a module of commands registers them.
-from . import compare, demo, report, run, script  # noqa: E402, F401
+from . import compare, demo, report, run, schedule, script  # noqa: E402, F401

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .app import JsonOption, command, print_json
-from .run import analyse_into, console, print_analysis, print_schedule, say, sibling
+from .run import analyse_into, console, print_analysis, say, sibling
+from .schedule import print_schedule
 
 
 @command

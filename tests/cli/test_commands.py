@@ -10,7 +10,8 @@ import torch
 
 from optiscope.analysis import STUDIES, derive_schedule, open_run
 from optiscope.cli import app
-from optiscope.cli.run import parse_window, sibling
+from optiscope.cli.run import sibling
+from optiscope.cli.schedule import parse_window
 from optiscope.diagnostics import Schedule
 from optiscope.hooks import attach
 
