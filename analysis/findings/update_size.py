@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from ...diagnostics.rms_alignment import explained
 from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
 from ..studies import rms_alignment
 from .finding import Finding, count, group, names, typical
@@ -59,8 +60,7 @@ def off_target(run: xr.DataTree) -> Iterator[Finding]:
     ratio, residual = (typical(study[name].values[later], known[later]) for name in ("alignment", "residual"))
     expected = typical(np.sqrt(np.maximum(1 + study["under_lifted"].values + study["band"].values, 0))[later])
     expected = np.where(expected > 0, expected, 1)  # the iteration's start is not known: AOL scaling
-    slack = 1 + rms_alignment.SLACK
-    low, high = np.sqrt(np.maximum(1 - residual, 0)) / slack, np.sqrt(1 + residual) * slack
+    low, high = explained(residual)
     for optimizer in map(str, np.unique(study["optimizer"].values)):
         own = (study["optimizer"].values == optimizer) & np.isfinite(ratio)
         off = own & (share > 0.5)

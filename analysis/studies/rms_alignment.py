@@ -14,9 +14,8 @@ from numpy.typing import NDArray
 from ...diagnostics.bootstrap import median_interval, with_interval
 from ...diagnostics.evenly_spread import evenly_spread
 from ...diagnostics.nan_quantile import nan_quantile
-from ...diagnostics.newton_schulz import ns_map
-from ...diagnostics.recorded_spectra import read_back
-from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
+from ...diagnostics.rms_alignment import explained, is_readable, known_size, split_excess
+from ...diagnostics.update_size import ADAMW_RMS
 from ..by_operator import medians_by
 from ..figures import FEW, axes, finish, intervals, operator_palette
 from ..run import ns_schedules, operators_of, own_residual, ranks, records
@@ -28,10 +27,6 @@ READING = (
     "over all records; operators whose bars lie apart differ by more than their layers do."
 )
 
-# o below this is counted as under-lifted: an NS budget problem; the rest of a² − 1 is the coefficients' band.
-UNDER_LIFTED = 0.5
-# How far a may lie outside the bound: reading ΔW and bfloat16 arithmetic each move it by under 1 %.
-SLACK = 0.02
 DRAWN = 64  # records
 SPLIT = 64  # records whose spectra are taken through the iteration
 ENDS = ("_low", "", "_high")
@@ -56,7 +51,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     # Without its texts, which would go on to what is computed from it.
     applied = update["update_rms_per_lr"].drop_attrs()
     intended = update["update_rms_intended"].drop_attrs() if "update_rms_intended" in update else xr.full_like(applied, np.nan)
-    per_lr = intended.where(np.isfinite(intended), applied)
+    per_lr = applied.copy(data=known_size(applied, intended))
     alignment = per_lr / update["update_rms_target"].drop_attrs()
     result = xr.Dataset({"update_rms_per_lr": per_lr, "alignment": alignment, "to_adamw": per_lr / ADAMW_RMS})
     result = result.assign(_medians(result))
@@ -71,13 +66,14 @@ def study(run: xr.DataTree) -> xr.Dataset:
     geometry = geometry.isel(step=steps_there, matrix=there)
     result["residual"].values[np.ix_(steps, here)] = own_residual(geometry).values
     few = evenly_spread(len(steps), SPLIT)
-    for name, values in zip(("under_lifted", "band"), _split(geometry.isel(step=few)), strict=True):
+    kept = geometry.isel(step=few)
+    split = split_excess(kept["sigma_quantile"].values, kept["ns_schedule"].values, ns_schedules(geometry), ranks(geometry))
+    for name, values in zip(("under_lifted", "band"), split, strict=True):
         result[name].values[np.ix_(steps[few], here)] = values
     result.attrs |= {"split_records": len(few), "records": len(steps)}
-    square, residual = result["alignment"] ** 2, result["residual"]
-    upper, lower = np.sqrt(1 + residual) * (1 + SLACK), np.sqrt(np.maximum(1 - residual, 0)) * (1 - SLACK)
-    readable = (update["update_noise"].drop_attrs() <= READABLE_NOISE) | np.isfinite(intended)
-    result["off_target"] = readable & ((np.sqrt(square) > upper) | (np.sqrt(square) < lower))
+    lower, upper = explained(result["residual"])
+    outside = (result["alignment"] > upper) | (result["alignment"] < lower)
+    result["off_target"] = outside & is_readable(update["update_noise"], intended)
     return result
 
 
@@ -187,20 +183,3 @@ def summary(dataset: xr.Dataset) -> str:
 def _bars(dataset: xr.Dataset, name: str) -> NDArray[np.float64]:
     """Lower end, value and upper end, shape (3, …)."""
     return np.stack([dataset[name + suffix].values for suffix in ENDS])
-
-
-def _split(geometry: xr.Dataset) -> tuple[np.ndarray, np.ndarray]:
-    """Predicted a² − 1 = mean(o² − 1), split into values with o < 0.5 and the rest; each (step, matrix)."""
-    index = geometry["ns_schedule"].values
-    # The stored singular values are those of M/‖M‖_F: not of what an iteration of another scaling started from.
-    schedules = [(i, schedule) for i, schedule in enumerate(ns_schedules(geometry)) if schedule.scaling == "frobenius"]
-    low, band = np.full(index.shape, np.nan), np.full(index.shape, np.nan)
-    for pairs, x in read_back(geometry["sigma_quantile"].values, ranks(geometry)):
-        for i, schedule in schedules:
-            own = index.ravel()[pairs] == i
-            if own.any():
-                o = ns_map(x[own], schedule.coefficients)
-                excess, under = o * o - 1, o < UNDER_LIFTED
-                low.ravel()[pairs[own]] = np.where(under, excess, 0).mean(axis=-1)
-                band.ravel()[pairs[own]] = np.where(under, 0, excess).mean(axis=-1)
-    return low, band
