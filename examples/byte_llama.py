@@ -35,6 +35,7 @@ class Config:
     layers: int = 4
     heads: int = 4
     kv_heads: int = 2
+    head_width: int | None = None  # None: d/heads
     inner: int = 352
     sequence: int = 128
     batch: int = 16
@@ -52,7 +53,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        self.heads, self.kv_heads, self.width = config.heads, config.kv_heads, config.d // config.heads
+        self.heads, self.kv_heads, self.width = config.heads, config.kv_heads, config.head_width or config.d // config.heads
         self.q_proj = nn.Linear(config.d, self.heads * self.width, bias=False)
         self.k_proj = nn.Linear(config.d, self.kv_heads * self.width, bias=False)
         self.v_proj = nn.Linear(config.d, self.kv_heads * self.width, bias=False)
@@ -114,8 +115,8 @@ class ByteLlama(nn.Module):
 def rotate(x: Tensor) -> Tensor:
     """Rotary position embedding over the last dimension; x has shape (batch, heads, time, width)."""
     half = x.shape[-1] // 2
-    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32) / half)
-    angle = torch.arange(x.shape[-2], dtype=torch.float32)[:, None] * frequency
+    frequency = 10000.0 ** (-torch.arange(half, dtype=torch.float32, device=x.device) / half)
+    angle = torch.arange(x.shape[-2], dtype=torch.float32, device=x.device)[:, None] * frequency
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * angle.cos() - second * angle.sin(), first * angle.sin() + second * angle.cos()), dim=-1)
 
