@@ -2,15 +2,12 @@
 
 import hashlib
 import json
-import os
-import platform
 import shutil
 import sys
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +65,10 @@ class Plan:
 # In the demo's model q and o are the square matrices; in the other one k and v are, as in Qwen3-0.6B: what only follows shape goes with them.
 DEMO = Config(batch=8, steps=200)
 FULL = Plan({"demo": DEMO, "square-kv": replace(DEMO, heads=8, kv_heads=4, head_width=32)})
-_SHORT = replace(SHORT, steps=40, batch=4)
+_TINY = replace(SHORT, d=32, inner=88, sequence=32, batch=4, steps=30)
 QUICK = Plan(
-    {"demo": _SHORT, "square-kv": replace(_SHORT, heads=8, kv_heads=4, head_width=16)},
-    seeds=(0, 1), burn_in=10, observe=20, later=10, validate=20,
+    {"demo": _TINY, "square-kv": replace(_TINY, heads=8, kv_heads=4, head_width=8)},
+    seeds=(0, 1), burn_in=10, observe=20, validate=30, later=5,
 )  # fmt: skip
 # 101 million parameters, for an accelerator.
 LARGE = Config(d=768, layers=16, heads=12, kv_heads=4, inner=2048, sequence=1024, batch=32, steps=3000)
@@ -171,7 +168,8 @@ def _train(store: Path, plan: Plan, config: Config, treatment: Treatment, lr: fl
     validated: list[tuple[int, float]] = []
     committed = None
     precision = torch.autocast(torch.device(plan.device).type, torch.bfloat16, enabled=plan.device != "cpu")
-    for last, every in ((min(plan.observe, config.steps), plan.early), (config.steps, plan.later)):
+    phases = [(plan.observe, plan.early), (config.steps, plan.later)]
+    for last, every in phases[1:] if treatment.commit is None and plan.early == plan.later else phases:
         with attach([matrices, rest], model, store, every=every, measure=("geometry", "update"), about=about) as recorder:
             while len(losses) < last:
                 with precision:
@@ -195,16 +193,4 @@ def _train(store: Path, plan: Plan, config: Config, treatment: Treatment, lr: fl
         "validation": validated,
         "committed": committed,
         "flops": None if schedule is None else sum(entry.cost for entry in schedule.operators.values()),
-    }
-
-
-def conditions_of_measurement() -> dict[str, Any]:
-    """Versions, machine and command line, as they stand in a result file."""
-    return {
-        "command": " ".join(["python -m", (sys.modules["__main__"].__spec__ or type("", (), {"name": sys.argv[0]})).name, *sys.argv[1:]]),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("optiscope", "torch", "numpy", "scipy", "xarray")},
-        },
-        "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} torch threads",
     }

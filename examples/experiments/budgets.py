@@ -1,0 +1,224 @@
+"""Does a Newton–Schulz budget divided by operator lower the residual, and does it lower the loss?
+
+    python -m optiscope.examples.experiments.budgets -o runs/
+
+Muon with five steps for all against the steps that are committed after an observed window (least mean under the cap; minimax), against two controls
+(the same programme on curves of permuted operators, and in reversed order of hardness, under the true costs), four and six steps for all, torch's own
+five steps of Jordan's coefficients, and exact polar factors. Every condition has its learning rate from the same grid. About an hour of one core.
+"""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from optiscope.analysis.figures import axes, finish, intervals
+from optiscope.analysis.training_curve import ema
+from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.examples.experiments.command import Experiment, Result, options, run
+from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS
+from optiscope.examples.experiments.paired import Paired, paired
+from optiscope.examples.experiments.residuals import residuals
+from optiscope.examples.experiments.training import FULL, LARGE_PLAN, QUICK, Plan
+from optiscope.examples.experiments.tuning import trained, tuned
+
+GRID = (0.01, 0.02, 0.04)  # Muon's learning rate
+BASELINE = next(iter(CONDITIONS))
+COMMITTED = tuple(name for name, treatment in CONDITIONS.items() if treatment.commit is not None)
+GAIN = 0.15  # what the mean residual is hoped to fall by
+EMA_STEPS = 10
+
+
+def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Sequence[float]]:
+    """Plan and grid of learning rates that the options ask for."""
+    if arguments.short:
+        return QUICK, GRID[1:2]
+    plan = LARGE_PLAN if arguments.size == "100m" else FULL
+    return replace(plan, device=arguments.device or plan.device, text=arguments.text), GRID
+
+
+def measure(arguments: argparse.Namespace) -> Result:
+    """Train everything that is not there yet."""
+    return measured(arguments.output, *plan_of(arguments))
+
+
+def measured(folder: Path, plan: Plan, grid: Sequence[float]) -> Result:
+    """All trainings of all conditions and architectures: losses, residuals, steps and FLOPs, per seed."""
+    tuning = {name: tuned(folder, plan, name, treatment, grid) for name, treatment in CONDITIONS.items()}
+    trainings = [
+        _kept(name, model, one)
+        for model in plan.models
+        for name, treatment in CONDITIONS.items()
+        for one in trained(folder, plan, model, name, treatment, tuning[name][0])
+    ]
+    return {
+        "tuning": {name: {"lr": lr, "validation": losses} for name, (lr, losses) in tuning.items()},
+        "window": [plan.burn_in, plan.observe],
+        "trainings": trainings,
+    }
+
+
+def _kept(condition: str, model: str, one: Mapping[str, Any]) -> dict[str, Any]:
+    smooth = ema(one["loss"], np.arange(1, len(one["loss"]) + 1), EMA_STEPS)
+    every = max(1, len(smooth) // 20)
+    return {
+        "model": model,
+        "condition": condition,
+        "seed": one["seed"],
+        "lr": one["lr"],
+        "committed": one["committed"],
+        "flops": one["flops"],
+        "validation": one["validation"],
+        "smoothed": [[i + 1, float(smooth[i])] for i in range(every - 1, len(smooth), every)],
+        "seconds": one["seconds"],
+        "residuals": residuals(one["store"], matched_coefficients(BUDGET), exact=condition == "exact"),
+    }
+
+
+def of(result: Result, model: str, condition: str) -> list[dict[str, Any]]:
+    """The trainings of a condition, by seed."""
+    return [t for t in result["trainings"] if (t["model"], t["condition"]) == (model, condition)]
+
+
+def models(result: Result) -> list[str]:
+    """The architectures, in order."""
+    return list(dict.fromkeys(t["model"] for t in result["trainings"]))
+
+
+def loss_difference(result: Result, model: str, condition: str) -> Paired:
+    """Final validation loss against the baseline's, over seeds."""
+    final = [[t["validation"][-1][1] for t in of(result, model, name)] for name in (condition, BASELINE)]
+    return paired(*final)
+
+
+def gains(result: Result, model: str, condition: str, *, against: str = "spectra", what: str = "predicted") -> np.ndarray:
+    """1 − ε̃/ε̃ of the baseline at every record behind the window, shape (seeds, records).
+
+    Args:
+        result: of the experiment.
+        model: architecture.
+        condition: whose gain.
+        against: "spectra": the baseline's coefficients on this training's own spectra; "training": the baseline's training of the same seed.
+        what: "predicted" or "achieved"; the latter only against a training.
+    """
+    rows = []
+    for own, other in zip(of(result, model, condition), of(result, model, BASELINE), strict=True):
+        later = _later(result, own)
+        reference = own["residuals"]["baseline"] if against == "spectra" else other["residuals"][what]
+        rows.append(1 - np.array(own["residuals"][what], float)[later] / np.array(reference, float)[later])
+    return np.array(rows)
+
+
+def worst_stays(result: Result, model: str, condition: str, *, against: str = "spectra") -> np.ndarray:
+    """Whether the worst operator is no worse than the baseline's worst one, shape (seeds, records)."""
+    rows = []
+    for own, other in zip(of(result, model, condition), of(result, model, BASELINE), strict=True):
+        later = _later(result, own)
+        reference = own["residuals"]["baseline_by"] if against == "spectra" else other["residuals"]["predicted_by"]
+        rows.append(np.max(own["residuals"]["predicted_by"], axis=1)[later] <= np.max(reference, axis=1)[later])
+    return np.array(rows)
+
+
+def _later(result: Result, training: Mapping[str, Any]) -> np.ndarray:
+    return np.array(training["residuals"]["step"]) > result["window"][1]
+
+
+def tell(result: Result) -> str:
+    """The results, line by line."""
+    lines = ["learning rates: " + ", ".join(f"{name} {entry['lr']:g}" for name, entry in result["tuning"].items())]
+    for model in models(result):
+        n = len(of(result, model, BASELINE))
+        final = np.mean([t["validation"][-1][1] for t in of(result, model, BASELINE)])
+        lines.append(f"{model}: final validation loss of {BASELINE} {final:.4f} nats per byte, {n} seeds; differences from it:")
+        lines += [f"  {name}: {loss_difference(result, model, name)}" for name in CONDITIONS if name != BASELINE]
+        for name in COMMITTED:
+            lines.append(f"{model}, {name}: steps " + "; ".join(_steps(t) for t in of(result, model, name)))
+            for against in ("spectra", "training"):
+                gain, holds = gains(result, model, name, against=against), worst_stays(result, model, name, against=against)
+                lines.append(
+                    f"  residual against {BASELINE} on the {'same spectra' if against == 'spectra' else 'training of the same seed'}: "
+                    f"{-gain.mean():+.1%} on average, {-gain.max():+.1%} to {-gain.min():+.1%}; at least −{GAIN:.0%} at every later record in "
+                    f"{int((gain >= GAIN).all(axis=1).sum())} of {n} seeds; worst operator no worse in {int(holds.sum())} of {holds.size} records"
+                )
+            achieved = gains(result, model, name, against="training", what="achieved")
+            lines.append(f"  achieved in bfloat16, against the training of the same seed: {-achieved.mean():+.1%}")
+    return "\n".join(lines)
+
+
+def _steps(training: Mapping[str, Any]) -> str:
+    return ",".join(str(k) for k in training["committed"].values())
+
+
+def plot(result: Result) -> Figure:
+    """Per architecture: loss differences, residuals over training, and the gain on the same spectra."""
+    names = models(result)
+    figure, panels = axes(3 * len(names), width=5.2, height=4.4)
+    colours = dict(zip(CONDITIONS, sns.color_palette("tab10", len(CONDITIONS)), strict=True))
+    for row, model in enumerate(names):
+        left, middle, right = panels[3 * row : 3 * row + 3]
+        _losses(left, result, model, colours)
+        _residuals(middle, result, model, colours)
+        _gains(right, result, model, colours)
+    return figure
+
+
+def _losses(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
+    others = [name for name in CONDITIONS if name != BASELINE]
+    found = [loss_difference(result, model, name) for name in others]
+    bars = np.array([[d.low, d.mean, d.high] for d in found], float).T
+    base = [t["validation"][-1][1] for t in of(result, model, BASELINE)]
+    for i, name in enumerate(others):
+        values = np.array([t["validation"][-1][1] for t in of(result, model, name)]) - base
+        ax.plot(values, np.full(len(values), i + 0.22), ".", color="0.6", markersize=4)
+    intervals(ax, others, bars, [colours[name] for name in others])
+    ax.axvline(0, color="0.4", linewidth=0.8)
+    finish(ax, title=f"{model}: validation loss against {BASELINE}\n(mean, 95 %; dots: seeds)", x="difference (nats per byte)", y="")
+
+
+def _residuals(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
+    for name, colour in colours.items():
+        trainings = of(result, model, name)
+        values = np.array([t["residuals"]["predicted"] for t in trainings], float)
+        step = trainings[0]["residuals"]["step"]
+        ax.plot(step, values.mean(axis=0), color=colour, linewidth=1.4, label=name, linestyle="-" if name not in COMMITTED[2:] else "--")
+        ax.fill_between(step, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.1, linewidth=0)
+    ax.axvspan(*result["window"], color="0.5", alpha=0.12, linewidth=0)
+    ax.set_ylim(bottom=-0.01)
+    ax.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False)
+    finish(
+        ax, title=f"{model}: what is left unorthogonalised\n(shaded: the window)", x="optimizer step", y="mean Gram residual ε̃, predicted"
+    )
+
+
+def _gains(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
+    for name in COMMITTED:
+        training = of(result, model, name)[0]
+        step = np.array(training["residuals"]["step"])[_later(result, training)]
+        gain = 100 * gains(result, model, name)
+        ax.plot(step, gain.mean(axis=0), color=colours[name], linewidth=1.4, marker="o", markersize=3, label=name)
+        ax.fill_between(step, gain.min(axis=0), gain.max(axis=0), color=colours[name], alpha=0.15, linewidth=0)
+    ax.axhline(0, color="0.4", linewidth=0.8)
+    ax.axhline(100 * GAIN, color="0.4", linewidth=0.8, linestyle=":")
+    ax.legend(fontsize=7, loc="best", frameon=False)
+    finish(
+        ax,
+        title=f"{model}: residual saved on the same spectra\n(mean and range of seeds; dotted: {GAIN:.0%})",
+        x="optimizer step",
+        y=f"% of ε̃ under {BASELINE}",
+    )
+
+
+EXPERIMENT = Experiment("budgets", measure, plot, tell)
+
+if __name__ == "__main__":
+    parser = options(__doc__)
+    parser.add_argument("--size", choices=["demo", "100m"], default="demo", help="100m: 101 million parameters, for an accelerator")
+    parser.add_argument("--device", help="where to train; by default cpu, or cuda with --size 100m")
+    parser.add_argument("--text", type=Path, help="a file to train on, read byte by byte; by default the Python language reference")
+    run(EXPERIMENT, parser.parse_args())
