@@ -18,7 +18,7 @@ ARROWS = {
     "hooks": {"diagnostics"},
     "analysis": {"diagnostics"},
     "cli": {"analysis", "diagnostics", "examples", "hooks"},
-    "examples": {"hooks"},
+    "examples": {"analysis", "diagnostics", "hooks"},
 }
 FILES = sorted(path.relative_to(ROOT) for folder in ARROWS for path in (ROOT / folder).rglob("*.py"))
 MODULES = [".".join(("optiscope", *path.with_suffix("").parts)).removesuffix(".__init__") for path in FILES]

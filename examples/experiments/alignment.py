@@ -7,7 +7,7 @@ optimizer has its learning rate from the same grid: their updates are meant to h
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -45,8 +45,8 @@ REFERENCE = next(iter(OPTIMIZERS))
 def plan_of(*, short: bool) -> Plan:
     """The first architecture of the plan, a record every tenth step throughout, and validation often enough to tell when a loss is reached."""
     plan = QUICK if short else FULL
-    every = {"early": 5, "later": 5, "validate": 10} if short else {"early": 10, "later": 10, "validate": 25}
-    return replace(plan, models={plan.first: plan.models[plan.first]}, **every)
+    every = {"validate": 8} if short else {"early": 10, "later": 10, "validate": 25}
+    return replace(plan.of_first(), **every)
 
 
 def measure(arguments: argparse.Namespace) -> Result:
@@ -185,5 +185,12 @@ def _savings(ax: Axes, result: Result, colours: Mapping[str, Any]) -> None:
 
 EXPERIMENT = Experiment("alignment", measure, plot, tell)
 
+
+def main(given: Sequence[str] | None = None) -> Result:
+    """The command, of these arguments or those of the process."""
+    parser = options(__doc__)
+    return run(EXPERIMENT, parser.parse_args(given))
+
+
 if __name__ == "__main__":
-    run(EXPERIMENT, options(__doc__).parse_args())
+    main()

@@ -44,8 +44,9 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Sequence[float]]:
 
 
 def measure(arguments: argparse.Namespace) -> Result:
-    """Train everything that is not there yet."""
-    return measured(arguments.output, *plan_of(arguments))
+    """Train everything that is not there yet; in the short form of the first architecture, or it would not be short."""
+    plan, grid = plan_of(arguments)
+    return measured(arguments.output, plan.of_first() if arguments.short else plan, grid)
 
 
 def measured(folder: Path, plan: Plan, grid: Sequence[float]) -> Result:
@@ -216,9 +217,15 @@ def _gains(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> 
 
 EXPERIMENT = Experiment("budgets", measure, plot, tell)
 
-if __name__ == "__main__":
+
+def main(given: Sequence[str] | None = None) -> Result:
+    """The command, of these arguments or those of the process."""
     parser = options(__doc__)
     parser.add_argument("--size", choices=["demo", "100m"], default="demo", help="100m: 101 million parameters, for an accelerator")
     parser.add_argument("--device", help="where to train; by default cpu, or cuda with --size 100m")
     parser.add_argument("--text", type=Path, help="a file to train on, read byte by byte; by default the Python language reference")
-    run(EXPERIMENT, parser.parse_args())
+    return run(EXPERIMENT, parser.parse_args(given))
+
+
+if __name__ == "__main__":
+    main()

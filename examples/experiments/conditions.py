@@ -8,12 +8,9 @@ import torch
 import xarray as xr
 from torch import nn
 
-from optiscope.analysis import derive_schedule
-from optiscope.analysis.allocation import least_mean, problem
-from optiscope.analysis.allocation import uniform as uniform_steps
-from optiscope.analysis.run import orthogonalised
-from optiscope.analysis.scheduling import step_costs
-from optiscope.analysis.studies import residual_curves
+from optiscope.analysis import derive_schedule, residual_curves
+from optiscope.diagnostics.allocation import least_mean, problem
+from optiscope.diagnostics.deriving import STEPS
 from optiscope.diagnostics.newton_schulz import ns_flops
 from optiscope.diagnostics.operators import classify
 from optiscope.diagnostics.polar_express import matched_coefficients
@@ -56,7 +53,7 @@ def permuted(curves: np.ndarray, seed: int) -> list[int]:
 
 def reversed_hardness(curves: np.ndarray, seed: int) -> list[int]:
     """For every operator, whose curve it gets: the hardest the easiest's, and so on, hardness being the residual under the baseline."""
-    order = np.argsort(curves[:, residual_curves.STEPS.index(BUDGET)], kind="stable")
+    order = np.argsort(curves[:, STEPS.index(BUDGET)], kind="stable")
     result = np.empty(len(curves), np.int64)
     result[order] = order[::-1]
     return result.tolist()
@@ -73,17 +70,17 @@ def relabelled(whose: Callable[[np.ndarray, int], Sequence[int]]) -> Callable[[x
         template = derive_schedule(run, budget=BUDGET, rule="uniform", window=window)
         operators = list(template.operators)
         curves = residual_curves.study(run, window, ("matched",))["residual"].sel(operator=operators).values[0]
-        cost = step_costs(orthogonalised(run), operators)
+        cost = [template.operators[o].cost // BUDGET for o in operators]
         count = [len(template.operators[o].matrices) for o in operators]
-        given = problem(curves[list(whose(curves, seed))], residual_curves.STEPS, cost, count, BUDGET)
+        given = problem(curves[list(whose(curves, seed))], STEPS, cost, count, BUDGET)
         found = least_mean(given)
-        if found.steps == uniform_steps(given).steps:
+        if set(found.steps) == {BUDGET}:
             found = least_mean(given, capped=False)
         entries = {
             o: replace(
                 template.operators[o],
                 coefficients=matched_coefficients(k),
-                predicted_residual=float(curves[g, residual_curves.STEPS.index(k)]),
+                predicted_residual=float(curves[g, STEPS.index(k)]),
                 cost=cost[g] * k,
             )
             for g, (o, k) in enumerate(zip(operators, found.steps, strict=True))

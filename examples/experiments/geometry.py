@@ -8,7 +8,7 @@ not there.
 """
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,7 +203,13 @@ def _depth(ax: Axes, trainings: list[dict[str, Any]], model: str) -> None:
 
 EXPERIMENT = Experiment("geometry", measure, plot, tell)
 
-if __name__ == "__main__":
+
+def main(given: Sequence[str] | None = None) -> Result:
+    """The command, of these arguments or those of the process."""
     parser = options(__doc__)
     parser.set_defaults(size="demo", device=None, text=None)
-    run(EXPERIMENT, parser.parse_args())
+    return run(EXPERIMENT, parser.parse_args(given))
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,7 @@ Reads the `uniform-5` trainings of `budgets`, which it trains where they are not
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,13 @@ def _lines(
 
 EXPERIMENT = Experiment("persistence", measure, plot, tell)
 
-if __name__ == "__main__":
+
+def main(given: Sequence[str] | None = None) -> Result:
+    """The command, of these arguments or those of the process."""
     parser = options(__doc__)
     parser.set_defaults(size="demo", device=None, text=None)
-    run(EXPERIMENT, parser.parse_args())
+    return run(EXPERIMENT, parser.parse_args(given))
+
+
+if __name__ == "__main__":
+    main()

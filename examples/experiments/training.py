@@ -61,14 +61,18 @@ class Plan:
         """Name of the architecture that learning rates are chosen on."""
         return next(iter(self.models))
 
+    def of_first(self) -> "Plan":
+        """The same on the first architecture alone."""
+        return replace(self, models={self.first: self.models[self.first]})
+
 
 # In the demo's model q and o are the square matrices; in the other one k and v are, as in Qwen3-0.6B: what only follows shape goes with them.
 DEMO = Config(batch=8, steps=200)
 FULL = Plan({"demo": DEMO, "square-kv": replace(DEMO, heads=8, kv_heads=4, head_width=32)})
-_TINY = replace(SHORT, d=32, inner=88, sequence=32, batch=4, steps=30)
+_TINY = replace(SHORT, d=32, inner=88, sequence=32, batch=4, steps=24)
 QUICK = Plan(
     {"demo": _TINY, "square-kv": replace(_TINY, heads=8, kv_heads=4, head_width=8)},
-    seeds=(0, 1), burn_in=10, observe=20, validate=30, later=5,
+    seeds=(0, 1), burn_in=8, observe=16, early=4, later=4, validate=24,
 )  # fmt: skip
 # 101 million parameters, for an accelerator.
 LARGE = Config(d=768, layers=16, heads=12, kv_heads=4, inner=2048, sequence=1024, batch=32, steps=3000)
