@@ -28,7 +28,15 @@ def default_window(run: xr.DataTree) -> slice:
 
 
 def derive_schedule(
-    run: xr.DataTree, *, budget: int = 5, rule: str = "mean", family: str = "matched", window: slice | None = None
+    run: xr.DataTree,
+    *,
+    budget: int = 5,
+    rule: str = "mean",
+    family: str = "matched",
+    window: slice | None = None,
+    recoverable: bool = False,
+    split: str = "auto",
+    keep_uniform: bool = True,
 ) -> Schedule:
     """Steps and coefficients per operator that use a budget of `budget` steps for all better than all-equal steps do.
 
@@ -38,18 +46,29 @@ def derive_schedule(
         run: as from `open_run`.
         budget: step count of the uniform baseline, 3 to 8; the schedule costs no more than it.
         rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax",
-            "uniform".
+            "uniform", or "kappa" (from condition numbers and stable ranks alone, without residuals).
         family: "matched" (one design per step count), "jordan" or "polar_express" (the first steps of the list).
         window: steps to average over, both ends included; by default :func:`default_window`. Of more than 32 records, as many evenly spread
             ones are averaged over.
+        recoverable: residuals over the singular values above bfloat16's rounding noise alone, below which steps orthogonalise noise.
+        split: "auto" cuts an operator in two by depth where the halves of its layers differ more than operators do; "never" does not.
+        keep_uniform: hold equal steps for all where the 95 % interval of the gain over layers includes zero.
 
     Raises:
         ValueError: an argument out of range, nothing orthogonalised in the run, or no record in the window.
     """
-    check_choices(budget, rule, family)
+    check_choices(budget, rule, family, split)
     window = default_window(run) if window is None else window
-    provenance = {"run": run.encoding.get("source"), "run_created": run.attrs.get("created")}
-    return schedule_from_spectra(recorded_spectra(run, window), budget=budget, rule=rule, family=family, provenance=provenance)
+    return schedule_from_spectra(
+        recorded_spectra(run, window),
+        budget=budget,
+        rule=rule,
+        family=family,
+        recoverable=recoverable,
+        split=split,
+        keep_uniform=keep_uniform,
+        provenance={"run": run.encoding.get("source"), "run_created": run.attrs.get("created")},
+    )
 
 
 def recorded_spectra(run: xr.DataTree, window: slice | None = None) -> RecordedSpectra:

@@ -1,5 +1,6 @@
 """`diag schedule`: Newton–Schulz steps and coefficients per operator."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,7 +18,7 @@ def schedule(
     run: RunArgument,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the schedule.")] = Path("schedule.json"),
     budget: Annotated[int, typer.Option(help="Steps per matrix of the uniform baseline whose FLOPs may be spent (3 to 8).")] = 5,
-    rule: Annotated[str, typer.Option(help="mean, mean-uncapped, minimax or uniform.")] = "mean",
+    rule: Annotated[str, typer.Option(help="mean, mean-uncapped, minimax, uniform, or kappa (from condition numbers alone).")] = "mean",
     family: Annotated[str, typer.Option(help="matched (one design per step count), jordan or polar_express.")] = "matched",
     window: Annotated[
         str | None,
@@ -25,12 +26,20 @@ def schedule(
             help="Steps to average over, FIRST:LAST; by default 1 % of the run after warm-up, at least 8 records.", show_default=False
         ),
     ] = None,
+    recoverable: Annotated[bool, typer.Option("--recoverable", help="Count only singular values above bfloat16's rounding noise.")] = False,
+    split: Annotated[
+        str, typer.Option(help="auto (an operator by depth, where its halves differ more than operators do) or never.")
+    ] = "auto",
+    keep_uniform: Annotated[bool, typer.Option(help="Hold equal steps where the gain's 95 % interval over layers includes zero.")] = True,
     as_json: JsonOption = False,
 ) -> None:
     """Derive Newton–Schulz steps and coefficients per operator."""
     from ..analysis import derive_schedule, open_run
 
-    found = derive_schedule(open_run(run), budget=budget, rule=rule, family=family, window=parse_window(window))
+    found = derive_schedule(
+        open_run(run), budget=budget, rule=rule, family=family, window=parse_window(window), recoverable=recoverable, split=split,
+        keep_uniform=keep_uniform,
+    )  # fmt: skip
     found.save(output)
     if as_json:
         print(found.to_json(), end="")
@@ -53,22 +62,60 @@ def print_schedule(found: "Schedule", path: Path) -> None:
         for operator, entry in found.operators.items()
     ]
     uniform = f"{found.budget['mean_steps']} steps"
+    over = " (over all singular values)" if found.objective["recoverable"] else ""
     print_table(
         ("operator", "matrices", "NS steps", f"residual at {found.budget['mean_steps']}", "residual", "FLOPs", "σ under bf16"), rows
     )
     objective, provenance = found.objective, found.provenance
     say(
         "predicted mean residual",
-        f"{objective['in_force_mean_residual']:.3f} with what was in force, {objective['baseline_mean_residual']:.3f} with {uniform} of "
+        f"{objective['in_force_mean_residual']:.3f} with what was in force{over}, {objective['baseline_mean_residual']:.3f} with {uniform} of "
         f"{provenance['family']} coefficients for all, {objective['mean_residual']:.3f} with this schedule; worst operator "
         f"{objective['baseline_max_residual']:.3f} and {objective['max_residual']:.3f}; FLOPs {found.budget['cost'] / found.budget['limit']:.1%} of the budget",
     )
+    for topic, text in _verdicts(found):
+        say(topic, text)
     say(
         "σ under bf16",
         "share of singular values below bfloat16's rounding noise, which Muon iterates in; steps spent on them orthogonalise noise",
     )
     say("observed", f"{provenance['snapshots']} records, steps {provenance['window'][0]} to {provenance['window'][1]}")
     say("schedule", f"{path}. A residual measures geometry; whether the loss gains by it, a training must tell.")
+
+
+def _verdicts(found: "Schedule") -> Iterator[tuple[str, str]]:
+    """How sure the gain is and what was made of that, what of it bfloat16 can keep, and whether operators are cut by depth."""
+    choice, budget, layers = found.objective["choice"], found.budget["mean_steps"], found.provenance["layers"]
+    interval, of = (
+        choice["relative_gain_interval"],
+        "largest residual of an operator" if found.objective["rule"] == "minimax" else "mean residual",
+    )
+    sure = (
+        f"95 % over {layers} layers: {interval[0]:.1%} to {interval[1]:.1%}"
+        if interval
+        else f"no interval: {layers} layer{' is' if layers == 1 else 's are'} too few to draw from"
+    )
+    yield "gain", f"{choice['relative_gain']:.1%} of the {of} under {budget} steps for all ({sure})"
+    if found.objective["kept_uniform"]:
+        steps = ", ".join(f"{operator} {k}" for operator, k in choice["steps"].items())
+        yield "kept uniform", f"that may be nothing, so all keep {budget} steps; without --keep-uniform it would be {steps}"
+    if (share := choice["recoverable_share"]) is not None:
+        before, after = (choice["mean_residuals"]["recoverable"][name] for name in ("uniform", "choice"))
+        yield (
+            "above bf16 noise",
+            f"{f'{share:.0%}' if 0 <= share <= 1 else 'all' if share > 1 else 'none'} of the mean residual's fall is of singular values that bfloat16 carries; over those alone it goes from {before:.3f} to {after:.3f}",
+        )
+    depth = found.provenance["depth"]
+    if not (variances := depth["variances"]):
+        yield "depth", "not tested: no operator has 4 layers to halve"
+        return
+    between = next(iter(variances.values()))["between_operators"]
+    most = max(variances, key=lambda operator: variances[operator]["between_halves"])
+    differ = (
+        f"log κ varies by {variances[most]['between_halves']:.3f} between the halves of {most}'s layers, by {between:.3f} between operators"
+    )
+    cut = ", ".join(operator for operator in variances if operator not in found.operators)
+    yield "depth", f"{differ}; {f'cut in two: {cut}' if cut else 'no operator is cut in two'}"
 
 
 def parse_window(text: str | None) -> slice | None:

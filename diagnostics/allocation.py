@@ -29,6 +29,8 @@ class Problem:
         cost: C_g per step, positive integers, shape (groups,).
         weight: W_g, shape (groups,), Σ W = 1.
         baseline: k̄, the uniform step count whose cost is the budget.
+        needed: steps until the smallest singular values are of order 1, log_a(κ√sr) by the slope a of the coefficients, averaged over each
+            group, shape (groups,); None where it is not known. Only :func:`by_condition` asks for it.
         current: the steps in force, which a choice may change by 1 per group; None where nothing is in force yet.
     """
 
@@ -37,6 +39,7 @@ class Problem:
     cost: NDArray[np.int64]
     weight: Floats
     baseline: int
+    needed: Floats | None = None
     current: tuple[int, ...] | None = None
 
     @property
@@ -73,7 +76,9 @@ class Allocation:
     cost: int
 
 
-def problem(residual: ArrayLike, steps: Sequence[int], cost: ArrayLike, weight: ArrayLike, baseline: int = 5) -> Problem:
+def problem(
+    residual: ArrayLike, steps: Sequence[int], cost: ArrayLike, weight: ArrayLike, baseline: int = 5, needed: ArrayLike | None = None
+) -> Problem:
     """Check and normalise the parts of an allocation problem. Residuals are rounded to 1e-9, so that ties are ties.
 
     Raises:
@@ -93,7 +98,7 @@ def problem(residual: ArrayLike, steps: Sequence[int], cost: ArrayLike, weight: 
         raise ValueError(f"steps: expected ascending step counts, got {list(steps)}")
     if baseline not in steps:
         raise ValueError(f"baseline: expected one of the step counts {list(steps)}, got {baseline}")
-    return Problem(np.round(r, 9), tuple(steps), c, w / w.sum(), baseline)
+    return Problem(np.round(r, 9), tuple(steps), c, w / w.sum(), baseline, None if needed is None else np.asarray(needed, np.float64))
 
 
 def evaluate(given: Problem, steps: Sequence[int]) -> Allocation:
@@ -184,6 +189,33 @@ def _spend_rest(given: Problem, steps: list[int]) -> Allocation:
             return now
 
 
+def by_condition(given: Problem) -> Allocation:
+    """Steps from κ√sr alone, no residual curve: k_g = k̄ + needed_g − mean_C needed, so that a^k x_r becomes alike for all.
+
+    The linear regime: residuals fall once a^k x_r ≈ 1, x_r = 1/(κ√sr). Rounded down to the counts on offer; what is left of the budget goes
+    step by step to the group that lacks most of its k_g and can be paid, and what was overspent by the counts' lower end comes from the one
+    that has most beyond it.
+    """
+    if given.needed is None:
+        raise ValueError("needed: expected the steps each group's smallest singular values need; this rule has nothing else to go by")
+    counts, allowed, groups = np.array(given.steps), given.on_offer(), np.arange(len(given.cost))
+    # Rounded as residuals are, so that ties are ties.
+    wanted = np.round(given.baseline + given.needed - float((given.cost * given.needed).sum() / given.cost.sum()), 9)
+    lowest, highest = allowed.argmax(axis=1), len(counts) - 1 - allowed[:, ::-1].argmax(axis=1)
+    chosen = np.clip(np.searchsorted(counts, wanted, side="right") - 1, lowest, highest)
+
+    def left() -> int:
+        return given.budget - int((given.cost * counts[chosen]).sum())
+
+    while left() < 0:
+        chosen[min(groups[chosen > lowest], key=lambda g: wanted[g] - counts[chosen[g]])] -= 1
+    while payable := [
+        g for g in groups[chosen < highest] if given.cost[g] * (counts[chosen[g] + 1] - counts[chosen[g]]) <= left()
+    ]:  # fmt: skip
+        chosen[max(payable, key=lambda g: wanted[g] - counts[chosen[g]])] += 1
+    return evaluate(given, counts[chosen].tolist())
+
+
 def lower_bound(given: Problem, *, capped: bool = True) -> float:
     """A certificate: the linear relaxation (shares z_gk of each step count, Σ_k z_gk = 1) is below every allocation's Σ W R.
 
@@ -227,4 +259,5 @@ RULES: Mapping[str, Callable[[Problem], Allocation]] = {
     "mean-uncapped": lambda given: least_mean(given, capped=False),
     "minimax": least_maximum,
     "uniform": uniform,
+    "kappa": by_condition,
 }

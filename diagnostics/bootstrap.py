@@ -60,6 +60,14 @@ def resamples(layers: ArrayLike, seed: int = 0) -> NDArray[np.int64]:
     return members[drawn].reshape(RESAMPLES, -1)
 
 
+def multiplicities(layers: ArrayLike, seed: int = 0) -> Floats:
+    """How often each matrix is in each resample, shape (999, matrices): sums over resamples are products with it."""
+    chosen = resamples(layers, seed)
+    width = len(np.asarray(layers)) + 1  # the first column counts the places that hold none
+    place = chosen + 1 + width * np.arange(len(chosen))[:, None]
+    return np.bincount(place.ravel(), minlength=width * len(chosen)).reshape(len(chosen), width)[:, 1:].astype(np.float64)
+
+
 def interval(distribution: ArrayLike) -> tuple[Floats, Floats]:
     """Ends of the 95 % percentile interval over the last axis, of the finite ones among the resamples; NaN where those are not half of them."""
     values = np.asarray(distribution, np.float64)

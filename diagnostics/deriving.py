@@ -3,24 +3,30 @@
 The same for a run that is read from disk and for one that goes on: what is committed live is what would be derived afterwards.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from itertools import compress
+from math import log10
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .allocation import RULES, Allocation, Problem, lower_bound, problem, uniform
+from .allocation import RULES, Allocation, Problem, problem, uniform
+from .depth_halves import depth_halves
 from .evenly_spread import evenly_spread
+from .evidence import Evidence, known_mean
+from .gain_interval import count_layers, gain_intervals
 from .newton_schulz import ns_flops
-from .ns_families import FAMILIES, Coefficients, repeat_last
-from .operators import ordered
+from .ns_families import FAMILIES, JORDAN, Coefficients, repeat_last
 from .polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from .promise import promise
 from .recorded_spectra import RecordedSpectra
 from .schedule import OperatorSchedule, Schedule
-from .window_residuals import WindowResiduals, window_residuals
+from .spectrum import BFLOAT16_ROUNDOFF, precision_floor
+from .spectrum_sketch import TINY
+from .window_residuals import window_residuals
 
 Floats = NDArray[np.float64]
 
@@ -37,12 +43,20 @@ SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
 }
 
 
-def check_choices(budget: int, rule: str, family: str) -> None:
+SPLITS = ("auto", "never")
+
+# Singular values are stored in this precision, and momenta held in it or a coarser one: a κ beyond its noise is none.
+FLOAT32_ROUNDOFF = 2.0**-24
+# By how much a step raises small singular values: Jordan's a, and about the geometric mean of those of the other lists.
+SLOPES = {"jordan": JORDAN[0]}
+SLOPE = 4.0
+
+
+def check_choices(budget: int, rule: str, family: str, split: str = "auto") -> None:
     """Raise ValueError where one of them is not on offer."""
-    if rule not in RULES:
-        raise ValueError(f"rule: expected one of {', '.join(RULES)}, got {rule!r}")
-    if family not in SCHEDULES:
-        raise ValueError(f"family: expected one of {', '.join(SCHEDULES)}, got {family!r}")
+    for name, value, offered in (("rule", rule, RULES), ("family", family, SCHEDULES), ("split", split, SPLITS)):
+        if value not in offered:
+            raise ValueError(f"{name}: expected one of {', '.join(offered)}, got {value!r}")
     if budget not in STEPS:
         raise ValueError(f"budget: expected a step count of {STEPS[0]} to {STEPS[-1]}, got {budget}")
 
@@ -54,6 +68,8 @@ def schedule_from_spectra(
     rule: str = "mean",
     family: str = "matched",
     recoverable: bool = False,
+    split: str = "auto",
+    keep_uniform: bool = True,
     provenance: Mapping[str, Any] | None = None,
 ) -> Schedule:
     """Steps and coefficients per operator that use a budget of `budget` steps for all better than all-equal steps do.
@@ -63,46 +79,32 @@ def schedule_from_spectra(
     Args:
         window: the records to average over; of more than 32, as many evenly spread ones.
         budget: step count of the uniform baseline, 3 to 8; the schedule costs no more than it.
-        rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax", "uniform".
+        rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax", "uniform", or "kappa" (from
+            the condition numbers and stable ranks alone).
         family: "matched" (one design per step count), "jordan" or "polar_express" (the first steps of the list).
-        recoverable: residuals over the singular values above bfloat16's rounding noise alone.
+        recoverable: residuals over the singular values above bfloat16's rounding noise alone. What lies below is noise in an optimizer that
+            iterates in bfloat16; it counts by default, as it does in every recorded residual.
+        split: "auto" cuts an operator in two by depth where the halves of its layers differ more than operators do; "never" does not.
+        keep_uniform: hold equal steps for all where the 95 % interval of the gain over layers includes zero.
         provenance: where the spectra come from, kept in the schedule.
 
     Raises:
         ValueError: a choice that is not on offer, or no spectrum in the window.
     """
-    check_choices(budget, rule, family)
+    check_choices(budget, rule, family, split)
     spectra = few_records(window)
     if not spectra.seen.any():
         raise ValueError("window: no spectrum recorded in it; let it hold at least one record of an optimizer that orthogonalises")
     spectra = spectra.of_matrices(spectra.seen)
-    members = {o: spectra.operator == o for o in ordered(spectra.operator.tolist())}
+    small, large = _log_smallest(spectra, FLOAT32_ROUNDOFF), np.log10(np.maximum(spectra.stored[..., -1], TINY))
+    log_kappa = np.array([known_mean(values) for values in (large - small).T])
+    cut = split == "auto" and rule != "uniform"
+    members, tested = depth_halves(spectra.operator, spectra.layer, log_kappa, cut=cut)
     matrices = {o: tuple(str(n) for n in spectra.name[own]) for o, own in members.items()}
-    cost = step_costs(spectra.operator, spectra.rows, spectra.cols, list(members))
+    cost = step_costs(spectra.rows, spectra.cols, members.values())
     evidence = evidence_of(spectra, members, matrices, cost, budget=budget, family=family, recoverable=recoverable)
-    return schedule_of(evidence, RULES[rule](evidence.given), rule, provenance or {})
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What a window says about every operator: all that a schedule for it is chosen by.
-
-    Attributes:
-        spectra: of the matrices that were seen.
-        members: operator → which of those matrices are its own, shape (matrices,).
-        matrices: operator → the names of all its matrices, seen or not.
-        seen: what each schedule on offer leaves of each spectrum.
-        given: the operators' mean residuals, costs and weights.
-        family, recoverable: whose coefficients, and over which singular values the residuals are.
-    """
-
-    spectra: RecordedSpectra
-    members: Mapping[str, NDArray[np.bool_]]
-    matrices: Mapping[str, tuple[str, ...]]
-    seen: WindowResiduals
-    given: Problem
-    family: str
-    recoverable: bool
+    depth = {"split": split, "variances": tested}
+    return schedule_of(evidence, RULES[rule](evidence.given), rule, {**(provenance or {}), "depth": depth}, keep_uniform=keep_uniform)
 
 
 def few_records(window: RecordedSpectra) -> RecordedSpectra:
@@ -124,13 +126,22 @@ def evidence_of(
     seen = window_residuals(spectra, [SCHEDULES[family](k) for k in STEPS])
     residual = seen.residual(recoverable=recoverable)
     curves = np.stack([mean_residuals(residual, own) for own in members.values()])
-    given = problem(curves, STEPS, cost, [len(matrices[o]) for o in members], budget)
+    decades = -_log_smallest(spectra, BFLOAT16_ROUNDOFF if recoverable else FLOAT32_ROUNDOFF)
+    needed = np.array([known_mean(decades[:, own]) for own in members.values()]) / log10(SLOPES.get(family, SLOPE))
+    given = problem(curves, STEPS, cost, [len(matrices[o]) for o in members], budget, needed)
     return Evidence(spectra, members, matrices, seen, given, family, recoverable)
 
 
-def schedule_of(evidence: Evidence, found: Allocation, rule: str, provenance: Mapping[str, Any]) -> Schedule:
-    """The schedule that holds the steps `found`."""
-    given, spectra = evidence.given, evidence.spectra
+def schedule_of(
+    evidence: Evidence, choice: Allocation, rule: str, provenance: Mapping[str, Any], *, keep_uniform: bool = False
+) -> Schedule:
+    """The schedule that holds the steps a rule chose; with `keep_uniform` equal steps where the interval of their gain includes zero."""
+    given, spectra, baseline = evidence.given, evidence.spectra, uniform(evidence.given)
+    residual = evidence.seen.residual(recoverable=evidence.recoverable)
+    before, after = (evidence.under(a.steps, residual) for a in (baseline, choice))
+    intervals = gain_intervals(before, after, evidence.members, given.weight, spectra.layer, largest=rule == "minimax")
+    kept = keep_uniform and choice.steps != baseline.steps and intervals.gain is not None and intervals.gain[0] <= 0
+    held = baseline if kept else choice
     entries = {
         o: OperatorSchedule(
             coefficients=SCHEDULES[evidence.family](k),
@@ -138,29 +149,45 @@ def schedule_of(evidence: Evidence, found: Allocation, rule: str, provenance: Ma
             predicted_residual=_residual(given, g, k),
             baseline_residual=_residual(given, g, given.baseline),
             cost=int(given.cost[g]) * k,
+            baseline_interval=intervals.baseline[o],
         )
-        for g, (o, k) in enumerate(zip(evidence.members, found.steps, strict=True))
+        for g, (o, k) in enumerate(zip(evidence.members, held.steps, strict=True))
     }
+    promised = promise(evidence, choice, rule, intervals)
     return Schedule(
         operators=entries,
-        budget={"kind": "flop", "mean_steps": given.baseline, "limit": given.budget, "cost": found.cost},
+        budget={"kind": "flop", "mean_steps": given.baseline, "limit": given.budget, "cost": held.cost},
         objective={
-            "in_force_mean_residual": _mean(spectra.in_force),
+            "in_force_mean_residual": known_mean(spectra.in_force),
+            "rule": rule,
             "recoverable": evidence.recoverable,
-            **_objective(given, rule, found, uniform(given)),
+            "mean_residual": held.mean_residual,
+            "max_residual": held.max_residual,
+            "baseline_mean_residual": baseline.mean_residual,
+            "baseline_max_residual": baseline.max_residual,
+            "lower_bound": promised.pop("lower_bound"),
+            "kept_uniform": kept,
+            "choice": promised,
         },
         provenance={
             **provenance,
             "window": [int(spectra.step[0]), int(spectra.step[-1])],
             "snapshots": len(spectra.step),
+            "layers": count_layers(spectra.layer),
             "family": evidence.family,
-            "below_bfloat16_floor": {o: _mean(1 - evidence.seen.recoverable[:, own]) for o, own in evidence.members.items()},
+            "below_bfloat16_floor": dict(zip(evidence.members, evidence.means(1 - evidence.seen.recoverable).tolist(), strict=True)),
             "residual": "Gram residual ‖I − OOᵀ‖_F/√r predicted in float64 from the stored singular values"
             + (" above bfloat16's rounding noise" if evidence.recoverable else ""),
             "optiscope": version("optiscope"),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+
+
+def _log_smallest(spectra: RecordedSpectra, roundoff: float) -> Floats:
+    """log₁₀ of the smallest x = 1/(κ√sr), or of the rounding noise where it lies below; shape (records, matrices), NaN where not recorded."""
+    floor = [precision_floor(m, n, roundoff) for m, n in zip(spectra.rows.tolist(), spectra.cols.tolist(), strict=True)]
+    return np.asarray(np.log10(np.maximum(spectra.stored[..., 0], floor)), np.float64)
 
 
 def mean_residuals(residual: Floats, own: NDArray[np.bool_]) -> Floats:
@@ -170,28 +197,11 @@ def mean_residuals(residual: Floats, own: NDArray[np.bool_]) -> Floats:
     return np.asarray(total.sum(axis=1) / count.sum(axis=1))
 
 
-def step_costs(operator: NDArray[Any], rows: NDArray[Any], cols: NDArray[Any], operators: Sequence[str]) -> list[int]:
+def step_costs(rows: NDArray[Any], cols: NDArray[Any], members: Iterable[NDArray[np.bool_]]) -> list[int]:
     """FLOPs of one Newton–Schulz step over all matrices of each operator; the arrays of shape (matrices,)."""
-    shapes = list(zip(operator, rows, cols, strict=True))
-    return [sum(ns_flops(int(m), int(n)) for o, m, n in shapes if o == own) for own in operators]
-
-
-def _mean(values: Floats) -> float:
-    known = np.isfinite(values)
-    return float(values[known].mean()) if known.any() else float("nan")
+    flops = [ns_flops(int(m), int(n)) for m, n in zip(rows, cols, strict=True)]
+    return [sum(compress(flops, own)) for own in members]
 
 
 def _residual(given: Problem, group: int, steps: int) -> float:
     return float(given.residual[group, given.steps.index(steps)])
-
-
-def _objective(given: Problem, rule: str, found: Allocation, baseline: Allocation) -> dict[str, str | float | None]:
-    bounded = {"mean": True, "mean-uncapped": False}
-    return {
-        "rule": rule,
-        "mean_residual": found.mean_residual,
-        "max_residual": found.max_residual,
-        "baseline_mean_residual": baseline.mean_residual,
-        "baseline_max_residual": baseline.max_residual,
-        "lower_bound": lower_bound(given, capped=bounded[rule]) if rule in bounded else None,
-    }

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from .allocation import RULES, Problem, evaluate, least_mean, uniform
-from .deriving import SCHEDULES, STEPS, Evidence, evidence_of, few_records, schedule_of
+from .deriving import SCHEDULES, STEPS, evidence_of, few_records, schedule_of
+from .evidence import Evidence
 from .recorded_spectra import RecordedSpectra
 from .schedule import Schedule
 
@@ -98,7 +99,7 @@ def next_schedule(
     agreeing = (state or {}).get("agreeing", 0) + 1 if improvement >= IMPROVEMENT else 0
     if agreeing < AGREEING:
         return Refresh(current, False, improvement, {"agreeing": agreeing})
-    kept = {"run": current.provenance.get("run"), "run_created": current.provenance.get("run_created")}
+    kept = {name: current.provenance[name] for name in ("run", "run_created", "depth") if name in current.provenance}
     return Refresh(schedule_of(evidence, found, rule, {**kept, **(provenance or {})}), True, improvement, {"agreeing": 0})
 
 

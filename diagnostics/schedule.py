@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from .depth_halves import entry_for
 from .ns_families import Coefficients
 
 FORMAT = "optiscope-schedule"
@@ -23,6 +24,7 @@ class OperatorSchedule:
         predicted_residual: mean Gram residual over those matrices and the window, under these coefficients.
         baseline_residual: the same under the uniform schedule of the same budget.
         cost: FLOPs of all its matrices for all its steps.
+        baseline_interval: 95 % of `baseline_residual` over layers; None under 3 layers, and in files of an earlier version.
     """
 
     coefficients: Coefficients
@@ -30,6 +32,7 @@ class OperatorSchedule:
     predicted_residual: float
     baseline_residual: float
     cost: int
+    baseline_interval: tuple[float, float] | None = None
 
     @property
     def steps(self) -> int:
@@ -45,8 +48,11 @@ class Schedule:
         operators: operator type → what it gets.
         budget: what was allowed and what is used: `kind`, `mean_steps`, `limit`, `cost`.
         objective: predicted `mean_residual` and `max_residual`, their `baseline_…` values under the uniform schedule,
-            `in_force_mean_residual` of what the run itself used, the `rule`, and the `lower_bound` on the mean that certifies it.
-        provenance: run, window of steps, number of snapshots, coefficient family, software version, time.
+            `in_force_mean_residual` of what the run itself used, the `rule`, and the `lower_bound` on the mean that certifies it; whether they
+            are over the `recoverable` singular values alone; whether equal steps were `kept_uniform` because what they gain is uncertain; and
+            the rule's `choice` (:func:`.promise.promise`).
+        provenance: run, window of steps, number of snapshots, coefficient family, the variances that decided about `depth`, software
+            version, time.
     """
 
     operators: Mapping[str, OperatorSchedule]
@@ -54,9 +60,10 @@ class Schedule:
     objective: Mapping[str, Any] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
-    def operator_of(self, name: str) -> str | None:
-        """The operator whose matrices include the parameter `name`, None where the schedule does not know it."""
-        return next((operator for operator, entry in self.operators.items() if name in entry.matrices), None)
+    def operator_of(self, name: str, classified: str | None = None) -> str | None:
+        """The operator whose matrices include the parameter `name`, else that of its type and layer; None where the schedule does not know it."""
+        listed = next((operator for operator, entry in self.operators.items() if name in entry.matrices), None)
+        return entry_for(self.operators, classified, name) if listed is None and classified is not None else listed
 
     def to_json(self) -> str:
         """The file's text: UTF-8 JSON, numbers in full precision."""
@@ -105,7 +112,8 @@ def _operator(entry: Mapping[str, Any]) -> OperatorSchedule:
         raise ValueError("coefficients that are not finite numbers")
     if not isinstance(entry["matrices"], list) or not all(isinstance(name, str) for name in entry["matrices"]):
         raise TypeError("matrices that are not a list of names")
+    low_high = entry.get("baseline_interval")
     return OperatorSchedule(
         coefficients, tuple(entry["matrices"]), float(entry["predicted_residual"]),
-        float(entry["baseline_residual"]), int(entry["cost"]),
+        float(entry["baseline_residual"]), int(entry["cost"]), None if low_high is None else (float(low_high[0]), float(low_high[1])),
     )  # fmt: skip

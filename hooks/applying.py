@@ -53,7 +53,8 @@ def apply_schedule(
         optimizer: the optimizer, or a wrapper (Accelerate, Lookahead, SAM) around it; the innermost one gets the schedule.
         schedule: as from `Schedule.load`.
         model: where parameter names come from. A matrix belongs to the operator that lists its name; else to the
-            operator of its classified name; where the schedule has neither, its settings stay.
+            operator of its classified name (the half of it that its layer lies in, where the schedule cuts it by depth); where the
+            schedule has neither, its settings stay.
         lr_schedulers: learning-rate schedulers already built on `optimizer`; their per-group lists are extended to the
             new groups. Not needed for those built afterwards.
         operators: your own naming, as in `attach`.
@@ -144,10 +145,7 @@ def _operator_of(schedule: Schedule, model: nn.Module, operators: OperatorRule |
     def operator_of(parameter: Tensor) -> str | None:
         if (name := names.get(id(parameter))) is None:
             return None
-        listed = schedule.operator_of(name)
-        if listed is None and (classified := classify(name, operators)) in schedule.operators:
-            return classified
-        return listed
+        return schedule.operator_of(name, classify(name, operators))
 
     return operator_of
 

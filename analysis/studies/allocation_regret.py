@@ -67,7 +67,7 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
         raise ValueError(f"run: all orthogonalised matrices are {operators[0]}, so there is nothing to allocate steps between")
     known = np.isin(geometry["operator"].values, operators)
     geometry = geometry if known.all() else geometry.isel(matrix=known)
-    cost = step_costs(geometry["operator"].values, geometry["rows"].values, geometry["cols"].values, operators)
+    cost = step_costs(geometry["rows"].values, geometry["cols"].values, [geometry["operator"].values == o for o in operators])
     weight = [int((geometry["operator"].values == o).sum()) for o in operators]
 
     def of_curves(curves: Floats) -> Problem:

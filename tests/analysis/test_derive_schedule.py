@@ -215,7 +215,8 @@ def test_operators_without_a_spectrum_in_the_window_are_left_out(build_run):
 
 
 BAD = {
-    "rule: expected one of mean, mean-uncapped, minimax, uniform, got 'best'": {"rule": "best"},
+    "rule: expected one of mean, mean-uncapped, minimax, uniform, kappa, got 'best'": {"rule": "best"},
+    "split: expected one of auto, never, got 'always'": {"split": "always"},
     "family: expected one of matched, jordan, polar_express, got 'cubic'": {"family": "cubic"},
     "budget: expected a step count of 3 to 8, got 9": {"budget": 9},
     "budget: expected a step count of 3 to 8, got 2": {"budget": 2},

@@ -1,6 +1,9 @@
 """The allocator against the worked example, against brute force, and against the traps that greedy rules fall into."""
 
+from dataclasses import replace
+from fractions import Fraction
 from itertools import product
+from math import floor
 
 import numpy as np
 import pytest
@@ -35,7 +38,7 @@ MATCHED = {
 
 @pytest.fixture(scope="module")
 def example():
-    """log10 κ (7, 28) and residuals (family, 7, 6), the polynomials and the residual written out."""
+    """log10 κ (7, 28), residuals (7, 6) under matched and Jordan's coefficients, and x_r (7, 28); polynomials and residual written out."""
     rng = np.random.default_rng(0)
     log_kappa, spectra = np.zeros((7, 28)), np.zeros((7, 28, 1024))
     for layer in range(28):
@@ -54,14 +57,14 @@ def example():
 
     matched = np.stack([mean_residual(matched_coefficients(k)) for k in STEPS], axis=1)
     jordan = np.stack([mean_residual((JORDAN,) * k) for k in STEPS], axis=1)
-    return log_kappa, matched, jordan
+    return log_kappa, matched, jordan, spectra[:, :, -1]
 
 
 COST = [ns_flops(*shape) // (2 * 1024**3) for shape in SHAPES.values()]
 
 
 def test_the_example_is_the_one_published(example):
-    log_kappa, matched, _ = example
+    log_kappa, matched, _, _ = example
     assert np.median(log_kappa, axis=1).round(2).tolist() == [3.51, 3.52, 4.37, 3.32, 2.99, 2.79, 2.21]
     assert COST == [5, 3, 3, 5, 7, 7, 7]
     assert {name: tuple(row) for name, row in zip(SHAPES, matched.round(3).tolist(), strict=True)} == MATCHED
@@ -99,6 +102,19 @@ def test_the_worked_example_under_jordan(example):
     )
 
 
+@pytest.mark.parametrize("by", ["κ", "κ√sr"])
+def test_the_worked_example_from_condition_numbers_alone(example, by):
+    log_kappa, matched, _, smallest = example
+    decades = log_kappa.mean(axis=1) if by == "κ" else np.log10(1 / smallest).mean(axis=1)
+    found = RULES["kappa"](problem(matched, STEPS, COST, [1] * 7, needed=decades / np.log10(4)))
+    assert (found.steps, round(found.mean_residual, 4), round(found.max_residual, 4), found.cost) == (
+        (6, 6, 7, 5, 5, 4, 4),
+        0.4696,
+        0.6114,
+        185,
+    )
+
+
 def test_the_worked_examples_certificate(example):
     assert round(lower_bound(problem(example[1], STEPS, COST, [1] * 7)), 4) == 0.4290
 
@@ -125,7 +141,7 @@ def instance(rng, curve, cost):
     else:
         # Few values, so that ties occur.
         residual = rng.integers(0, 12, (4, 5)) / 10
-    return problem(residual, range(3, 8), COSTS[cost](rng), rng.uniform(0.5, 2, 4))
+    return problem(residual, range(3, 8), COSTS[cost](rng), rng.uniform(0.5, 2, 4), needed=[0.3, 1.0, 0.0, 2.5])
 
 
 def everything(given):
@@ -221,7 +237,7 @@ def test_greedy_is_exact_on_convex_curves_of_equal_cost_and_fails_on_sigmoid_one
 @given(st.integers(0, 2**32 - 1), st.sampled_from(list(COSTS)))
 def test_scaling_costs_or_weights_changes_nothing(seed, cost):
     given = instance(np.random.default_rng(seed), "any", cost)
-    scaled = problem(given.residual, given.steps, given.cost * 7, given.weight * 3)
+    scaled = problem(given.residual, given.steps, given.cost * 7, given.weight * 3, needed=given.needed)
     for rule in RULES.values():
         assert rule(scaled).steps == rule(given).steps
 
@@ -269,6 +285,72 @@ def test_fifteen_groups_of_costs_without_a_common_unit_are_quick():
     # 6^15 choices cannot be tried. The relaxation splits one group at most, whose share of the mean is 1/15.
     bound, found = lower_bound(given, capped=False), least_mean(given, capped=False)
     assert bound <= found.mean_residual <= bound + 1 / 15
+
+
+def by_condition(needed, cost, low, high, baseline=5):
+    """k_g = k̄ + needed_g − Σ C needed/Σ C, in exact fractions; clipped, rounded down, and the leftovers by largest remainder."""
+    total = sum(cost)
+    mean = sum(c * n for c, n in zip(cost, needed, strict=True)) / Fraction(total)
+    wanted = [baseline + n - mean for n in needed]
+    steps = [floor(min(max(k, a), b)) for k, a, b in zip(wanted, low, high, strict=True)]
+
+    def spent():
+        return sum(c * k for c, k in zip(cost, steps, strict=True))
+
+    while spent() > baseline * total:
+        steps[min((g for g in range(len(cost)) if steps[g] > low[g]), key=lambda g: wanted[g] - steps[g])] -= 1
+    while paid := [g for g in range(len(cost)) if steps[g] < high[g] and spent() + cost[g] <= baseline * total]:
+        steps[max(paid, key=lambda g: wanted[g] - steps[g])] += 1
+    return tuple(steps)
+
+
+@pytest.mark.parametrize("spread", [0.5, 3, 20])
+def test_the_condition_rule_in_exact_fractions(spread):
+    rng, clipped, overspent = np.random.default_rng(int(10 * spread)), 0, 0
+    for _ in range(200):
+        cost = rng.integers(1, 9, 5).tolist()
+        # Sixty-fourths are exact in float64; a thousandth more for each group keeps remainders from ties.
+        needed = [Fraction(int(n), 64) + Fraction(g, 1024) for g, n in enumerate(rng.integers(0, int(64 * spread), 5))]
+        given = problem(np.ones((5, 6)), STEPS, cost, np.ones(5), needed=[float(n) for n in needed])
+        found = RULES["kappa"](given)
+        assert found.steps == by_condition(needed, cost, [3] * 5, [8] * 5)
+        assert found.cost <= given.budget
+        clipped += 3 in found.steps and 8 in found.steps
+        wanted = [5 + n - sum(c * m for c, m in zip(cost, needed, strict=True)) / Fraction(sum(cost)) for n in needed]
+        overspent += sum(c * floor(min(max(k, 3), 8)) for c, k in zip(cost, wanted, strict=True)) > given.budget
+    # Wide spreads are cut off at both ends, and the lower end costs more than the budget.
+    assert (clipped > 100) == (spread == 20)
+    assert (overspent > 0) == (spread == 20)
+
+
+def test_the_condition_rule_needs_condition_numbers():
+    with pytest.raises(ValueError, match=r"^needed: expected the steps each group's smallest singular values need"):
+        RULES["kappa"](problem([[0.5, 0.4]], (3, 4), [1], [1], baseline=3))
+
+
+@pytest.mark.parametrize("curve", CURVES)
+@pytest.mark.parametrize("rule", ["mean", "mean-uncapped", "minimax", "kappa"])
+def test_with_steps_in_force_a_choice_is_the_best_within_one_step(rule, curve):
+    rng = np.random.default_rng(8)
+    for _ in range(60):
+        plain = instance(rng, curve, "small")
+        everywhere = [choice for choice in everything(plain)]
+        current = everywhere[rng.integers(len(everywhere))][0]
+        given = replace(plain, current=current, needed=rng.uniform(0, 3, 4))
+        now = dict(zip(range(4), current, strict=True))
+
+        def residual(g, k, given=given):
+            return given.residual[g, given.steps.index(k)]
+
+        near = [choice for choice in everywhere if all(abs(k - now[g]) <= 1 for g, k in enumerate(choice[0]))]
+        if rule == "mean":
+            near = [c for c in near if all(residual(g, k) <= max(plain.cap, residual(g, now[g])) for g, k in enumerate(c[0]))]
+        found = RULES[rule](given)
+        assert found.steps in [steps for steps, *_ in near]
+        assert found.cost <= plain.budget
+        place = {"mean": 1, "mean-uncapped": 1, "minimax": 2}.get(rule)
+        if place is not None:
+            assert (found.mean_residual, found.max_residual)[place - 1] == pytest.approx(min(c[place] for c in near), abs=1e-9)
 
 
 BAD = {
