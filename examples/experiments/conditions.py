@@ -91,8 +91,8 @@ def relabelled(whose: Callable[[np.ndarray, int], Sequence[int]]) -> Callable[[x
 
 
 def derived(rule: str) -> Callable[[xr.DataTree, slice, int], Schedule]:
-    """What `derive_schedule` finds in the window."""
-    return lambda run, window, seed: derive_schedule(run, budget=BUDGET, rule=rule, window=window)
+    """What `derive_schedule` finds in the window, of whole operators as the controls have them, and in force however uncertain."""
+    return lambda run, window, seed: derive_schedule(run, budget=BUDGET, rule=rule, window=window, split="never", keep_uniform=False)
 
 
 # The first is the baseline.
