@@ -22,8 +22,8 @@ from matplotlib.figure import Figure
 from optiscope.analysis import open_run, rms_alignment
 from optiscope.analysis.figures import axes, finish, intervals
 from optiscope.analysis.training_curve import UNITS, ema, first_reach, saved
-from optiscope.examples.experiments.command import Experiment, Result, options, run
-from optiscope.examples.experiments.paired import mean_interval, paired
+from optiscope.examples.experiments.command import Experiment, Result, options, run, table
+from optiscope.examples.experiments.paired import mean_interval, paired, with_interval
 from optiscope.examples.experiments.training import FULL, QUICK, Plan, Treatment
 from optiscope.examples.experiments.tuning import trained, tuned
 from optiscope.examples.optimizers.adamuon import AdaMuon
@@ -114,35 +114,30 @@ def of(result: Result, optimizer: str) -> list[dict[str, Any]]:
 
 
 def tell(result: Result) -> str:
-    """The results, line by line."""
-    lines = []
+    """Sizes of updates, losses and tokens saved, per optimizer."""
+    rows = []
     for name, entry in result["tuning"].items():
-        edge = [float(lr) for lr in entry["validation"]]
-        at_edge = " (at the edge of the grid)" if edge and entry["lr"] in (min(edge), max(edge)) else ""
+        grid = [float(lr) for lr in entry["validation"]]
+        at_edge = ", at the edge of the grid" if grid and entry["lr"] in (min(grid), max(grid)) else ""
         trainings = of(result, name)
-        low, mean, high = mean_interval([t["validation"][-1][1] for t in trainings])
-        lines.append(
-            f"{name}, learning rate {entry['lr']:g}{at_edge}, {len(trainings)} seeds: validation loss {mean:.4f} [{low:.4f}, {high:.4f}]"
-        )
-        last = [t["sizes"]["median"][-1] for t in trainings]
-        low, mean, high = mean_interval(last)
-        everything = np.array([[t["sizes"]["low"], t["sizes"]["high"]] for t in trainings])
-        lines.append(
-            f"  update RMS over 0.2: median at the last record {mean:.3f} [{low:.3f}, {high:.3f}]; 5–95 % of matrices over all records "
-            f"{everything[:, 0].min():.3f} to {everything[:, 1].max():.3f}; furthest from 1 by {max(t['sizes']['furthest'] for t in trainings):.2g}"
-        )
-        if name == REFERENCE:
-            continue
+        ends = np.array([[t["sizes"]["low"], t["sizes"]["high"]] for t in trainings])
         final = [[t["validation"][-1][1] for t in of(result, one)] for one in (name, REFERENCE)]
-        lines.append(f"  validation loss against {REFERENCE}: {paired(*final)}")
-        for kind in ("training", "validation"):
-            reached = [t["saved"][kind] for t in trainings if t["saved"][kind] is not None]
-            told = "never reached"
-            if reached:
-                low, mean, high = mean_interval(reached)
-                told = f"{mean:.1%} [{low:.1%}, {high:.1%}]"
-            lines.append(f"  tokens saved to {REFERENCE}'s last {kind} loss: {told}, reached in {len(reached)} of {len(trainings)} seeds")
-    return "\n".join(lines)
+        rows.append([
+            name, f"{entry['lr']:g}{at_edge}", with_interval(*mean_interval([t["sizes"]["median"][-1] for t in trainings]), ".3f"),
+            f"{ends[:, 0].min():.3f} to {ends[:, 1].max():.3f}", f"{max(t['sizes']['furthest'] for t in trainings):.1e}", f"{np.mean(final[0]):.4f}",
+            *([""] * 3 if name == REFERENCE else [paired(*final).told(), *(_tokens_told(trainings, kind) for kind in ("training", "validation"))]),
+        ])  # fmt: skip
+    header = [
+        f"{len(of(result, REFERENCE))} seeds", "learning rate", "update RMS over 0.2: median, last record", "5–95 % of matrices, all records", "largest distance from 1",
+        "validation loss", f"less {REFERENCE}'s, paired", f"tokens saved to {REFERENCE}'s last training loss", "to its last validation loss",
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+def _tokens_told(trainings: list[dict[str, Any]], kind: str) -> str:
+    reached = [t["saved"][kind] for t in trainings if t["saved"][kind] is not None]
+    saving = with_interval(*mean_interval(reached), ".1%") + ", " if reached else ""
+    return f"{saving}reached in {len(reached)} of {len(trainings)}"
 
 
 def plot(result: Result) -> Figure:

@@ -21,9 +21,9 @@ from matplotlib.figure import Figure
 from optiscope.analysis.figures import axes, finish, intervals
 from optiscope.analysis.training_curve import ema
 from optiscope.diagnostics.polar_express import matched_coefficients
-from optiscope.examples.experiments.command import Experiment, Result, options, run
+from optiscope.examples.experiments.command import Experiment, Result, options, run, table
 from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS
-from optiscope.examples.experiments.paired import Paired, paired
+from optiscope.examples.experiments.paired import Paired, mean_interval, paired, with_interval
 from optiscope.examples.experiments.residuals import residuals
 from optiscope.examples.experiments.training import FULL, LARGE_PLAN, QUICK, Plan
 from optiscope.examples.experiments.tuning import trained, tuned
@@ -131,29 +131,48 @@ def _later(result: Result, training: Mapping[str, Any]) -> np.ndarray:
 
 
 def tell(result: Result) -> str:
-    """The results, line by line."""
-    lines = ["learning rates: " + ", ".join(f"{name} {entry['lr']:g}" for name, entry in result["tuning"].items())]
-    for model in models(result):
-        n = len(of(result, model, BASELINE))
-        final = np.mean([t["validation"][-1][1] for t in of(result, model, BASELINE)])
-        lines.append(f"{model}: final validation loss of {BASELINE} {final:.4f} nats per byte, {n} seeds; differences from it:")
-        lines += [f"  {name}: {loss_difference(result, model, name)}" for name in CONDITIONS if name != BASELINE]
-        for name in COMMITTED:
-            lines.append(f"{model}, {name}: steps " + "; ".join(_steps(t) for t in of(result, model, name)))
-            for against in ("spectra", "training"):
-                gain, holds = gains(result, model, name, against=against), worst_stays(result, model, name, against=against)
-                lines.append(
-                    f"  residual against {BASELINE} on the {'same spectra' if against == 'spectra' else 'training of the same seed'}: "
-                    f"{-gain.mean():+.1%} on average, {-gain.max():+.1%} to {-gain.min():+.1%}; at least −{GAIN:.0%} at every later record in "
-                    f"{int((gain >= GAIN).all(axis=1).sum())} of {n} seeds; worst operator no worse in {int(holds.sum())} of {holds.size} records"
-                )
-            achieved = gains(result, model, name, against="training", what="achieved")
-            lines.append(f"  achieved in bfloat16, against the training of the same seed: {-achieved.mean():+.1%}")
-    return "\n".join(lines)
+    """Per architecture: losses and residuals of every condition, and what the committed schedules save."""
+    return "\n\n".join(part for model in models(result) for part in (_conditions(result, model), _committed(result, model)))
 
 
-def _steps(training: Mapping[str, Any]) -> str:
-    return ",".join(str(k) for k in training["committed"].values())
+def _conditions(result: Result, model: str) -> str:
+    base = of(result, model, BASELINE)
+    rows = []
+    for name in CONDITIONS:
+        trainings = of(result, model, name)
+        predicted, achieved = (
+            np.mean([np.array(t["residuals"][what], float)[_later(result, t)] for t in trainings]) for what in ("predicted", "achieved")
+        )
+        cost = [t["flops"] / own["flops"] for t, own in zip(trainings, base, strict=True) if t["flops"] is not None]
+        loss = np.mean([t["validation"][-1][1] for t in trainings])
+        rows.append([
+            name, f"{result['tuning'][name]['lr']:g}", f"{np.mean(cost):.2f}" if cost else "", f"{predicted:.3f}", f"{achieved:.3f}", f"{loss:.4f}",
+            "" if name == BASELINE else loss_difference(result, model, name).told(),
+        ])  # fmt: skip
+    header = [
+        f"{model}, {len(base)} seeds", "learning rate", f"FLOPs, {BASELINE} = 1", "ε̃ predicted", "ε̃ achieved", "validation loss", f"less {BASELINE}'s, paired",
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+def _committed(result: Result, model: str) -> str:
+    rows = []
+    for name in COMMITTED:
+        trainings = of(result, model, name)
+        steps = dict.fromkeys(",".join(str(k) for k in t["committed"].values()) for t in trainings)
+        for against, label in (("spectra", "the same spectra"), ("training", "the training of the same seed")):
+            gain, holds = gains(result, model, name, against=against), worst_stays(result, model, name, against=against)
+            low, mean, high = mean_interval(-gain.mean(axis=1))
+            rows.append([
+                name, "; ".join(steps), label, with_interval(low, mean, high, "+.1%"), f"{-gain.max():+.1%} to {-gain.min():+.1%}",
+                f"{int((gain >= GAIN).all(axis=1).sum())} of {len(gain)}", f"{int(holds.sum())} of {holds.size}",
+            ])  # fmt: skip
+    operators = ", ".join(of(result, model, COMMITTED[0])[0]["committed"])
+    header = [
+        model, f"steps of {operators}", f"ε̃ against {BASELINE} on", "mean over later records", "all records and seeds", f"seeds with −{GAIN:.0%} in every record",
+        "records with the worst operator no worse",
+    ]  # fmt: skip
+    return table(header, rows)
 
 
 def plot(result: Result) -> Figure:

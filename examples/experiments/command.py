@@ -6,7 +6,7 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,7 +20,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Experiment:
-    """A name; what trains and measures, given the parsed options; what draws a result; and what tells it in sentences."""
+    """A name; what trains and measures, given the parsed options; what draws a result; and what tells it, in Markdown."""
 
     name: str
     measure: Callable[[argparse.Namespace], Result]
@@ -40,7 +40,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def run(experiment: Experiment, arguments: argparse.Namespace) -> Result:
-    """Measure, or read what was kept; write `NAME.json` and `NAME.png` into the output folder, and print the sentences."""
+    """Measure, or read what was kept; write `NAME.json` and `NAME.png` into the output folder, and print what it tells."""
     folder = arguments.output
     folder.mkdir(parents=True, exist_ok=True)
     if arguments.kept is None:
@@ -64,6 +64,17 @@ def measured_with() -> dict[str, Any]:
         },
         "machine": f"{os.cpu_count()} CPUs ({platform.machine()}), {torch.get_num_threads()} torch threads",
     }
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table.
+
+    >>> print(table(["a", "b"], [["1", "2"]]))
+    | a | b |
+    |---|---|
+    | 1 | 2 |
+    """
+    return "\n".join(["| " + " | ".join(header) + " |", "|" + "---|" * len(header), *("| " + " | ".join(row) + " |" for row in rows)])
 
 
 def rounded(value: Any) -> Any:

@@ -24,9 +24,9 @@ from optiscope.analysis.run import orthogonalised, residual_of_records
 from optiscope.analysis.shape_null import null_log10_condition
 from optiscope.diagnostics.ns_families import FAMILIES, repeat_last
 from optiscope.examples.experiments.budgets import BASELINE, plan_of
-from optiscope.examples.experiments.command import Experiment, Result, options, run
+from optiscope.examples.experiments.command import Experiment, Result, options, run, table
 from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS
-from optiscope.examples.experiments.paired import mean_interval
+from optiscope.examples.experiments.paired import mean_interval, with_interval
 from optiscope.examples.experiments.tuning import trained, tuned
 
 PAPER = {"pearson": 0.729, "hardest": "attn_v", "easiest": "mlp_down"}  # AMO, Fig. 3 (Qwen3-0.6B)
@@ -126,35 +126,46 @@ def _spread(trainings: list[dict[str, Any]], name: str, *, log: bool = False) ->
 
 
 def tell(result: Result) -> str:
-    """The findings, line by line."""
-    lines = []
-    for model in models(result):
-        trainings = of(result, model)
-        operators, n = trainings[0]["operators"], len(trainings)
-        lines.append(f"{model}, {n} seeds. Pearson's r with the residual (the paper has {PAPER['pearson']}):")
-        for name, label in PREDICTORS.items():
-            low, mean, high = mean_interval([t["pearson"][name] for t in trainings])
-            lines.append(f"  {label}: {mean:.3f} [{low:.3f}, {high:.3f}]")
-        kappa, excess = (_spread(trainings, name, log=log)[1] for name, log in (("kappa", True), ("excess", False)))
-        order = np.argsort(-kappa)
-        lines.append(
-            "  operators by κ: " + ", ".join(f"{operators[i]} {kappa[i]:.1f} (shape {trainings[0]['null'][i]:.1f})" for i in order)
-        )
-        for end, pick in (("hardest", np.argmax), ("easiest", np.argmin)):
-            same = sum(t["operators"][int(pick(t["kappa"]))] == PAPER[end] for t in trainings)
-            lines.append(f"  {end} is {PAPER[end]}, as in the paper, in {same} of {n} seeds")
-        rank = [float(spearmanr(t["kappa"], t["null"]).statistic) for t in trainings]
-        low, mean, high = mean_interval(rank)
-        lines.append(f"  Spearman of that ranking with shape's: {mean:.2f} [{low:.2f}, {high:.2f}]")
-        lines.append("  above shape, decades: " + ", ".join(f"{operators[i]} {excess[i]:+.2f}" for i in np.argsort(-excess)))
-        low, mean, high = mean_interval([t["trend"] for t in trainings])
-        lines.append(
-            f"  first to last layer at step {trainings[0]['depth_step']}, decades of κ: {mean:+.2f} [{low:+.2f}, {high:+.2f}] (shape: 0)"
-        )
-        bars = _spread(trainings, "deep_over_shallow")
-        told = ", ".join(f"{o} {m:+.2f} [{low:+.2f}, {high:+.2f}]" for o, low, m, high in zip(operators, *bars, strict=True))
-        lines.append(f"  last over first third of the layers, decades of κ (shape: 0): {told}")
-    return "\n".join(lines)
+    """Correlations, and per architecture its operators."""
+    names = models(result)
+    header = ["Pearson's r with ε̃", *(f"{model}, {len(of(result, model))} seeds" for model in names)]
+    rows = [
+        [label, *(with_interval(*mean_interval([t["pearson"][name] for t in of(result, model)]), ".3f") for model in names)]
+        for name, label in PREDICTORS.items()
+    ]
+    parts = [table(header, rows)]
+    for model in names:
+        parts += [_operators_told(of(result, model), model), _ranking_told(of(result, model), model)]
+    return "\n\n".join(parts)
+
+
+def _operators_told(trainings: list[dict[str, Any]], model: str) -> str:
+    kappa, excess, deep = (
+        _spread(trainings, name, log=log) for name, log in (("kappa", True), ("excess", False), ("deep_over_shallow", False))
+    )
+    rows = [
+        [
+            trainings[0]["operators"][i], with_interval(*kappa[:, i], ".0f"), f"{trainings[0]['null'][i]:.1f}", with_interval(*excess[:, i], "+.2f"),
+            with_interval(*deep[:, i], "+.2f"),
+        ]
+        for i in np.argsort(-kappa[1])
+    ]  # fmt: skip
+    return table([model, "κ, median", "κ of shape alone", "decades above shape", "decades, deep over shallow layers"], rows)
+
+
+def _ranking_told(trainings: list[dict[str, Any]], model: str) -> str:
+    n = len(trainings)
+    same = {
+        end: sum(t["operators"][int(pick(t["kappa"]))] == PAPER[end] for t in trainings)
+        for end, pick in (("hardest", np.argmax), ("easiest", np.argmin))
+    }
+    rank = mean_interval([float(spearmanr(t["kappa"], t["null"]).statistic) for t in trainings])
+    trend = mean_interval([t["trend"] for t in trainings])
+    return (
+        f"In {model} {PAPER['hardest']} is hardest in {same['hardest']} of {n} seeds and {PAPER['easiest']} easiest in {same['easiest']}; the ranking has a Spearman "
+        f"correlation of {with_interval(*rank, '.2f')} with that of shape alone. From the first to the last layer κ changes, in decades at step "
+        f"{trainings[0]['depth_step']}, by {with_interval(*trend, '+.2f')}; shape alone: 0."
+    )
 
 
 def plot(result: Result) -> Figure:
@@ -184,8 +195,8 @@ def _operators(ax: Axes, trainings: list[dict[str, Any]], model: str) -> None:
     null = np.array([trainings[0]["null"]] * 3)
     intervals(ax, operators, null, ["0.2"] * len(operators), label="Gaussian, same shape", marker="|", markersize=14)
     intervals(ax, operators, _spread(trainings, "kappa", log=True), [palette[o] for o in operators])
-    ax.legend(loc="best", frameon=False, fontsize=8)
     finish(ax, title=f"{model}: κ by operator\n(95 % over seeds)", x="median condition number κ of the NS input", y="", log_x=True)
+    ax.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False, fontsize=8)
 
 
 def _depth(ax: Axes, trainings: list[dict[str, Any]], model: str) -> None:
@@ -195,7 +206,7 @@ def _depth(ax: Axes, trainings: list[dict[str, Any]], model: str) -> None:
     ax.axvline(0, color="0.2", linewidth=1)
     finish(
         ax,
-        title=f"{model}: last against first third of the layers\n(95 % over seeds; line: shape alone)",
+        title=f"{model}: deep against shallow layers\n(95 % over seeds; line: shape alone)",
         x="log10 κ deep − log10 κ shallow",
         y="",
     )

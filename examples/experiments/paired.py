@@ -18,8 +18,9 @@ class Paired:
     p: float
     below: int
 
-    def __str__(self) -> str:
-        return f"{self.mean:+.4f} [{self.low:+.4f}, {self.high:+.4f}], p = {self.p:.2g}, below zero in {self.below} of {self.n}"
+    def told(self, spec: str = "+.4f") -> str:
+        """Mean and interval, p, and the signs."""
+        return f"{with_interval(self.low, self.mean, self.high, spec)}, p = {self.p:.2g}, < 0 in {self.below} of {self.n}"
 
 
 def paired(treated: ArrayLike, baseline: ArrayLike) -> Paired:
@@ -40,6 +41,15 @@ def paired(treated: ArrayLike, baseline: ArrayLike) -> Paired:
     test = ttest_rel(treated, baseline)
     interval = test.confidence_interval()
     return Paired(n, mean, float(interval.low), float(interval.high), float(test.pvalue), below)
+
+
+def with_interval(low: float, value: float, high: float, spec: str) -> str:
+    """A number with its interval in brackets.
+
+    >>> with_interval(1.0, 2.0, 3.0, ".1f")
+    '2.0 [1.0, 3.0]'
+    """
+    return f"{value:{spec}} [{low:{spec}}, {high:{spec}}]"
 
 
 def mean_interval(values: ArrayLike) -> tuple[float, float, float]:

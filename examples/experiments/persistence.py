@@ -3,7 +3,8 @@
     python -m optiscope.examples.experiments.persistence -o runs/
 
 Steps are derived from the window at the beginning of a training under equal steps, and judged on the spectra of its later records: against the best
-steps for each record (oracle), against steps from either half of the window, and against nulls (permuted operators, reversed steps, shapes alone).
+steps for each record (oracle), against steps from either half of the window, and against nulls: permuted operators, reversed steps, what shapes alone
+would have, and what costs alone say.
 Reads the `uniform-5` trainings of `budgets`, which it trains where they are not there.
 """
 
@@ -14,19 +15,25 @@ from typing import Any
 
 import numpy as np
 import seaborn as sns
+import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from optiscope.analysis import allocation_regret, open_run
 from optiscope.analysis.figures import axes, finish
+from optiscope.analysis.run import operators_of, orthogonalised, residuals_of_records
+from optiscope.diagnostics.allocation import least_mean, problem
+from optiscope.diagnostics.deriving import STEPS, step_costs
+from optiscope.diagnostics.polar_express import matched_coefficients
 from optiscope.examples.experiments.budgets import BASELINE, plan_of
-from optiscope.examples.experiments.command import Experiment, Result, options, run
-from optiscope.examples.experiments.conditions import CONDITIONS
+from optiscope.examples.experiments.command import Experiment, Result, options, run, table
+from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS
 from optiscope.examples.experiments.geometry import models, of
-from optiscope.examples.experiments.paired import mean_interval, paired
+from optiscope.examples.experiments.paired import mean_interval, paired, with_interval
 from optiscope.examples.experiments.tuning import trained, tuned
 
-NULLS = {"permuted": "permuted operators (median)", "shape": "from shapes alone", "reversed": "reversed"}
+NULLS = {"permuted": "permuted operators (median)", "cost": "from costs alone", "shape": "from shapes alone", "reversed": "reversed"}
+GAINS = {"committed": "committed", "oracle": "best at each record", **NULLS, "permuted_high": "permuted operators (95 % quantile)"}
 
 
 def measure(arguments: argparse.Namespace) -> Result:
@@ -44,7 +51,9 @@ def measure(arguments: argparse.Namespace) -> Result:
 
 def studied(store: Path, window: slice) -> dict[str, Any]:
     """Gains and retained share over one run."""
-    found = allocation_regret.study(open_run(store), window)
+    run = open_run(store)
+    found = allocation_regret.study(run, window)
+    from_costs = gain_from_costs(run, window).sel(step=found["step"])
     return {
         "step": found["step"].values.tolist(),
         "later": found["later"].values.tolist(),
@@ -52,6 +61,8 @@ def studied(store: Path, window: slice) -> dict[str, Any]:
         "oracle": found["gain_oracle"].values.tolist(),
         "permuted": found["gain_permuted"].sel(quantile=0.5).values.tolist(),
         "permuted_high": found["gain_permuted"].sel(quantile=0.95).values.tolist(),
+        "cost": from_costs["gain"].values.tolist(),
+        "cost_breaks_cap": from_costs["breaks_cap"].values.tolist(),
         "shape": found["gain_shape"].values.tolist(),
         "reversed": found["gain_reversed"].values.tolist(),
         "cost_reversed": float(found.attrs["cost_reversed"]),
@@ -64,42 +75,77 @@ def studied(store: Path, window: slice) -> dict[str, Any]:
     }
 
 
+def gain_from_costs(run: xr.DataTree, window: slice) -> xr.Dataset:
+    """What steps gain that know what operators cost and nothing of how they differ otherwise.
+
+    The programme, on the window's mean curve over all matrices in the place of every operator's own; without the cap, which on equal curves
+    allows equal steps alone.
+
+    Returns:
+        Along `step`, every record: `gain`, 1 − J/J(equal steps), and `breaks_cap`, whether some operator is left worse than the worst one under equal steps.
+    """
+    geometry = orthogonalised(run)
+    label, operators = geometry["operator"].values, operators_of(geometry)
+    residual = residuals_of_records(geometry, [matched_coefficients(k) for k in STEPS])
+    inside = np.isin(geometry["step"].values, geometry["step"].sel(step=window).values)
+    curves = np.tile(np.nanmean(residual[:, inside], axis=(1, 2)), (len(operators), 1))
+    cost = step_costs(label, geometry["rows"].values, geometry["cols"].values, operators)
+    count = [int((label == o).sum()) for o in operators]
+    found = least_mean(problem(curves, STEPS, cost, count, BUDGET), capped=False)
+    # (record, operator)
+    own, equal = (
+        np.stack([np.nanmean(residual[STEPS.index(k)][:, label == o], axis=1) for o, k in zip(operators, steps, strict=True)], axis=1)
+        for steps in (found.steps, [BUDGET] * len(operators))
+    )
+    gain = 1 - np.average(own, axis=1, weights=count) / np.average(equal, axis=1, weights=count)
+    worse = own.max(axis=1) > equal.max(axis=1)
+    return xr.Dataset({"gain": ("step", gain), "breaks_cap": ("step", worse)}, coords={"step": geometry["step"].values})
+
+
 def _later(training: dict[str, Any], name: str) -> np.ndarray:
     return np.array(training[name], float)[..., np.array(training["later"])]
 
 
 def tell(result: Result) -> str:
-    """The results, line by line."""
-    lines = []
-    for model in models(result):
-        trainings = of(result, model)
-        n = len(trainings)
-        lines.append(
-            f"{model}, {n} seeds; of records behind the window ({result['window'][0]} to {result['window'][1]}), per seed their mean:"
-        )
-        mean_of = {
-            name: [float(np.nanmean(_later(t, name))) for t in trainings]
-            for name in ("committed", "oracle", "retained", "kendall_tau", *NULLS, "permuted_high")
-        }
-        for name in ("committed", "oracle", *NULLS, "permuted_high"):
-            low, mean, high = mean_interval(mean_of[name])
-            lines.append(f"  gain, {name}: {mean:.1%} [{low:.1%}, {high:.1%}]")
-        lines += [f"  {name} less committed: {paired(mean_of[name], mean_of['committed'])}" for name in NULLS]
-        for name in ("retained", "kendall_tau"):
-            low, mean, high = mean_interval(mean_of[name])
-            worst = min(float(np.nanmin(_later(t, name))) for t in trainings)
-            lines.append(f"  {name}: {mean:.2f} [{low:.2f}, {high:.2f}], at worst {worst:.2f}")
-        halves = [float(np.nanmin(_later(t, "retained_half"))) for t in trainings]
-        agree = [sum(a == b for a, b in zip(t["steps"]["first half"], t["steps"]["second half"], strict=True)) for t in trainings]
-        lines.append(f"  split half: ρ at worst {min(halves):.2f}; halves agree in {agree} of {len(trainings[0]['operators'])} operators")
-        broken = [int(_later(t, "breaks_cap").sum()) for t in trainings]
-        lines.append(
-            f"  records in which an operator is worse off than the worst with equal steps: {broken} of {sum(trainings[0]['later'])}"
-        )
-        lines.append(
-            f"  {','.join(trainings[0]['operators'])}: " + "; ".join(",".join(map(str, t["steps"]["committed"])) for t in trainings)
-        )
-    return "\n".join(lines)
+    """Gains of the committed steps, the oracle's and the nulls', and how they last."""
+    names = models(result)
+    header = ["records behind the window", *(f"{model}, {len(of(result, model))} seeds" for model in names)]
+    rows = [
+        [f"gain: {label}", *(with_interval(*mean_interval(_means(of(result, model), name)), ".1%") for model in names)]
+        for name, label in GAINS.items()
+    ]
+    rows += [
+        [
+            f"{label}, less committed",
+            *(paired(_means(of(result, model), name), _means(of(result, model), "committed")).told("+.1%") for model in names),
+        ]
+        for name, label in NULLS.items()
+    ]
+    for name, label in (
+        ("retained", "retained gain ρ"),
+        ("retained_half", "ρ from either half of the window"),
+        ("kendall_tau", "Kendall's τ of the order"),
+    ):
+        cells = []
+        for model in names:
+            worst = min(float(np.nanmin(_later(t, name))) for t in of(result, model))
+            cells.append(f"{with_interval(*mean_interval(_means(of(result, model), name)), '.2f')}, at worst {worst:.2f}")
+        rows.append([label, *cells])
+    for name, label in (("breaks_cap", "committed"), ("cost_breaks_cap", "from costs alone")):
+        cells = [
+            f"{sum(int(_later(t, name).sum()) for t in of(result, m))} of {sum(sum(t['later']) for t in of(result, m))}" for m in names
+        ]
+        rows.append([f"records with an operator worse than the worst under equal steps: {label}", *cells])
+    for name in ("committed", "first half", "second half", "reversed"):
+        cells = ["; ".join(dict.fromkeys(",".join(map(str, t["steps"][name])) for t in of(result, m))) for m in names]
+        rows.append([f"steps of {', '.join(result['trainings'][0]['operators'])}: {name}", *cells])
+    rows.append(["cost of the reversed steps over the budget", *(f"{max(t['cost_reversed'] for t in of(result, m)):.2f}" for m in names)])
+    return table(header, rows)
+
+
+def _means(trainings: list[dict[str, Any]], name: str) -> list[float]:
+    """Per seed, over the records behind the window."""
+    return [float(np.nanmean(_later(t, name))) for t in trainings]
 
 
 def plot(result: Result) -> Figure:
@@ -113,6 +159,7 @@ def plot(result: Result) -> Figure:
         for name, label, colour in (
             ("oracle", "best at each record", colours[2]),
             ("committed", "committed", colours[0]),
+            ("cost", NULLS["cost"], colours[4]),
             ("shape", NULLS["shape"], colours[1]),
             ("permuted", NULLS["permuted"], "0.5"),
             ("reversed", NULLS["reversed"], colours[3]),
@@ -138,7 +185,7 @@ def plot(result: Result) -> Figure:
         finish(middle, title=f"{model}: retained gain ρ\n(shaded: the window)", x="optimizer step", y="share of the possible gain")
         finish(right, title=f"{model}: order of the operators", x="optimizer step", y="Kendall's τ of residuals")
         for ax in (left, middle):
-            ax.legend(fontsize=7, loc="best", frameon=False)
+            ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3, frameon=False)
     return figure
 
 
@@ -146,9 +193,7 @@ def _lines(
     ax: Axes, trainings: list[dict[str, Any]], values: np.ndarray, colour: Any, label: str, *, linestyle: str = "-", band: bool = True
 ) -> None:
     step = trainings[0]["step"]
-    known = np.isfinite(values).any(axis=0)
-    mean = np.where(known, np.nanmean(np.where(known, values, 0), axis=0), np.nan)
-    ax.plot(step, mean, color=colour, linestyle=linestyle, linewidth=1.5, label=label)
+    ax.plot(step, values.mean(axis=0), color=colour, linestyle=linestyle, linewidth=1.5, label=label)
     if band:
         ax.fill_between(step, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.12, linewidth=0)
 

@@ -108,7 +108,7 @@ def test_budgets(short, folder):
     assert not budgets.gains(result, "demo", "uniform-5").any()
     final = {name: [by["demo", name, seed]["validation"][-1][1] for seed in SEEDS] for name in ("amo", "uniform-5")}
     difference = np.subtract(final["amo"], final["uniform-5"])
-    assert f"amo: {difference.mean():+.4f}" in said
+    assert f"| {difference.mean():+.4f} [" in next(line for line in said.splitlines() if line.startswith("| amo |"))
     assert "nan" not in said
 
 
