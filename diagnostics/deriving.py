@@ -5,6 +5,7 @@ The same for a run that is read from disk and for one that goes on: what is comm
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import version
 from itertools import compress
 from math import log10
@@ -13,14 +14,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from . import ns_schedules
 from .allocation import RULES, Allocation, Problem, problem, uniform
 from .depth_halves import depth_halves
 from .evenly_spread import evenly_spread
 from .evidence import Evidence, known_mean
 from .gain_interval import count_layers, gain_intervals
 from .newton_schulz import ns_flops
-from .ns_families import FAMILIES, JORDAN, Coefficients, repeat_last
-from .polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from .ns_families import JORDAN, Coefficients
+from .ns_schedules import SCHEDULE_FAMILIES
+from .polar_express import MATCHED_LOWER_BOUND
 from .promise import promise
 from .recorded_spectra import RecordedSpectra
 from .schedule import OperatorSchedule, Schedule
@@ -36,12 +39,7 @@ RECORDS = 32
 STEPS = tuple(sorted(MATCHED_LOWER_BOUND))
 
 # Family name → coefficients of a schedule of k steps.
-SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {
-    "matched": matched_coefficients,
-    "jordan": lambda k: repeat_last(FAMILIES["jordan"].coefficients, k),
-    "polar_express": lambda k: repeat_last(FAMILIES["polar_express"].coefficients, k),
-}
-
+SCHEDULES: Mapping[str, Callable[[int], Coefficients]] = {name: partial(ns_schedules.schedule_of, name) for name in SCHEDULE_FAMILIES}
 
 SPLITS = ("auto", "never")
 

@@ -217,7 +217,7 @@ def test_operators_without_a_spectrum_in_the_window_are_left_out(build_run):
 BAD = {
     "rule: expected one of mean, mean-uncapped, minimax, uniform, kappa, got 'best'": {"rule": "best"},
     "split: expected one of auto, never, got 'always'": {"split": "always"},
-    "family: expected one of matched, jordan, polar_express, got 'cubic'": {"family": "cubic"},
+    f"family: expected one of {', '.join(SCHEDULES)}, got 'aol_flash'": {"family": "aol_flash"},
     "budget: expected a step count of 3 to 8, got 9": {"budget": 9},
     "budget: expected a step count of 3 to 8, got 2": {"budget": 2},
     "window: no spectrum recorded in that range of steps; the run's records go from 1 to 30": {"window": slice(31, 40)},

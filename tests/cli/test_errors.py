@@ -71,7 +71,7 @@ ARGUMENTS = {
     "window: no spectrum recorded in that range of steps; the run's records go from 1 to 12": ["schedule", "good.zarr", "--window", "13:"],
     "budget: expected a step count of 3 to 8, got 9": ["schedule", "good.zarr", "--budget", "9"],
     "rule: expected one of mean, mean-uncapped, minimax, uniform, kappa, got 'best'": ["schedule", "good.zarr", "--rule", "best"],
-    "family: expected one of matched, jordan, polar_express, got 'cubic'": ["schedule", "good.zarr", "--family", "cubic"],
+    "family: expected one of matched, jordan, polar_express, cubic, ": ["schedule", "good.zarr", "--family", "aol_flash"],
     "run: no optimizer in it orthogonalises (Muon does)": ["schedule", "adam.zarr"],
     "--study: nothing is none of kappa_vs_residual, ": ["analyze", "good.zarr", "--study", "nothing"],
     "run: no optimizer in it orthogonalises": ["analyze", "adam.zarr", "--study", "residual_curves"],

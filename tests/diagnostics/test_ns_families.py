@@ -181,8 +181,9 @@ def test_plain_minimax_meets_the_best_possible_error(lower):
         assert worst(design, lower) == pytest.approx(float(printed), abs=half_a_digit(printed)), steps
         # Theory: the error is 1 − p(ℓ), and no other schedule of the length is below it.
         assert worst(design, lower) == pytest.approx(1 - float(ns_map(lower, design)), rel=1e-6)
-        for family in FAMILIES:
-            assert worst(repeat_last(FAMILIES[family].coefficients, steps), lower) > worst(design, lower)
+        for family in FAMILIES.values():
+            # Not at most: what escapes ends in NaN.
+            assert not worst(repeat_last(family.coefficients, steps), lower) <= worst(design, lower), family.name
 
 
 @pytest.mark.parametrize(("low", "high"), [(0.01, 1.0), (0.3, 1.0), (0.2, 1.7), (0.9, 1.1)])
