@@ -86,21 +86,25 @@ class Schedule:
             FileNotFoundError: no such file.
             ValueError: not a schedule file, a newer version of it, or one that contradicts itself.
         """
-        content = Path(path).read_bytes()
+        return cls.from_json(Path(path).read_bytes(), str(path))
+
+    @classmethod
+    def from_json(cls, text: str | bytes, source: str = "schedule") -> "Schedule":
+        """Read the text of a schedule file; `source` is what errors, those of :meth:`load`, call it."""
         try:
-            document = json.loads(content)
+            document = json.loads(text)
             if document["format"] != FORMAT:
                 raise KeyError("format")
             version = int(document["version"])
         except (ValueError, KeyError, TypeError, OverflowError):
-            raise ValueError(f"{path}: expected a schedule file written by `diag schedule`, got something else") from None
+            raise ValueError(f"{source}: expected a schedule file written by `diag schedule`, got something else") from None
         if version > VERSION:
-            raise ValueError(f"{path}: schedule version {version} is newer than this software reads ({VERSION}); upgrade optiscope")
+            raise ValueError(f"{source}: schedule version {version} is newer than this software reads ({VERSION}); upgrade optiscope")
         try:
             operators = {name: _operator(entry) for name, entry in document["operators"].items()}
             budget, objective, provenance = (dict(document.get(part, {})) for part in ("budget", "objective", "provenance"))
         except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-            raise ValueError(f"{path}: the schedule is malformed ({error!r}); derive it again with `diag schedule`") from None
+            raise ValueError(f"{source}: the schedule is malformed ({error!r}); derive it again with `diag schedule`") from None
         return cls(operators, budget, objective, provenance)
 
 

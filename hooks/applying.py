@@ -68,17 +68,8 @@ def apply_schedule(
             passed, a stack of matrices is of several operators, or ranks would lose the momenta they own.
         RuntimeError: this version of torch does not run the function that would be replaced.
     """
-    if not (layers := hookable_layers(optimizer)):
-        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    layers = layers_that_take_a_schedule(optimizer)
     outer, inner = (optimizer, *layers[:-1]), layers[-1]
-    if not any(map(runs_newton_schulz, inner.param_groups)):
-        raise TypeError(why_not(inner))
-    for wrapper in outer:
-        if wrapper.param_groups is not inner.param_groups:
-            raise TypeError(
-                f"optimizer: {class_name(type(wrapper))} keeps parameter groups of its own beside those of {class_name(type(inner))}; "
-                "apply the schedule before wrapping the optimizer"
-            )
     if empty := [name for name, entry in schedule.operators.items() if not entry.coefficients]:
         raise ValueError(f"schedule: {', '.join(empty)}: expected at least one Newton–Schulz step, got none")
 
@@ -116,6 +107,26 @@ def apply_schedule(
     for group, operator, _ in scheduled:
         counts[operator] = counts.get(operator, 0) + len(group["params"])
     return counts
+
+
+def layers_that_take_a_schedule(optimizer: Any) -> list[Optimizer]:
+    """The optimizer and those it wraps, outermost first; the last one gets the schedule.
+
+    Raises:
+        TypeError: no group of it holds `ns_steps`, or a wrapper keeps parameter groups of its own.
+    """
+    if not (layers := hookable_layers(optimizer)):
+        raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
+    inner = layers[-1]
+    if not any(map(runs_newton_schulz, inner.param_groups)):
+        raise TypeError(why_not(inner))
+    for wrapper in (optimizer, *layers[:-1]):
+        if wrapper.param_groups is not inner.param_groups:
+            raise TypeError(
+                f"optimizer: {class_name(type(wrapper))} keeps parameter groups of its own beside those of {class_name(type(inner))}; "
+                "apply the schedule before wrapping the optimizer"
+            )
+    return layers
 
 
 def _putting_into_force(schedule: Schedule, shares: Sequence[tuple[str | None, ScheduleFields] | None]) -> Callable[[Any], None]:

@@ -76,6 +76,10 @@ class Cadence:
         self._cost = cost
         self.due = self._next_multiple(step) if self._every is not None else step + self._wait(step, spent, elapsed)
 
+    def may_fall_within(self, first: int, last: int) -> bool:
+        """Whether a step of this range could become due."""
+        return self._every is None or self._next_multiple(first - 1) <= last
+
     def affords(self, step: int, spent: float, elapsed: float) -> bool:
         """Whether a record at `step`, which is due, is paid for; where it is not, a later step becomes due.
 

@@ -25,6 +25,7 @@ class Journal:
         clock: time spent under the guard.
         errors: how many measurements failed.
         dropped: records lost because the store could not be written for long.
+        raise_errors: failures are raised instead.
         taken_over: another recorder now writes to the run, and this one is to end.
     """
 
@@ -33,7 +34,7 @@ class Journal:
         self.errors = 0
         self.dropped = 0
         self._write_failures = 0
-        self._raise_errors = raise_errors
+        self.raise_errors = raise_errors
         self.taken_over = False
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
@@ -123,7 +124,7 @@ class Journal:
 
     def failed(self, error: Exception, step: int) -> None:
         """Count a failure, and tell of the first."""
-        if self._raise_errors:
+        if self.raise_errors:
             raise error
         self.errors += 1
         self._count("errors")
@@ -134,7 +135,7 @@ class Journal:
             )  # fmt: skip
 
     def _cannot_write(self, error: Exception) -> None:
-        if self._raise_errors:
+        if self.raise_errors:
             raise error
         if isinstance(error, TakenOver):
             log.warning("optiscope: %s; this one has detached, and what it had not committed is lost.", error)

@@ -37,13 +37,14 @@ class Recorder:
 
     Attributes:
         step: optimizer steps taken.
+        first_step: of them, those taken before it was attached.
         store: where the run is.
     """
 
     def __init__(
         self, watched: list[Watched], names: Names, layout: Layout, writer: Writer, cadence: Cadence, first_step: int, *, raise_errors: bool
     ) -> None:
-        self.step = first_step
+        self.step = self.first_step = first_step
         self.store = writer.path.resolve()
         self._watched = watched
         self._names = names

@@ -1,0 +1,377 @@
+"""Observe, then commit: a schedule derived from the first records of a training and put into force while it goes on (AMO)."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..diagnostics.deriving import check_choices, schedule_from_spectra
+from ..diagnostics.observation_window import SNAPSHOTS, observation_window
+from ..diagnostics.operators import clean_name
+from ..diagnostics.recorded_spectra import RecordedSpectra
+from ..diagnostics.refreshing import EARLY, next_schedule, retained_gain
+from ..diagnostics.schedule import Schedule
+from .adapters import class_name
+from .applying import apply_schedule, layers_that_take_a_schedule
+from .decisions import Decision, Kind, decision
+from .group_splitting import schedulers_of
+from .observed_spectra import Key, ObservedSpectra
+from .record import Record
+from .recorder import Recorder
+from .watched import Watched, hookable_layers
+
+log = logging.getLogger("optiscope")
+
+# Shares of a training's steps at which its schedule is looked at again.
+REFRESH_SHARES = (0.01, 0.03, 0.10, 0.30)
+STATE_VERSION = 1
+
+
+class AdaptiveSchedule:
+    """Derive a Newton–Schulz schedule from the recorder's own records of a window of steps, and put it into force behind it.
+
+    Nothing is measured twice and nothing is drawn: until the commitment (with `apply=False` for ever) the training is, to the bit, what it would
+    be without. The schedule that is committed is the one that `derive_schedule(open_run(store), window=slice(first, last))` finds
+    in the finished run; it comes into force by :func:`apply_schedule`, between two steps. Later on it is looked at again at every
+    refresh: another one takes its place only if two in a row find that it takes 2 % off the mean residual, moves by one step per
+    operator at most and costs no more than the budget. Where retained gain falls below half at a record, the next refresh comes early.
+
+    Every decision is in `decisions` and, under the same name, among the attributes of the run, where `diag info` shows it. No error leaves
+    it during training: a schedule that cannot be derived or put into force is told of once, and what is in force stays.
+
+    Args:
+        recorder: as from :func:`attach`, open, recording the group "geometry".
+        optimizer: one that the recorder watches, or a wrapper around it, that takes a schedule; what is said of that in
+            :func:`apply_schedule` holds here. Its own matrices share its budget; of another Muon make another AdaptiveSchedule.
+        model: where parameter names come from: that which was attached.
+        window: first and last step to observe. None: from the end of warm-up (20 steps, and the learning rate no longer rising from
+            record to record) on, 8 records and 1 % of the steps: of `total_steps`, else of those taken so far.
+        total_steps: steps of the training, where they are known.
+        budget, rule, family, recoverable, split, keep_uniform: as in `derive_schedule`.
+        refresh: steps at which to look again, each at the first record from it on. None: 1, 3, 10 and 30 % of `total_steps`, and none where
+            they are not known.
+        apply: False: decisions are made and logged, and nothing is touched.
+        lr_schedulers: learning-rate schedulers built on the optimizer, whose per-group lists are extended when groups are split. Append
+            those built later to the attribute of that name.
+
+    Attributes:
+        schedule: what was committed, or advised; None before.
+        decisions: see `hooks.decisions`.
+        lr_schedulers: see above.
+
+    Raises:
+        TypeError: no recorder, no module, or an optimizer that takes no schedule or is not known to orthogonalise.
+        ValueError: a recorder that is closed, lacks the geometry or does not watch the optimizer; a model of other parameters; a
+            choice that is not on offer; a window or refresh that no record can fall into; a learning-rate scheduler that was not passed; several processes.
+
+    Example:
+        >>> import tempfile, torch
+        >>> from optiscope.hooks import AdaptiveSchedule, attach
+        >>> model = torch.nn.ModuleDict({"q_proj": torch.nn.Linear(8, 8), "up_proj": torch.nn.Linear(8, 32)})
+        >>> muon = torch.optim.Muon([p for p in model.parameters() if p.ndim == 2], lr=0.02)
+        >>> with attach(muon, model, tempfile.mkdtemp() + "/run.zarr", every=1) as recorder:
+        ...     adaptive = AdaptiveSchedule(recorder, muon, model, window=(2, 4), apply=False)
+        ...     for step in range(5):
+        ...         x = torch.randn(64, 8, generator=torch.Generator().manual_seed(step))
+        ...         model["up_proj"](model["q_proj"](x).tanh()).square().mean().backward()
+        ...         muon.step()
+        >>> [(d["kind"], d["step"], d["window"], list(d["steps"])) for d in adaptive.decisions]
+        [('advise', 4, [2, 4], ['attn_q', 'mlp_up'])]
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        optimizer: Any,
+        model: nn.Module,
+        *,
+        window: Sequence[int] | None = None,
+        total_steps: int | None = None,
+        budget: int = 5,
+        rule: str = "mean",
+        family: str = "matched",
+        recoverable: bool = False,
+        split: str = "auto",
+        keep_uniform: bool = True,
+        refresh: Iterable[int] | None = None,
+        apply: bool = True,
+        lr_schedulers: Iterable[Any] = (),
+    ) -> None:
+        self.lr_schedulers = list(lr_schedulers)
+        watched = _watched(recorder, optimizer)
+        if apply:
+            layers = layers_that_take_a_schedule(optimizer)
+            schedulers_of((optimizer, *layers), self.lr_schedulers)
+            _check_single_process()
+        if not any(watched.adapter(group).orthogonalisation for group in watched.optimizer.param_groups):
+            raise TypeError(
+                f"optimizer: it is not known what {class_name(type(watched.optimizer))} orthogonalises, so nothing can be derived from its records; "
+                "register an adapter for it, as docs/adapters.md shows"
+            )
+        _check_model(recorder, watched, model)
+        check_choices(budget, rule, family, split)
+        self._total_steps = _steps("total_steps", [total_steps])[0] if total_steps is not None else None
+        self._window = None if window is None else _checked_window(recorder, window)
+        shares = [max(1, round(share * self._total_steps)) for share in REFRESH_SHARES] if self._total_steps is not None else []
+        self._refresh_at = sorted(set(shares if refresh is None else _steps("refresh", refresh)))
+
+        self.schedule: Schedule | None = None
+        self.decisions: list[Decision] = []
+        self._recorder, self._optimizer, self._model, self._apply = recorder, optimizer, model, apply
+        self._label = watched.label
+        self._choices: dict[str, Any] = {
+            "budget": budget, "rule": rule, "family": family, "recoverable": recoverable, "split": split, "keep_uniform": keep_uniform,
+        }  # fmt: skip
+        self._spectra = ObservedSpectra([watched.label])
+        # Of a window that began before this recording, the beginning has to come from a checkpoint.
+        self._awaits_state = self._window is not None and self._window[0] <= recorder.first_step
+        self._over = False  # nothing more will be decided
+        self._window_records = 0  # of the window that was committed on, and as many of every look since
+        self._unseen = 0  # records since the last look
+        self._agreeing: Mapping[str, int] | None = None
+        recorder.on_record(self._heard)
+
+    def refresh_now(self) -> None:
+        """Look at the schedule again, over as many records, the last ones, as it was committed on.
+
+        For a moment that `refresh` could not foresee, such as a new phase of the learning rate, or a switch of the data once so many records of
+        the new data are made. Before a commitment, and without a record since the last look, it does nothing.
+        """
+        if self.schedule is not None and not self._over and self._unseen:
+            step = self._recorder.step
+            with self._recorder._journal.guard(step), self._recorder._journal.asked_for():
+                self._kept_out(lambda: self._refresh(step, "asked for"), step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was observed and decided, as plain containers and tensors; to be saved with every checkpoint."""
+        return {
+            "version": STATE_VERSION,
+            "settings": self._settings(),
+            "spectra": self._spectra.state_dict(),
+            "schedule": None if self.schedule is None else self.schedule.to_json(),
+            "refresh_at": list(self._refresh_at),
+            "window_records": self._window_records,
+            "unseen": self._unseen,
+            "agreeing": None if self._agreeing is None else dict(self._agreeing),
+            "over": self._over,
+            "decisions": [dict(entry) for entry in self.decisions],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint: what was observed is there again, and a schedule that was in force is put into force.
+
+        Call it before the optimizer loads its own state, whose groups are those of the schedule, and before the learning-rate schedulers
+        load theirs: build everything as in the beginning, then load this, the optimizer, its schedulers, in that order.
+
+        Raises:
+            ValueError: the state is of other settings or matrices, or from before a commitment that this optimizer has behind it; and
+                whatever :func:`apply_schedule` raises.
+        """
+        if state.get("version") != STATE_VERSION:
+            raise ValueError(f"state: expected what state_dict gave, of version {STATE_VERSION}, got version {state.get('version')!r}")
+        if state["settings"] != self._settings():
+            raise ValueError(f"state: was saved under {state['settings']}, got {self._settings()}; build it with the same")
+        saved = {Key(*parts) for parts in state["spectra"]["matrices"]}
+        own = {Key.of(m) for m in self._recorder._layout.row_of["geometry"] if m.optimizer == self._label}
+        if saved and not saved & own:
+            raise ValueError(f"state: is of other matrices, the first of them {min(saved).name}; load what was saved with this model")
+        schedule = None if state["schedule"] is None else Schedule.from_json(state["schedule"], "state")
+        if schedule is None and self.schedule is not None and self._apply:
+            raise ValueError("state: is from before the commitment, and this optimizer has a schedule in force; build the optimizer anew")
+        if schedule is not None:
+            self._put_into_force(schedule)
+        self.schedule = schedule
+        self._spectra.load_state_dict(state["spectra"])
+        self._refresh_at = list(state["refresh_at"])
+        self._window_records, self._unseen, self._over = state["window_records"], state["unseen"], state["over"]
+        self._agreeing, self._awaits_state = state["agreeing"], False
+        self.decisions = [dict(entry) for entry in state["decisions"]]
+        told = self._recorder._journal.attributes.setdefault("decisions", [])
+        told += [entry for entry in self.decisions if entry not in told]
+
+    def _settings(self) -> dict[str, Any]:
+        return {"window": None if self._window is None else list(self._window), **self._choices}
+
+    # At every record.
+
+    def _heard(self, record: Record) -> None:
+        if not self._over and "geometry" in record.rows:
+            self._kept_out(lambda: self._take(record), record.step)
+
+    def _take(self, record: Record) -> None:
+        if self._awaits_state:
+            assert self._window is not None
+            self._end(
+                f"the window of steps {self._window[0]} to {self._window[1]} began before this recording, which goes on from step "
+                f"{self._recorder.first_step}, and load_state_dict was not called",
+                record.step,
+            )
+            return
+        self._spectra.add(record)
+        self._unseen += 1
+        if not self._recorder._handles:
+            return  # the last record, made as the recorder closes: what follows is not its training
+        if self.schedule is None:
+            self._observe(record.step)
+        else:
+            self._look_after(record.step)
+
+    def _observe(self, step: int) -> None:
+        window = self._window or self._window_by_now(step)
+        if window is None:
+            return
+        self._spectra.forget(before=window[0])
+        if step < window[1] and self._recorder._cadence.due <= window[1]:
+            return
+        observed = self._spectra.window(*window)
+        if not observed.seen.any():
+            self._end(f"no spectrum was recorded in the window of steps {window[0]} to {window[1]}", step)
+        else:
+            self._commit(observed, step)
+
+    def _window_by_now(self, step: int) -> tuple[int, int] | None:
+        """The window, once that can be known: as many records as it takes, and a learning rate that no longer rises."""
+        steps, rates = (np.array(values) for values in zip(*self._spectra.rates, strict=True))
+        window = observation_window(steps, self._total_steps or step, steps, rates)
+        self._spectra.forget(before=window[0])  # the learning rate may still come to rise, but never a beginning go back
+        rises = len(rates) > 1 and rates[-1] > rates[-2]
+        return None if rises or (steps >= window[0]).sum() < SNAPSHOTS else window
+
+    def _commit(self, observed: RecordedSpectra, step: int) -> None:
+        run = {"run": str(self._recorder.store), "run_created": self._recorder._journal.attributes.get("created")}
+        schedule = schedule_from_spectra(observed, **self._choices, provenance=run)
+        self._put_into_force(schedule)
+        self.schedule = schedule
+        self._window_records, self._unseen = len(observed.step), 0
+        self._refresh_at = [at for at in self._refresh_at if at > step]
+        self._spectra.rates.clear()
+        gain = f"gain over {self._choices['budget']} steps for all"
+        if schedule.objective["kept_uniform"]:
+            why = f"end of the window: the interval of the {gain} includes zero, so that they stay equal"
+        else:
+            why = f"end of the window: {schedule.objective['choice']['relative_gain']:.1%} {gain}"
+        self._decide("commit" if self._apply else "advise", step, why, window=observed.step[[0, -1]], schedule=schedule)
+
+    def _look_after(self, step: int) -> None:
+        self._spectra.rates.clear()
+        del self._spectra.records[: -self._window_records]
+        due = [at for at in self._refresh_at if at <= step]
+        if due:
+            self._refresh_at = self._refresh_at[len(due) :]
+            self._refresh(step, f"due at step {due[-1]}")
+        elif self._unseen >= self._window_records:
+            # What the last look rested on is behind: another one rests on records of its own.
+            assert self.schedule is not None
+            now, _, _ = retained_gain(self._spectra.window(step, step), self.schedule)
+            if now < EARLY:
+                self._refresh(step, f"early: {now:.0%} of the gain is retained")
+
+    def _refresh(self, step: int, why: str) -> None:
+        assert self.schedule is not None
+        observed = self._spectra.window(self._spectra.records[0].step, step)
+        retained, gain, _ = retained_gain(observed, self.schedule)
+        found = next_schedule(self.schedule, observed, self._agreeing)
+        if found.adopted:
+            self._put_into_force(found.schedule)
+        self.schedule, self._agreeing, self._unseen = found.schedule, found.state, 0
+        kind: Kind = "keep" if not found.adopted else "refresh" if self._apply else "advise"
+        self._decide(
+            kind, step, why, window=observed.step[[0, -1]], schedule=self.schedule, retained=retained, gain=gain,
+            improvement=found.improvement,
+        )  # fmt: skip
+
+    def _put_into_force(self, schedule: Schedule) -> None:
+        if self._apply:
+            _check_single_process()
+            apply_schedule(
+                self._optimizer, schedule, self._model, lr_schedulers=self.lr_schedulers, operators=self._recorder._names.rule
+            )  # fmt: skip
+
+    def _decide(self, kind: Kind, step: int, why: str, **rest: Any) -> None:
+        entry = decision(kind, step, why, optimizer=self._label, **rest)
+        self.decisions.append(entry)
+        self._recorder._journal.attributes.setdefault("decisions", []).append(entry)
+        steps = "" if entry["steps"] is None else ": " + ", ".join(f"{operator} {k}" for operator, k in entry["steps"].items())
+        log.info("optiscope: step %d, schedule of %s, %s%s (%s)", step, self._label, kind, steps, why)
+
+    def _end(self, why: str, step: int) -> None:
+        self._over = True
+        self._decide("keep", step, why, schedule=self.schedule)
+        log.warning(
+            "optiscope: the schedule of %s: %s. Training goes on with the Newton–Schulz steps that are in force; nothing more is tried.",
+            self._label, why,
+        )  # fmt: skip
+
+    def _kept_out(self, action: Callable[[], None], step: int) -> None:
+        """Do it, and keep what it raises out of the training."""
+        try:
+            action()
+        except Exception as error:
+            if self._recorder._journal.raise_errors:
+                raise
+            self._end(f"it could not be derived or put into force at step {step} ({type(error).__name__}: {error})", step)
+
+
+def _watched(recorder: Recorder, optimizer: Any) -> Watched:
+    """How the recorder watches the optimizer."""
+    if not isinstance(recorder, Recorder):
+        raise TypeError(f"recorder: expected what `attach` returned, got {type(recorder).__name__}")
+    if not recorder._handles:
+        raise ValueError("recorder: expected one that is open, got one that is closed; attach again")
+    if "geometry" not in recorder._layout.row_of:
+        raise ValueError(
+            'recorder: a schedule is derived from the group "geometry", which it does not record; attach with it in measure=(…)'
+        )
+    layers = hookable_layers(optimizer)
+    found = next((one for one in recorder._watched if any(layer is other for layer in layers for other in one.layers)), None)
+    if found is None:
+        watched = ", ".join(one.label for one in recorder._watched)
+        raise ValueError(f"optimizer: the recorder watches {watched} and not this {type(optimizer).__name__}; attach to it")
+    return found
+
+
+def _check_model(recorder: Recorder, watched: Watched, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
+    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
+    matrices = [m for m in watched.matrices if m.geometry and not m.members]
+    # Slices of a parameter bear its name and a number.
+    if not any(m.name.partition("[")[0] == names.get(id(m.parameter)) for m in matrices):
+        first = matrices[0].name if matrices else "none"
+        raise ValueError(
+            f"model: none of its parameters is one of the matrices that are recorded of {watched.label} under its name (the first: {first}); "
+            "pass the model that was attached"
+        )
+
+
+def _steps(name: str, given: Iterable[Any]) -> list[int]:
+    steps = list(given)
+    if not all(isinstance(step, (int, np.integer)) and not isinstance(step, bool) and step >= 1 for step in steps):
+        raise ValueError(f"{name}: expected whole numbers of steps from 1 on, got {steps}")
+    return [int(step) for step in steps]
+
+
+def _checked_window(recorder: Recorder, window: Sequence[int]) -> tuple[int, int]:
+    if len(window) != 2:
+        raise ValueError(f"window: expected the first and the last step, got {window!r}")
+    first, last = _steps("window", window)
+    if first > last:
+        raise ValueError(f"window: expected the first step before the last, got ({first}, {last})")
+    # Where recording itself began within or behind it, its beginning may come from a checkpoint.
+    if recorder.first_step < first <= recorder.step:
+        raise ValueError(f"window: begins at step {first}, and step {recorder.step} is taken already; let it begin later")
+    if not recorder._cadence.may_fall_within(first, last):
+        raise ValueError(f"window: no record falls into steps {first} to {last}; let it hold a multiple of the recorder's `every`")
+    return first, last
+
+
+def _check_single_process() -> None:
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+        raise ValueError(
+            "recorder: one of several processes would change its schedule alone, and their weights would part; use apply=False, and apply what "
+            "it commits on every process with apply_schedule"
+        )
