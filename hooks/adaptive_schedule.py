@@ -5,23 +5,20 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from ..diagnostics.deriving import check_choices, schedule_from_spectra
 from ..diagnostics.observation_window import SNAPSHOTS, observation_window
-from ..diagnostics.operators import clean_name
 from ..diagnostics.recorded_spectra import RecordedSpectra
 from ..diagnostics.refreshing import EARLY, next_schedule, retained_gain
 from ..diagnostics.schedule import Schedule
-from .adapters import class_name
 from .applying import apply_schedule, layers_that_take_a_schedule
 from .decisions import Decision, Kind, decision
 from .group_splitting import schedulers_of
+from .live_checks import check_model, check_orthogonalises, check_single_process, checked_window, watching, whole_steps
 from .observed_spectra import Key, ObservedSpectra
 from .record import Record
 from .recorder import Recorder
-from .watched import Watched, hookable_layers
 
 log = logging.getLogger("optiscope")
 
@@ -101,22 +98,18 @@ class AdaptiveSchedule:
         lr_schedulers: Iterable[Any] = (),
     ) -> None:
         self.lr_schedulers = list(lr_schedulers)
-        watched = _watched(recorder, optimizer)
+        watched = watching(recorder, optimizer)
         if apply:
             layers = layers_that_take_a_schedule(optimizer)
             schedulers_of((optimizer, *layers), self.lr_schedulers)
-            _check_single_process()
-        if not any(watched.adapter(group).orthogonalisation for group in watched.optimizer.param_groups):
-            raise TypeError(
-                f"optimizer: it is not known what {class_name(type(watched.optimizer))} orthogonalises, so nothing can be derived from its records; "
-                "register an adapter for it, as docs/adapters.md shows"
-            )
-        _check_model(recorder, watched, model)
+            check_single_process()
+        check_orthogonalises(watched)
+        check_model(recorder, watched, model)
         check_choices(budget, rule, family, split)
-        self._total_steps = _steps("total_steps", [total_steps])[0] if total_steps is not None else None
-        self._window = None if window is None else _checked_window(recorder, window)
+        self._total_steps = whole_steps("total_steps", [total_steps])[0] if total_steps is not None else None
+        self._window = None if window is None else checked_window(recorder, window)
         shares = [max(1, round(share * self._total_steps)) for share in REFRESH_SHARES] if self._total_steps is not None else []
-        self._refresh_at = sorted(set(shares if refresh is None else _steps("refresh", refresh)))
+        self._refresh_at = sorted(set(shares if refresh is None else whole_steps("refresh", refresh)))
 
         self.schedule: Schedule | None = None
         self.decisions: list[Decision] = []
@@ -285,7 +278,7 @@ class AdaptiveSchedule:
 
     def _put_into_force(self, schedule: Schedule) -> None:
         if self._apply:
-            _check_single_process()
+            check_single_process()
             apply_schedule(
                 self._optimizer, schedule, self._model, lr_schedulers=self.lr_schedulers, operators=self._recorder._names.rule
             )  # fmt: skip
@@ -313,65 +306,3 @@ class AdaptiveSchedule:
             if self._recorder._journal.raise_errors:
                 raise
             self._end(f"it could not be derived or put into force at step {step} ({type(error).__name__}: {error})", step)
-
-
-def _watched(recorder: Recorder, optimizer: Any) -> Watched:
-    """How the recorder watches the optimizer."""
-    if not isinstance(recorder, Recorder):
-        raise TypeError(f"recorder: expected what `attach` returned, got {type(recorder).__name__}")
-    if not recorder._handles:
-        raise ValueError("recorder: expected one that is open, got one that is closed; attach again")
-    if "geometry" not in recorder._layout.row_of:
-        raise ValueError(
-            'recorder: a schedule is derived from the group "geometry", which it does not record; attach with it in measure=(…)'
-        )
-    layers = hookable_layers(optimizer)
-    found = next((one for one in recorder._watched if any(layer is other for layer in layers for other in one.layers)), None)
-    if found is None:
-        watched = ", ".join(one.label for one in recorder._watched)
-        raise ValueError(f"optimizer: the recorder watches {watched} and not this {type(optimizer).__name__}; attach to it")
-    return found
-
-
-def _check_model(recorder: Recorder, watched: Watched, model: nn.Module) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
-    names = {id(p): clean_name(name) for name, p in model.named_parameters()}
-    matrices = [m for m in watched.matrices if m.geometry and not m.members]
-    # Slices of a parameter bear its name and a number.
-    if not any(m.name.partition("[")[0] == names.get(id(m.parameter)) for m in matrices):
-        first = matrices[0].name if matrices else "none"
-        raise ValueError(
-            f"model: none of its parameters is one of the matrices that are recorded of {watched.label} under its name (the first: {first}); "
-            "pass the model that was attached"
-        )
-
-
-def _steps(name: str, given: Iterable[Any]) -> list[int]:
-    steps = list(given)
-    if not all(isinstance(step, (int, np.integer)) and not isinstance(step, bool) and step >= 1 for step in steps):
-        raise ValueError(f"{name}: expected whole numbers of steps from 1 on, got {steps}")
-    return [int(step) for step in steps]
-
-
-def _checked_window(recorder: Recorder, window: Sequence[int]) -> tuple[int, int]:
-    if len(window) != 2:
-        raise ValueError(f"window: expected the first and the last step, got {window!r}")
-    first, last = _steps("window", window)
-    if first > last:
-        raise ValueError(f"window: expected the first step before the last, got ({first}, {last})")
-    # Where recording itself began within or behind it, its beginning may come from a checkpoint.
-    if recorder.first_step < first <= recorder.step:
-        raise ValueError(f"window: begins at step {first}, and step {recorder.step} is taken already; let it begin later")
-    if not recorder._cadence.may_fall_within(first, last):
-        raise ValueError(f"window: no record falls into steps {first} to {last}; let it hold a multiple of the recorder's `every`")
-    return first, last
-
-
-def _check_single_process() -> None:
-    distributed = torch.distributed
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            "recorder: one of several processes would change its schedule alone, and their weights would part; use apply=False, and apply what "
-            "it commits on every process with apply_schedule"
-        )

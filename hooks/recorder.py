@@ -8,7 +8,6 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
@@ -16,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..diagnostics.observation import Observation
 from .cadence import Cadence
+from .capturing import capturing
+from .closures import observed
 from .curvature import recording
 from .curvature.group import CurvatureGroup
 from .guarding import guarded
@@ -212,7 +213,7 @@ class Recorder:
 
     @guarded
     def _identify(self, watched: Watched) -> None:
-        if not _capturing() and watched.identify(after_step=True):
+        if not capturing() and watched.identify(after_step=True):
             now = describe_optimizer(watched)
             entry = next(entry for entry in self._journal.optimizers if entry["label"] == watched.label)
             entry.update({key: now[key] for key in ("read_by", "spectrum_of")})
@@ -225,13 +226,13 @@ class Recorder:
 
     @guarded
     def _note_weights(self, watched: Watched) -> None:
-        if not _capturing():
+        if not capturing():
             watched.note_weights()
 
     @guarded
     def _take_snapshots(self, watched: Watched) -> None:
-        if _capturing():
-            return  # reading anything would break the capture of a CUDA graph
+        if capturing():
+            return
         self._take_off_skipped(watched)
         step = max(self.step, watched.steps + 1)
         if self._record is not None and step > self._record.step + self._cadence.patience:
@@ -246,24 +247,16 @@ class Recorder:
     @guarded
     def _await_gradients(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See the gradients now, or when the closure that the step was given has made them."""
-        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
-        if not callable(closure):
+        given = observed(functools.partial(self._see_gradients, watched), args, kwargs)
+        if given is None:
             self._see_gradients(watched)
-            return None
-        # The gradient is born inside the step, in the closure.
-        observed = functools.partial(self._run_closure, watched, closure)
-        return (args, {**kwargs, "closure": observed}) if "closure" in kwargs else ((args[0], observed, *args[2:]), kwargs)
-
-    def _run_closure(self, watched: Watched, closure: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        loss = closure(*args, **kwargs)
-        self._see_gradients(watched)
-        return loss
+        return given
 
     @guarded
     def _see_gradients(self, watched: Watched) -> None:
         for snapshot in watched.snapshots:
             self._see_gradient(snapshot, getattr(watched.optimizer, "grad_scale", None))
-        if watched.identification is not None and not _capturing():
+        if watched.identification is not None and not capturing():
             watched.identify(after_step=False)
 
     @guarded
@@ -355,8 +348,3 @@ class Recorder:
     def _tell(self, listener: Callable[[Record], None], record: Record) -> None:
         with self._journal.asked_for():
             listener(record)
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -6,10 +6,10 @@ import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
 from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import DISTRIBUTIONS, HESSIAN_METHODS, PROBE_SEED
+from ..capturing import capturing
 from ..matrices import Matrix
 from .estimation import Estimation
 from .group import CurvatureGroup
@@ -71,7 +71,7 @@ def curvature(
     if not recorder._handles or os.getpid() != recorder._process:
         log.warning("optiscope: curvature was called on a recorder that is closed; nothing was recorded")
         return
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if capturing():
         return
     for watched in recorder._watched:
         recorder._take_off_skipped(watched)
