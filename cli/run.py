@@ -43,6 +43,12 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
             ("operator", "matrices", "shapes", "layers"),
             [(o["operator"], o["matrices"], o["shapes"], o["layers"]) for o in described["operators"]],
         )
+    for decision in described["decisions"]:
+        steps = ", ".join(f"{operator} {k}" for operator, k in (decision["steps"] or {}).items())
+        say(
+            f"step {decision['step']}",
+            f"schedule of {decision['optimizer']}, {decision['kind']}{steps and f': {steps}'} ({decision['why']})",
+        )
     for name, value in described["last_scalars"].items():
         say(f"last {name}", f"{value:.6g}")
     if described["overhead"] is not None:
