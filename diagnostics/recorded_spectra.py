@@ -17,7 +17,7 @@ from .spectrum_sketch import unsketch
 
 Floats = NDArray[np.float64]
 
-CACHED = 2**16  # singular values that are mapped at a time
+CACHED = 2**15  # singular values that are mapped at a time
 
 
 @dataclass(frozen=True)

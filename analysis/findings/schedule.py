@@ -6,16 +6,14 @@ import numpy as np
 import xarray as xr
 
 from ...diagnostics.deriving import STEPS
+from ...diagnostics.refreshing import IMPROVEMENT
 from ..run import ns_schedules
 from ..scheduling import derive_schedule
 from .finding import Finding, group
 
-# A gain under this is not worth another schedule (what an adopted schedule must improve on the one before).
-GAIN = 0.02
-
 
 def steps_by_operator(run: xr.DataTree) -> Iterator[Finding]:
-    """At equal FLOPs, steps by operator lower the predicted mean residual by 2 % or more (`analysis.derive_schedule`)."""
+    """At equal FLOPs, steps by operator surely lower the predicted mean residual, by 2 % or more (`analysis.derive_schedule`)."""
     geometry = group(run, "geometry")
     counts = [len(s.coefficients) for i, s in enumerate(ns_schedules(geometry)) if (geometry["ns_schedule"].values == i).any()]
     if not counts or not all(np.isfinite(geometry[name].values).any() for name in ("ns_residual", "sigma_quantile")):
@@ -28,7 +26,7 @@ def steps_by_operator(run: xr.DataTree) -> Iterator[Finding]:
         return  # nothing orthogonalised, or no spectrum
     before, after = (found.objective[name] for name in ("baseline_mean_residual", "mean_residual"))
     in_force = found.objective["in_force_mean_residual"]
-    if not (isinstance(before, float) and isinstance(after, float) and before > 0) or 1 - after / before < GAIN:
+    if not (isinstance(before, float) and isinstance(after, float) and before > 0) or 1 - after / before < IMPROVEMENT:
         return
     more = {o: entry for o, entry in found.operators.items() if entry.steps > budget}
     steps = ", ".join(f"{o} {entry.steps}" for o, entry in found.operators.items())

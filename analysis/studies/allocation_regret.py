@@ -20,6 +20,7 @@ from ...diagnostics.allocation import Allocation, Problem, evaluate, least_mean,
 from ...diagnostics.deriving import SCHEDULES, STEPS, step_costs
 from ...diagnostics.evenly_spread import evenly_spread
 from ...diagnostics.newton_schulz import gram_residual, ns_map
+from ...diagnostics.refreshing import retained
 from ..figures import axes, finish
 from ..run import orthogonalised, residuals_of_records
 from ..scheduling import default_window
@@ -36,7 +37,6 @@ BUDGET, FAMILY = 5, "matched"
 RECORDS = 24  # of the run, evenly spread, at which the allocation is judged: each needs its residuals anew
 WINDOW_RECORDS = 16
 PERMUTATIONS = 40
-SMALL = 1e-3  # a possible gain under this share of J is nothing that could be retained
 
 Floats = NDArray[np.float64]
 
@@ -89,22 +89,20 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
 
     at = [of_curves(c) for c in curves]
     baseline = np.array([uniform(p).mean_residual for p in at])
-    gain = {name: 1 - _mean(at, k) / baseline for name, k in allocations.items()}
-    oracle = 1 - np.array([least_mean(p, capped=False).mean_residual for p in at]) / baseline
-    possible = np.where(oracle > SMALL, oracle, np.nan)
+    kept = {name: np.array([retained(p, allocations[name]) for p in at]).T for name in ("committed", "first half", "second half")}
     tau = [_tau(hardness, c[:, STEPS.index(BUDGET)]) for c in curves]
     quantiles = np.quantile([1 - _mean(at, k) / baseline for k in permuted], [0.05, 0.5, 0.95], axis=0)
     return xr.Dataset(
         {
-            "gain": ("step", gain["committed"]),
-            "gain_oracle": ("step", oracle),
-            "retained": ("step", gain["committed"] / possible),
+            "retained": ("step", kept["committed"][0]),
+            "gain": ("step", kept["committed"][1]),
+            "gain_oracle": ("step", kept["committed"][2]),
             "breaks_cap": ("step", [evaluate(p, allocations["committed"]).max_residual > p.cap for p in at]),
             "kendall_tau": ("step", tau),
-            "retained_half": (("half", "step"), np.stack([gain["first half"], gain["second half"]]) / possible),
+            "retained_half": (("half", "step"), np.stack([kept["first half"][0], kept["second half"][0]])),
             "gain_permuted": (("quantile", "step"), quantiles),
-            "gain_reversed": ("step", gain["reversed"]),
-            "gain_shape": ("step", gain["shape"]),
+            "gain_reversed": ("step", 1 - _mean(at, allocations["reversed"]) / baseline),
+            "gain_shape": ("step", 1 - _mean(at, allocations["shape"]) / baseline),
             "later": ("step", steps > in_window.attrs["last_step"]),
             "steps": (("allocation", "operator"), list(allocations.values())),
             "residual": ("operator", hardness),
