@@ -36,7 +36,14 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 
 
 def command(function: Callable[P, None], **settings: Any) -> Callable[P, None]:
-    """Register a command, with settings of Typer's; an error becomes one sentence on standard error and exit code 2."""
+    """Register a command, with settings of Typer's; its errors are told by :func:`reporting_errors`."""
+    reporting = reporting_errors(function)
+    app.command(function.__name__, **settings)(reporting)
+    return reporting
+
+
+def reporting_errors(function: Callable[P, None]) -> Callable[P, None]:
+    """The same function, of which an error becomes one sentence on standard error and exit code 2."""
 
     @functools.wraps(function)
     def reporting(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -54,7 +61,6 @@ def command(function: Callable[P, None], **settings: Any) -> Callable[P, None]:
             print(f"diag: {inert(' '.join(text.split()))}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
-    app.command(function.__name__, **settings)(reporting)
     return reporting
 
 
@@ -64,4 +70,4 @@ def print_json(result: Any) -> None:
 
 
 # Importing a module of commands registers them.
-from . import compare, demo, report, run, schedule, script  # noqa: E402, F401
+from . import compare, demo, ns, report, run, schedule, script  # noqa: E402, F401

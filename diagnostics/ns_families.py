@@ -202,7 +202,7 @@ FAMILIES: dict[str, Family] = {
         ),
         Family("polar_express_nvidia", _NVIDIA, "NVIDIA Emerging-Optimizers since November 2025: safety 1.01 inside; 4 decimals"),
         Family(
-            "polar_express_nvidia_before", _NVIDIA_BEFORE, "NVIDIA Emerging-Optimizers before November 2025; 4 decimals",
+            "polar_express_nvidia_old", _NVIDIA_BEFORE, "NVIDIA Emerging-Optimizers before November 2025; 4 decimals",
             wrong="Polar Express as NVIDIA's Emerging-Optimizers had it before November 2025",
         ),
         Family("cans", _CANS, "arXiv 2506.10935 as in NVIDIA Emerging-Optimizers: exact minimax on [1e-3, 1]; 4 decimals"),

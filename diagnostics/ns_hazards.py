@@ -70,6 +70,16 @@ def escape_radius(triple: Triple) -> float:
     return sqrt(max((y for y in crossings if y > 0), default=inf))
 
 
+def fixed_points(triple: Triple) -> list[float]:
+    """Positive x with p(x) = x, ascending.
+
+    >>> fixed_points((1.5, -0.5, 0.0))
+    [1.0]
+    """
+    a, b, c = triple
+    return sorted(sqrt(y) for y in _quadratic_roots(a - 1, b, c) if y > 0)
+
+
 def escape(coefficients: Coefficients, reach: float = 1.0) -> Escape | None:
     """The first step at which a value of (0, reach] leaves the escape radius of the step to come; None where none does.
 
@@ -133,6 +143,8 @@ def attracting_cycle(triple: Triple) -> tuple[float, ...]:
         while abs(x) < _ESCAPED and len(orbit) < 64:
             x = _value(triple, x)
             if abs(x - orbit[0]) < 1e-9:
+                if max(orbit) - min(orbit) < 1e-4:  # a fixed point that is neared slowly, from both sides
+                    return (sum(orbit) / len(orbit),)
                 least = orbit.index(min(orbit))
                 return tuple(orbit[least:] + orbit[:least])
             orbit.append(x)

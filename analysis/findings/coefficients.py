@@ -7,23 +7,16 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ...diagnostics.nearest_family import known_as_wrong
 from ...diagnostics.newton_schulz import gram_residual
 from ...diagnostics.ns_families import Coefficients, repeat_last
 from ...diagnostics.ns_hazards import LIFTED, attracting_cycle, escape, negative_intervals, output_band, restart
+from ...diagnostics.ns_verdict import outside, told
 from ..run import ns_schedules
 from .finding import Finding, count, group, names
 
-# Output for x ≥ 0.01. The widest bands of lists in use are [0.774, 1.300] (cubic5) and [0.713, 1.281] (matched, 3 steps); prefixes of
-# longer lists and wrong copies reach 1.56 and more.
-BAND = (0.3, 1.5)
 # What one further step must take off the residual to be worth anything: bfloat16 alone moves it by 0.015.
 WORTH = 0.01
-
-# Lists that circulate and are wrong, by their first triple.
-WRONG = {
-    (7.2086, -15.5131, 9.0178): "Polar Express as NVIDIA's Emerging-Optimizers had it before November 2025",
-    (3.1415, 4.7750, 2.0315): "Jordan's triple misprinted; it is (3.4445, −4.7750, 2.0315)",
-}
 
 
 def hazards(run: xr.DataTree) -> Iterator[Finding]:
@@ -99,12 +92,11 @@ def _hazard(
         return
     low, high = output_band(coefficients, (LIFTED, reach))
     numbers = {"lowest": low, "highest": high, "reach": reach}
-    known = WRONG.get(coefficients[0])
+    known = known_as_wrong(coefficients)
     known = f" This is {known}." if known else ""
     bounded = np.isfinite([low, high]).all()
-    ends = f"end in [{low:.3g}, {high:.3g}], where 1 is meant" if bounded else "grow beyond all bounds"
-    band = f"singular values from {LIFTED} to {reach:.2g} of ‖M‖_F {ends}"
-    bad = low < BAND[0] or high > BAND[1]
+    band = f"singular values from {LIFTED} to {reach:.2g} of ‖M‖_F {told((low, high))}{', where 1 is meant' if bounded else ''}"
+    bad = outside((low, high))
     if bad and (step := restart(coefficients)):
         yield Finding(
             "ns_cycled", "error", f"{of}The list of coefficients begins anew at step {step + 1}, where values are no longer small: {band}.",

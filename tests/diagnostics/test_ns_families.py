@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from scipy.optimize import linprog
 
 from optiscope.diagnostics.newton_schulz import gram_residual, ns_map
-from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, POLAR_EXPRESS_RAW, fold_normalisation, repeat_last, safety_scaled
+from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, POLAR_EXPRESS_RAW, fold_normalisation, repeat_last, root, safety_scaled
+from optiscope.diagnostics.ns_schedules import SCHEDULE_FAMILIES, schedule_of
 from optiscope.diagnostics.polar_express import CUSHION, MATCHED_LOWER_BOUND, matched_coefficients, minimax_quintic, polar_express
 
 
@@ -34,6 +35,15 @@ PRINTED = {
     ("polar_express", 5): (".891 1.054 .840 .0965 .0097 .0010", ".130 .160 .903", ".870 1.124"),
     ("polar_express", 6): (".999 .999 .993 .180 .0181 .0018", ".003 .007 .820", ".997 1.001"),
     ("polar_express", 8): ("1 1 1 .570 .0629 .0063", "0 0 .430", "1 1"),
+    ("you", 5): ("1.019 1.018 .475 .0493 .0049 5e-4", ".032 .525 .951", ".978 1.032"),
+    ("polar_express_speedrun", 5): ("1.016 .997 .847 .0969 .0097 .0010", ".141 .153 .903", ".859 1.141"),
+    ("polar_express_gram", 5): (".879 .906 .729 .0803 .0080 8e-4", ".154 .271 .920", ".846 1.124"),
+    ("polar_express_nvidia", 5): (".874 1.066 .846 .0975 .0098 .0010", ".130 .154 .903", ".870 1.124"),
+    ("polar_express_nvidia_old", 5): ("1.688 .472 1.418 .163 .0163 .0016", ".834 .834 .837", ".455 1.834"),
+    ("cans", 5): (".916 1.113 .887 .105 .0105 .0010", ".120 .120 .895", ".884 1.120"),
+    ("deepseek_v4", 10): ("1.000 1.000 1.000 1.002 .686 .0791", ".001 .001 .002", "1 1.001"),
+    ("cubic5", 5): (".802 1.022 .119 .0119 .0012 1e-4", ".300 .881 .988", ".774 1.300"),
+    ("aol_flash", 4): ("1.031 1.014 .147 .0147 .0015 1e-4", ".059 .853 .985", ".941 1.050"),
 }  # fmt: skip
 
 
@@ -132,6 +142,88 @@ def test_repeat_last_refuses_nothing_and_less():
         repeat_last((), 3)
     with pytest.raises(ValueError, match=r"^steps: expected 0 or more, got -1$"):
         repeat_last((JORDAN,), -1)
+
+
+def test_a_list_goes_on_as_its_authors_do_or_says_that_it_does_not():
+    polar_express, you = FAMILIES["polar_express"], FAMILIES["you"]
+    assert polar_express.schedule(10) == (*polar_express.coefficients, polar_express.coefficients[-1], polar_express.coefficients[-1])
+    assert polar_express.schedule(3) == polar_express.coefficients[:3]
+    assert FAMILIES["jordan"].schedule(7) == (JORDAN,) * 7
+    with pytest.raises(
+        ValueError, match=r"^steps: you has 5 triples and its authors begin anew after them, which ruins the spectrum; got 6, "
+    ):
+        you.schedule(6)
+    assert you.schedule(4) == you.coefficients[:4]
+    assert you.schedule(7, "cycle") == you.coefficients + you.coefficients[:2]
+    # Held, its band stays: [.978, .994] at a sixth step, as published.
+    held = you.schedule(6, "repeat")
+    x = grid(1e-2)
+    assert (ns_map(x, held).min(), ns_map(x, held).max()) == pytest.approx((0.978, 0.994), abs=1e-3)
+    for steps in (4, 6):
+        with pytest.raises(ValueError, match=rf"^steps: cubic5 is a list for exactly 5 steps, got {steps}; "):
+            FAMILIES["cubic5"].schedule(steps)
+        assert len(FAMILIES["cubic5"].schedule(steps, "repeat")) == steps
+
+
+def test_every_family_runs_the_steps_its_authors_take():
+    for family in FAMILIES.values():
+        assert len(family.schedule(family.steps)) == family.steps, family.name
+
+
+def test_safety_and_normalisation_are_folded_in_as_the_authors_apply_them():
+    # Written out: for use, X₀ = M/(1.01‖M‖_F) and every triple but the last over (1.01, 1.01³, 1.01⁵).
+    x, raw = np.geomspace(1e-3, 1, 50), POLAR_EXPRESS_RAW
+    o = x / 1.01
+    for a, b, c in [(a / 1.01, b / 1.01**3, c / 1.01**5) for a, b, c in raw[:-1]] + [raw[-1]]:
+        o = a * o + b * o**3 + c * o**5
+    assert ns_map(x, FAMILIES["polar_express"].coefficients) == pytest.approx(o, rel=1e-12)
+    o = x
+    for a, b, c in raw[:5]:  # 1.05 on all five
+        a, b, c = a / 1.05, b / 1.05**3, c / 1.05**5
+        o = a * o + b * o**3 + c * o**5
+    assert ns_map(x, FAMILIES["polar_express_gram"].coefficients) == pytest.approx(o, rel=1e-12)
+
+
+def test_nvidias_polar_express_is_the_published_list_with_safety_to_four_decimals():
+    found = FAMILIES["polar_express_nvidia"].coefficients
+    assert np.array(found) == pytest.approx(np.array(safety_scaled(POLAR_EXPRESS_RAW, 1.01)), abs=7e-5)  # 8.20516 is cut, not rounded
+
+
+# As printed: steps that lift x = 1e-1 … 1e-6 to one half.
+LIFTED = {
+    "jordan": (2, 4, 6, 7, 9, 11), "polar_express": (1, 3, 5, 8, 12, 16), "cans": (1, 3, 5, 7, 10, 13), "cubic": (5, 10, 16, 22, 27, 33),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LIFTED)
+def test_steps_that_lift_small_values(name):
+    for k, steps in enumerate(LIFTED[name], start=1):
+        reached = [float(ns_map(10.0**-k, FAMILIES[name].schedule(t))) for t in range(steps + 1)]
+        assert max(reached[:-1]) < 0.5 <= reached[-1]
+
+
+def test_root_has_a_triple_per_shape_and_jordans_elsewhere():
+    assert root(2048, 16384) is root(16384, 2048) is FAMILIES["root_2048x16384"]
+    assert root(2048, 16384).coefficients == ((3.1943, -3.8221, 1.5322),)
+    assert root(2048, 4096) is FAMILIES["jordan"]
+
+
+def test_a_schedule_of_any_family_and_length():
+    assert schedule_of("matched", 6) == matched_coefficients(6)
+    assert "aol_flash" not in SCHEDULE_FAMILIES
+    assert set(SCHEDULE_FAMILIES) == {"matched", *FAMILIES} - {"aol_flash"}
+    for name in set(SCHEDULE_FAMILIES) - {"matched"}:
+        family = FAMILIES[name]
+        assert schedule_of(name, family.steps) == family.schedule(family.steps)
+        assert schedule_of(name, 12)[-1] == family.coefficients[-1]
+        assert len(schedule_of(name, 1)) == 1
+    for arguments, message in {
+        ("aol_flash", 4): r"^family: expected one of matched, jordan, .*, got 'aol_flash'$",
+        ("jordan", 0): r"^steps: expected at least 1, got 0$",
+        ("matched", 9): r"^steps: matched schedules exist for 3 to 8, got 9$",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            schedule_of(*arguments)
 
 
 def test_every_family_is_named_by_its_key_and_has_a_source():

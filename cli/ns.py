@@ -1,0 +1,145 @@
+"""`diag ns`: the known Newton–Schulz families, and whether a list of coefficients is one to use."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .app import CLEAN, FINDINGS, JsonOption, app, print_json, reporting_errors
+from .run import print_table, say
+
+if TYPE_CHECKING:
+    from ..diagnostics.ns_validation import Validation
+
+group = typer.Typer(invoke_without_command=True, add_completion=False)
+app.add_typer(group, name="ns")
+
+
+def families(
+    context: typer.Context,
+    family: Annotated[list[str] | None, typer.Option(help="Only this family; may be given several times.", show_default=False)] = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="Draw p(x) into this .png or .svg file.", show_default=False, metavar="FILE")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell what the known Newton–Schulz families do to singular values; `diag ns validate` judges a list of your own."""
+    if context.invoked_subcommand is not None:
+        return
+    from ..diagnostics.ns_families import FAMILIES
+    from ..diagnostics.ns_validation import of_family
+
+    if unknown := sorted(set(family or ()) - set(FAMILIES)):
+        raise ValueError(f"--family: {', '.join(unknown)} is none of {', '.join(FAMILIES)}")
+    chosen = [FAMILIES[name] for name in family or FAMILIES]
+    if output is not None:
+        _draw({one.name: one.schedule(one.steps) for one in chosen}, output)
+    found = {one.name: of_family(one) for one in chosen}
+    if as_json:
+        about = {
+            one.name: {"source": one.source, "after_last": one.after_last, "scaling": one.scaling, "eps": one.eps, "pre": one.pre}
+            for one in chosen
+        }
+        print_json({"families": {name: {**about[name], **validation.as_dict()} for name, validation in found.items()}})
+        return
+    print_table(("family", "T", "slope", "low", "high", "1e-2", "1e-3", "1e-4", "bf16"), [_row(name, one) for name, one in found.items()])
+    say("columns", "T steps; p′(0); smallest and largest p(x) for x = σ/‖M‖_F from 0.01 to 1; largest |1 − p| from 1e-2, 1e-3, 1e-4; "
+        "largest singular value in bfloat16, over 20 matrices of 32×64")  # fmt: skip
+    for one in chosen:
+        say(one.name, f"{one.source}. {_PAST_END[one.after_last]}")
+        for hazard in found[one.name].hazards:
+            say(f"  {hazard.severity} {hazard.rule}", hazard.sentence)
+    if output is not None:
+        say("figure", str(output))
+
+
+def validate(
+    file: Annotated[Path, typer.Argument(help="JSON: a list of [a, b, c], or a schedule file; - for standard input.", metavar="FILE")],
+    steps: Annotated[int | None, typer.Option(help="Steps taken; by default as many as there are triples.", show_default=False)] = None,
+    after_last: Annotated[
+        str | None, typer.Option(help="What follows the last triple: repeat, cycle or exact.", show_default=False)
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Judge coefficients: exit code 0 clean, 1 hazards, 2 unreadable."""
+    from ..diagnostics.coefficients_file import read_coefficients
+    from ..diagnostics.ns_validation import validate as measure
+
+    standard = str(file) == "-"
+    lists = read_coefficients(sys.stdin.buffer.read() if standard else file.read_bytes(), "standard input" if standard else str(file))
+    found: dict[str, Validation] = {}
+    for one in lists:
+        try:
+            given: Any = after_last or one.after_last
+            found[one.name] = measure(one.coefficients, steps=steps or one.steps, after_last=given)
+        except ValueError as error:
+            raise ValueError(f"{one.name}: {error}") from None
+    failing = sum(hazard.severity != "info" for validation in found.values() for hazard in validation.hazards)
+    if as_json:
+        print_json({"lists": {name: validation.as_dict() for name, validation in found.items()}, "failing": failing})
+    else:
+        for name, validation in found.items():
+            _print_validation(name, validation)
+    raise typer.Exit(FINDINGS if failing else CLEAN)
+
+
+group.callback()(reporting_errors(families))
+group.command("validate")(reporting_errors(validate))
+
+
+_PAST_END = {
+    "repeat": "Its authors hold the last triple past its end.",
+    "cycle": "Its authors begin it anew past its end.",
+    "exact": "Its authors take no other number of steps.",
+}
+
+
+def _row(name: str, found: "Validation") -> tuple[str, ...]:
+    numbers = (*found.band, *found.worst.values())
+    return name, str(len(found.coefficients)), f"{found.slope:.5g}", *(f"{number:.3f}" for number in numbers), f"{found.bfloat16:.3g}"
+
+
+def _print_validation(name: str, found: "Validation") -> None:
+    """Its facts in a few lines, what every number of steps reaches, and its hazards."""
+    low, high = found.band
+    worst = ", ".join(f"{error:.3f} from {lower:g}" for lower, error in found.worst.items())
+    steps = len(found.coefficients)
+    say(
+        name,
+        f"{steps} step{'' if steps == 1 else 's'}, slope {found.slope:.4g} at 0; x from {found.lower:g} on ends in [{low:.4g}, {high:.4g}]; "
+        f"largest error {worst}; largest singular value in bfloat16 {found.bfloat16:.4g}",
+    )
+    points = "; ".join(f"{x:.4f} ({'attracting' if abs(slope) < 1 else 'repelling'}, slope {slope:.3g})" for x, slope in found.fixed_points)
+    orbit = (
+        f"it ends on {' → '.join(f'{x:.4f}' for x in found.cycle)} (multiplier {found.multiplier:.3g})"
+        if found.cycle
+        else "it settles on no cycle"
+    )
+    say("last triple", f"fixed points {points or 'none'}; repeated {orbit}")
+    (held_low, held_high), (low, high) = found.past_end["repeat"], found.past_end["cycle"]
+    say(
+        "one step past the end",
+        f"[{held_low:.3g}, {held_high:.3g}] with the last triple held, [{low:.3g}, {high:.3g}] where the list begins anew",
+    )
+    if found.nearest:
+        differing = f" but for rows {', '.join(map(str, found.nearest.differing))}" if found.nearest.differing else ""
+        say("nearest known list", found.nearest.family + differing)
+    print_table(
+        ("after", *(f"x = {10.0**-k:g}" for k in range(1, 7))), [(k, *(f"{o:.3g}" for o in row)) for k, row in enumerate(found.reached)]
+    )
+    for hazard in found.hazards:
+        say(f"{hazard.severity} {hazard.rule}", f"{hazard.sentence} {hazard.advice}")
+    if not found.hazards:
+        say("hazards", "none")
+
+
+def _draw(schedules: dict[str, Any], path: Path) -> None:
+    if path.suffix not in (".png", ".svg"):
+        raise ValueError(f"--output: expected a file that ends in .png or .svg, got {path}")
+    if not path.parent.is_dir():
+        raise ValueError(f"--output: the folder {path.parent} does not exist; make it, or write elsewhere")
+
+    from ..analysis.family_maps import plot
+
+    plot(schedules).savefig(path)

@@ -1,0 +1,152 @@
+"""`diag ns`: the table of families, its figure, and the verdict on a list of one's own."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from optiscope.cli import app
+from optiscope.diagnostics import FAMILIES, OperatorSchedule, Schedule, matched_coefficients
+
+JORDAN = [3.4445, -4.7750, 2.0315]
+MISPRINTED = [3.1415, 4.7750, 2.0315]
+
+
+def write(folder, content):
+    path = folder / "coefficients.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return path
+
+
+def test_the_table_holds_every_family_with_its_published_numbers(diag):
+    result = diag("ns")
+    assert (result.exit_code, result.stderr) == (0, "")
+    rows = {words[0]: words[1:] for line in result.stdout.splitlines() if (words := line.split())}
+    # Steps, slope 3.4445⁵, band and worst errors as published.
+    assert rows["jordan"][:7] == ["5", f"{3.4445**5:.5g}", "0.682", "1.134", "0.318", "0.529", "0.952"]
+    assert rows["deepseek_v4"][2:7] == ["1.000", "1.001", "0.001", "0.001", "0.002"]
+    assert set(FAMILIES) <= rows.keys()
+    for family in FAMILIES.values():
+        assert f"{family.name}: {family.source}. Its authors " in result.stdout
+    assert "  error sign: Singular values above 0.8837" in result.stdout
+    assert " nan" not in result.stdout
+
+
+def test_the_table_as_json(diag, strict_json):
+    found = strict_json(diag("ns", "--json", "--family", "you", "--family", "cans").stdout)["families"]
+    assert list(found) == ["you", "cans"]
+    assert found["you"]["band"] == pytest.approx([0.9778, 1.0318], abs=5e-5)
+    assert found["you"]["after_last"] == "cycle"
+    assert [hazard["rule"] for hazard in found["cans"]["hazards"]] == ["bfloat16"]
+
+
+@pytest.mark.parametrize(("ending", "begins"), [(".png", b"\x89PNG\r\n"), (".svg", b"<?xml")])
+def test_the_figure(diag, tmp_path, ending, begins):
+    path = tmp_path / f"families{ending}"
+    result = diag("ns", "--family", "aol_nvidia", "-o", path)
+    assert result.exit_code == 0
+    assert path.read_bytes().startswith(begins)
+    assert f"figure: {path}" in result.stdout
+
+
+CLEAN = {
+    "list": [JORDAN] * 5,
+    "object": {"coefficients": [JORDAN], "steps": 5, "after_last": "repeat"},
+    "matched": matched_coefficients(5),
+}
+
+
+@pytest.mark.parametrize("name", CLEAN)
+def test_a_clean_list_exits_with_zero(diag, tmp_path, name, strict_json):
+    path = write(tmp_path, CLEAN[name])
+    result = diag("ns", "validate", path)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"{path}: 5 steps, slope ")
+    found = strict_json(diag("ns", "validate", path, "--json").stdout)
+    assert found["failing"] == 0
+    assert len(found["lists"][str(path)]["coefficients"]) == 5
+
+
+def test_hazards_exit_with_one(diag, tmp_path):
+    result = diag("ns", "validate", write(tmp_path, [MISPRINTED] * 5))
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "error known_wrong: This is Jordan's triple misprinted; it is (3.4445, −4.7750, 2.0315)." in result.stdout
+    assert "nan" not in result.stdout
+    you = write(tmp_path, {"coefficients": FAMILIES["you"].coefficients, "after_last": "cycle"})
+    assert diag("ns", "validate", you).exit_code == 0  # five steps: only a note
+    result = diag("ns", "validate", you, "--steps", "6")
+    assert result.exit_code == 1
+    assert "error cycled: The list begins anew at step 6" in result.stdout
+    assert diag("ns", "validate", you, "--steps", "6", "--after-last", "repeat").exit_code == 0
+
+
+def test_standard_input():
+    result = CliRunner().invoke(app, ["ns", "validate", "-"], input=json.dumps([JORDAN] * 5))
+    assert result.exit_code == 0
+    assert result.stdout.startswith("standard input: 5 steps")
+    result = CliRunner().invoke(app, ["ns", "validate", "-"], input="")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("diag: standard input: expected JSON, ")
+
+
+def test_every_operator_of_a_schedule_is_judged(diag, tmp_path, strict_json):
+    good, bad = matched_coefficients(4), FAMILIES["polar_express"].coefficients[:3]
+    entries = {name: OperatorSchedule(c, (name,), 0.1, 0.2, 5) for name, c in {"attn_q": good, "mlp_up": bad}.items()}
+    path = tmp_path / "schedule.json"
+    Schedule(entries).save(path)
+    result = diag("ns", "validate", path, "--json")
+    assert result.exit_code == 1
+    lists = strict_json(result.stdout)["lists"]
+    assert list(lists) == ["attn_q", "mlp_up"]
+    assert {name: [h["rule"] for h in one["hazards"] if h["severity"] != "info"] for name, one in lists.items()} == {
+        "attn_q": [],
+        "mlp_up": ["band"],
+    }
+
+
+UNREADABLE = {
+    "expected JSON, a list of [a, b, c] triples, ": ["", "hello", "[[1, 2", "[" * 100_000],
+    "got an empty file": ["", " \n"],
+    "coefficients: expected three numbers (a, b, c) in row 2, got [1.5, -0.5]": [[[1.5, -0.5, 0], [1.5, -0.5]]],
+    "coefficients: expected three numbers (a, b, c) in row 1, got 1.5": [[1.5, -0.5, 0]],
+    "coefficients: expected three numbers (a, b, c) in row 1, got ['1.5', -0.5, 0]": [[["1.5", -0.5, 0]]],
+    "coefficients: expected finite numbers below 1e100 in row 1": ["[[1.5, NaN, 0]]", "[[1.5, Infinity, 0]]"],
+    "coefficients: expected at least one (a, b, c) triple, got none": [[], {"coefficients": []}],
+    "expected a list of [a, b, c] triples": ["5", "null", '"text"', {"steps": 5}],
+    "after_last: expected repeat, cycle or exact, got 'stop'": [{"coefficients": [JORDAN], "after_last": "stop"}],
+    "steps: expected a whole number, got 'five'": [{"coefficients": [JORDAN], "steps": "five"}],
+    "steps: expected 1 to 100, got 101": [[JORDAN] * 101],
+    "the schedule names no operator": [{"format": "optiscope-schedule"}, {"format": "optiscope-schedule", "operators": {"q": 5}}],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("message", "content"), [(m, c) for m, contents in UNREADABLE.items() for c in contents], ids=lambda x: repr(x)[:40]
+)
+def test_what_cannot_be_read_exits_with_two_and_one_sentence(diag, tmp_path, message, content):
+    for options in ([], ["--json"]):
+        result = diag("ns", "validate", write(tmp_path, content), *options)
+        assert result.exit_code == 2
+        assert result.stdout == ""
+        (line,) = result.stderr.splitlines()
+        assert line.startswith("diag: ")
+        assert message in line
+        assert len(line) < 400
+
+
+ARGUMENTS = {
+    "No such file or directory": ["validate", "missing.json"],
+    "Is a directory": ["validate", "."],
+    "--family: nothing is none of cubic, quintic, jordan, ": ["--family", "nothing"],
+    "--output: expected a file that ends in .png or .svg, got figure.txt": ["--family", "cubic", "-o", "figure.txt"],
+    "--output: the folder missing does not exist": ["--family", "cubic", "-o", "missing/figure.png"],
+}
+
+
+@pytest.mark.parametrize("message", ARGUMENTS)
+def test_a_wrong_argument_is_named(diag, tmp_path, monkeypatch, message):
+    monkeypatch.chdir(tmp_path)
+    result = diag("ns", *ARGUMENTS[message])
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert message in result.stderr
+    assert list(tmp_path.iterdir()) == []
