@@ -9,7 +9,7 @@ from .run import operators_of, records
 
 
 def describe(run: xr.DataTree) -> dict[str, Any]:
-    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took, what was decided live."""
+    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took, what was decided and noted live."""
     groups = {}
     for name in sorted(run.children):
         group = run[name].to_dataset()
@@ -35,6 +35,7 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         "operators": _operators(run),
         "last_scalars": last,
         "decisions": run.attrs.get("decisions", []),
+        "alignment_events": run.attrs.get("alignment_events", []),
         "overhead": float(scalars["overhead_seconds"][-1] / scalars["elapsed_seconds"][-1])
         if own <= set(map(str, scalars.data_vars))
         else None,

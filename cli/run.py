@@ -51,6 +51,12 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
         )
     for name, value in described["last_scalars"].items():
         say(f"last {name}", f"{value:.6g}")
+    for event in described["alignment_events"]:
+        say(
+            "update size",
+            f"step {event['step']}, {event['optimizer']} group {event['group']}: {event['event']} at {event['alignment']:.3g} times the target, "
+            f"learning rate times {event['factor']:.3g}",
+        )
     if described["overhead"] is not None:
         say("recording", f"took {described['overhead']:.2%} of the wall time")
 

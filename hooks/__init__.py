@@ -5,6 +5,7 @@ from .adaptive_schedule import AdaptiveSchedule
 from .applying import apply_schedule
 from .attaching import attach
 from .recorder import Recorder
+from .rms_alignment import RmsAlignment
 
 __all__ = [
     "Adapter",
@@ -12,6 +13,7 @@ __all__ = [
     "Orthogonalisation",
     "Reading",
     "Recorder",
+    "RmsAlignment",
     "SecondMoment",
     "apply_schedule",
     "attach",

@@ -22,7 +22,7 @@ _INNER = ("optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "optim
 _STEP_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
-def _steps_under_way(layers: Sequence[Optimizer]) -> int:
+def steps_under_way(layers: Sequence[Optimizer]) -> int:
     """How many calls of these optimizers' `step` the caller is within: the only witness of one that an exception has left."""
     count = 0
     frame: FrameType | None = sys._getframe(1)
@@ -118,7 +118,7 @@ class Watched:
 
     def enter(self) -> bool:
         """Note the beginning of a step; whether it is the outermost one."""
-        if self._entered and _steps_under_way(self.layers) <= 1:
+        if self._entered and steps_under_way(self.layers) <= 1:
             self._entered = 0  # the step before was left by an exception
         self._entered += 1
         return self._entered == 1

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from optiscope.diagnostics.ns_families import FAMILIES, repeat_last
 from optiscope.diagnostics.recorded_spectra import NsSchedule
-from optiscope.diagnostics.rms_alignment import explained, is_readable, known_size, split_excess
+from optiscope.diagnostics.rms_alignment import band_of, explained, is_readable, known_size, split_excess
 from optiscope.diagnostics.spectrum_sketch import sketch
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
@@ -45,3 +46,18 @@ def test_nothing_is_too_small_where_the_residual_is_that_of_a_zero():
     low, high = explained([0.0, 1.0, 3.0, np.nan])
     np.testing.assert_allclose(low, [0.98, 0, 0, np.nan])
     np.testing.assert_allclose(high, [1.02, 1.02 * 2**0.5, 2.04, np.nan])
+
+
+@pytest.mark.parametrize(
+    ("family", "low", "high"), [("jordan", 0.682, 1.134), ("you", 0.978, 1.032), ("polar_express", 0.870, 1.124), ("cans", 0.884, 1.120)]
+)
+def test_tolerances_are_the_published_bands(family, low, high):
+    """Of five steps from x = 0.01 on, as tabled to three decimals; 2 % wider."""
+    found = band_of(repeat_last(FAMILIES[family].coefficients, 5))
+    assert found == pytest.approx((0.98 * low, 1.02 * high), abs=6e-4)
+
+
+def test_a_tolerance_holds_the_size_of_a_polar_factor_and_no_negative_one():
+    # One step 0.5·x ends at a half; one that turns all signs, at −1 at x = 1.
+    assert band_of(((0.5, 0.0, 0.0),)) == pytest.approx((0.98 * 0.005, 1.02))
+    assert band_of(((-2.0, 0.0, 0.0),)) == pytest.approx((0, 2.04))
