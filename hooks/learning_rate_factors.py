@@ -32,6 +32,8 @@ class LearningRateFactors:
         self._in_force: list[tuple[dict[str, Any], str, Any, Any]] = []  # during a step: group, setting, the user's value, ours
         inner: Optimizer = watched.optimizer
         self._handles = [inner.register_step_pre_hook(self._before_step), inner.register_step_post_hook(self._after_step)]
+        # Ahead of the recorder's: what listens to its records may split groups, and is to find the user's learning rates in them.
+        inner._optimizer_step_post_hooks.move_to_end(self._handles[1].id, last=False)  # type: ignore[attr-defined]
 
     def of_group(self, group: dict[str, Any]) -> float:
         """The factor of a group; 1 without one."""
