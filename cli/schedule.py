@@ -98,7 +98,7 @@ def _verdicts(found: "Schedule") -> Iterator[tuple[str, str]]:
     yield "gain", f"{choice['relative_gain']:.1%} of the {of} under {budget} steps for all ({sure})"
     if found.objective["kept_uniform"]:
         steps = ", ".join(f"{operator} {k}" for operator, k in choice["steps"].items())
-        yield "kept uniform", f"that may be nothing, so all keep {budget} steps; without --keep-uniform it would be {steps}"
+        yield "kept uniform", f"that may be nothing, so all keep {budget} steps; with --no-keep-uniform it would be {steps}"
     if (share := choice["recoverable_share"]) is not None:
         before, after = (choice["mean_residuals"]["recoverable"][name] for name in ("uniform", "choice"))
         yield (

@@ -103,7 +103,7 @@ class Schedule:
         try:
             operators = {name: _operator(entry) for name, entry in document["operators"].items()}
             budget, objective, provenance = (dict(document.get(part, {})) for part in ("budget", "objective", "provenance"))
-        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{source}: the schedule is malformed ({error!r}); derive it again with `diag schedule`") from None
         return cls(operators, budget, objective, provenance)
 

@@ -11,8 +11,8 @@ import torch
 from optiscope.analysis import STUDIES, derive_schedule, open_run
 from optiscope.cli import app
 from optiscope.cli.run import sibling
-from optiscope.cli.schedule import parse_window
-from optiscope.diagnostics import Schedule
+from optiscope.cli.schedule import parse_window, print_schedule
+from optiscope.diagnostics import OperatorSchedule, Schedule, matched_coefficients
 from optiscope.hooks import attach
 
 
@@ -124,6 +124,8 @@ def test_analyze_skips_what_a_run_does_not_allow(diag, record, tmp_path):
         ([], {}),
         (["--budget", "6", "--rule", "minimax"], {"budget": 6, "rule": "minimax"}),
         (["--family", "jordan", "--window", "3:6"], {"family": "jordan", "window": slice(3, 6)}),
+        (["--recoverable", "--split", "never", "--no-keep-uniform"], {"recoverable": True, "split": "never", "keep_uniform": False}),
+        (["--rule", "kappa"], {"rule": "kappa"}),
     ],
 )
 def test_schedule_writes_what_derive_schedule_gives(diag, recorded, tmp_path, options, arguments):
@@ -138,6 +140,68 @@ def test_schedule_writes_what_derive_schedule_gives(diag, recorded, tmp_path, op
         assert rows[operator][1:5] == [str(len(entry.matrices)), str(entry.steps), *residuals]
     first, last = found.provenance["window"]
     assert f"observed: {found.provenance['snapshots']} records, steps {first} to {last}" in result.stdout
+
+
+def verdicts(diag, run, tmp_path, *options):
+    """The schedule, and the printed sentences by topic."""
+    result = diag("schedule", run, "-o", tmp_path / "s.json", *options)
+    assert result.exit_code == 0
+    lines = (line.partition(": ") for line in result.stdout.splitlines() if ": " in line)
+    return Schedule.load(tmp_path / "s.json"), {topic: text for topic, _, text in lines}
+
+
+def test_schedule_says_that_two_layers_are_too_few(diag, recorded, tmp_path):
+    _, said = verdicts(diag, recorded, tmp_path)
+    assert said["gain"].endswith("(no interval: 2 layers are too few to draw from)")
+    assert said["depth"] == "not tested: no operator has 4 layers to halve"
+
+
+def test_schedule_says_how_sure_it_is(diag, record, tmp_path):
+    names = [f"layers.{layer}.{part}" for layer in range(4) for part in ("attn.q_proj", "mlp.up_proj")]
+    run = record(tmp_path / "run.zarr", names=names, steps=6)
+    found, said = verdicts(diag, run, tmp_path, "--rule", "mean-uncapped", "--split", "never")
+    choice = found.objective["choice"]
+    low, high = choice["relative_gain_interval"]
+    assert said["gain"] == (
+        f"{choice['relative_gain']:.1%} of the mean residual under 5 steps for all (95 % over 4 layers: {low:.1%} to {high:.1%})"
+    )
+    # As an interval that holds zero decides: in this run, or in none.
+    assert ("kept uniform" in said) == found.objective["kept_uniform"]
+    variances = found.provenance["depth"]["variances"]
+    most = max(variances, key=lambda operator: variances[operator]["between_halves"])
+    assert said["depth"].startswith(f"log κ varies by {variances[most]['between_halves']:.3f} between the halves of {most}'s layers")
+    assert said["depth"].endswith("no operator is cut in two")
+    cut, told = verdicts(diag, run, tmp_path, "--rule", "mean-uncapped")
+    apart = [o for o, tested in variances.items() if tested["between_halves"] > tested["between_operators"]]
+    assert told["depth"].endswith(f"cut in two: {', '.join(apart)}" if apart else "no operator is cut in two")
+    assert {o for o in cut.operators if ":" in o} == {f"{o}:{layers}" for o in apart for layers in ("0-1", "2-3")}
+
+
+def test_schedule_says_what_it_kept_uniform_and_what_is_noise(capsys, tmp_path):
+    entry = OperatorSchedule(matched_coefficients(5), ("a",), 0.5, 0.5, 10)
+    choice = {
+        "steps": {"attn_q": 7, "mlp_up": 4}, "gain": 0.01, "gain_interval": [-0.01, 0.02], "relative_gain": 0.02,
+        "relative_gain_interval": [-0.02, 0.04], "recoverable_share": 0.25,
+        "mean_residuals": {"all": {"uniform": 0.5, "choice": 0.49}, "recoverable": {"uniform": 0.4, "choice": 0.38}},
+    }  # fmt: skip
+    numbers = ("in_force_mean_residual", "mean_residual", "max_residual", "baseline_mean_residual", "baseline_max_residual")
+    found = Schedule(
+        {"attn_q": entry, "mlp_up": entry},
+        {"mean_steps": 5, "limit": 20, "cost": 20},
+        {**dict.fromkeys(numbers, 0.5), "rule": "mean", "recoverable": False, "kept_uniform": True, "choice": choice},
+        {
+            "window": [20, 90], "snapshots": 8, "layers": 6, "family": "matched", "below_bfloat16_floor": {"attn_q": 0.3, "mlp_up": 0.0},
+            "depth": {"split": "auto", "variances": {"attn_q": {"between_halves": 0.5, "between_operators": 0.25}}},
+        },
+    )  # fmt: skip
+    print_schedule(found, tmp_path / "s.json")
+    said = capsys.readouterr().out
+    assert "gain: 2.0% of the mean residual under 5 steps for all (95 % over 6 layers: -2.0% to 4.0%)" in said
+    assert "kept uniform: that may be nothing, so all keep 5 steps; with --no-keep-uniform it would be attn_q 7, mlp_up 4" in said
+    assert (
+        "above bf16 noise: 25% of the mean residual's fall is of singular values that bfloat16 carries; over those alone it goes from"
+        in said
+    )
 
 
 def test_schedule_as_json_is_the_file(diag, recorded, tmp_path, strict_json):

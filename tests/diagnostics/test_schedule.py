@@ -18,6 +18,7 @@ entries = st.builds(
     predicted_residual=finite,
     baseline_residual=finite,
     cost=st.integers(0, 10**20),
+    baseline_interval=st.none() | st.tuples(finite, finite),
 )
 facts = st.dictionaries(st.text(), st.one_of(finite, st.integers(), st.text(), st.none(), st.booleans()), max_size=4)
 schedules = st.builds(Schedule, operators=st.dictionaries(st.text(), entries, max_size=4), budget=facts, objective=facts, provenance=facts)
@@ -116,6 +117,7 @@ MALFORMED = {
     "steps that contradict the coefficients": lambda d: d["operators"]["attn_q"].update(steps=5),
     "one name for a list of names": lambda d: d["operators"]["attn_q"].update(matrices="layers.0.q.weight"),
     "numbers for names": lambda d: d["operators"]["attn_q"].update(matrices=[1, 2]),
+    "an interval of one end": lambda d: d["operators"]["attn_q"].update(baseline_interval=[0.1]),
     "a cost without end": lambda d: d["operators"]["attn_q"].update(cost=float("inf")),
     "a budget that is a number": lambda d: d.update(budget=3),
 }  # fmt: skip
@@ -134,6 +136,12 @@ def test_the_contradiction_is_told(tmp_path):
     path.write_text(spoilt(MALFORMED["steps that contradict the coefficients"]))
     with pytest.raises(ValueError, match="5 steps but 3 coefficient triples"):
         Schedule.load(path)
+
+
+def test_a_file_from_before_intervals_is_read(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(spoilt(lambda document: document["operators"]["attn_q"].pop("baseline_interval")))
+    assert Schedule.load(path) == EXAMPLE
 
 
 @pytest.mark.parametrize("part", ["budget", "objective", "provenance"])

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import AdamW, Muon, Optimizer
@@ -498,3 +499,24 @@ def test_torch_that_would_ignore_the_schedule(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(RuntimeError, match=rf"^torch {torch.__version__.replace('+', '.')}: its Muon takes no coefficients per step here"):
         apply_schedule(optimizer, UNEQUAL, model)
     assert len(optimizer.param_groups) == 1
+
+
+def test_operators_cut_by_depth_are_applied_and_recorded(tmp_path: Path) -> None:
+    """By name where they are listed, else by the layer of the name; what is recorded keeps the operator's own name."""
+    model, optimizer = make()
+    schedule = Schedule({
+        "attn_q:0-0": OperatorSchedule((QUINTIC,) * 3, ("layers.0.q_proj.weight",), 0.0, 0.0, 0),
+        "attn_q:1-1": OperatorSchedule((QUINTIC,) * 4, ("layers.1.q_proj.weight",), 0.0, 0.0, 0),
+        "mlp_up:0-0": OperatorSchedule((QUINTIC,) * 6, (), 0.0, 0.0, 0),
+        "mlp_up:1-1": OperatorSchedule((QUINTIC,) * 7, (), 0.0, 0.0, 0),
+    })  # fmt: skip
+    assert apply_schedule(optimizer, schedule, model) == {"attn_q:0-0": 1, "mlp_up:0-0": 1, "attn_q:1-1": 1, "mlp_up:1-1": 1}
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise"):
+        train(model, optimizer, 2)
+    geometry = xr.open_zarr(tmp_path / "run.zarr", group="geometry")
+    schedules = geometry.attrs["ns_schedules"]
+    counts = [len(schedules[i]["coefficients"]) for i in geometry["ns_schedule"].values[-1]]
+    found = dict(zip(geometry["name"].values.tolist(), zip(geometry["operator"].values.tolist(), counts, strict=True), strict=True))
+    assert [found[f"layers.{i}.q_proj.weight"] for i in range(2)] == [("attn_q", 3), ("attn_q", 4)]
+    assert [found[f"layers.{i}.up_proj.weight"] for i in range(2)] == [("mlp_up", 6), ("mlp_up", 7)]
+    assert found["layers.1.v_proj.weight"] == ("attn_v", 5)
