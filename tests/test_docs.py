@@ -6,6 +6,8 @@ from importlib import import_module
 from pathlib import Path
 
 from optiscope.analysis import STUDIES
+from optiscope.diagnostics.ns_families import FAMILIES
+from optiscope.diagnostics.ns_validation import of_family
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,3 +34,15 @@ def test_every_finding_is_listed():
     ]
     assert len(calls) > 20
     assert sorted(rows("findings.md")) == sorted({ast.literal_eval(call.args[0]) for call in calls})
+
+
+def test_every_family_is_listed_with_its_hazards():
+    lines = [
+        line.split(" | ") for line in (ROOT / "docs" / "families.md").read_text(encoding="utf-8").splitlines() if line.startswith("| `")
+    ]
+    assert [line[0].strip("| `") for line in lines] == list(FAMILIES)
+    for (_, steps, _, _, hazards, notes), family in zip(lines, FAMILIES.values(), strict=True):
+        found = of_family(family).hazards
+        assert int(steps) == family.steps
+        assert hazards == (", ".join(h.rule for h in found if h.severity != "info") or "–")
+        assert notes.rstrip(" |") == (", ".join(h.rule for h in found if h.severity == "info") or "–")

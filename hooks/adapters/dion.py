@@ -9,35 +9,18 @@ from math import nan, sqrt
 
 from torch import Tensor
 
-from ...diagnostics.ns_families import Coefficients, fold_normalisation
+from ...diagnostics.ns_families import FAMILIES, Coefficients
 from ...diagnostics.observation import NewtonSchulz
 from .adapter import NOT_ORTHOGONAL, Adapter, Group, Orthogonalisation, Reading, entry, group_setting, number, second_moment
 from .table import Row
 
-# The speedrun's five steps before Polar Express, of You Jiacheng.
-YOU: Coefficients = (
-    (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),
-)  # fmt: skip
-
-# Polar Express as in the modded-nanogpt speedrun: safety 0.02 on the first four, cushion 0.02, X₀ = M/(1.02·‖M‖_F + ε).
-_SPEEDRUN: Coefficients = (
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
-)
-
-# newton_schulz_triton_fast: four steps from almost orthogonal rows.
-_FAST: Coefficients = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790), (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))
-
 # By the name of the library's function; of a function of the user's own nothing is known.
 _SCHEDULES: dict[str, Coefficients] = {
-    "polar_express": fold_normalisation(_SPEEDRUN, 1.02),
-    "polar_express_triton": fold_normalisation(_SPEEDRUN, 1.02),
-    "zeropower_via_newtonschulz5": YOU,
-    "newton_schulz_triton": YOU,
-    "newton_schulz_triton_fast": _FAST,
+    "polar_express": FAMILIES["polar_express_speedrun"].coefficients,
+    "polar_express_triton": FAMILIES["polar_express_speedrun"].coefficients,
+    "zeropower_via_newtonschulz5": FAMILIES["you"].coefficients,
+    "newton_schulz_triton": FAMILIES["you"].coefficients,
+    "newton_schulz_triton_fast": FAMILIES["aol_flash"].coefficients,
 }
 
 

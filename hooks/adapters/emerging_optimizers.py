@@ -10,32 +10,17 @@ from typing import Any
 
 from torch import Tensor
 
-from ...diagnostics.ns_families import JORDAN, Coefficients, repeat_last
+from ...diagnostics.ns_families import FAMILIES
 from ...diagnostics.observation import NewtonSchulz
 from .adapter import Adapter, Orthogonalisation, Reading, SecondMoment, entry, number
-from .dion import YOU
 from .table import Row, class_name
 
 _MUON = "emerging_optimizers.orthogonalized_optimizers.muon.Muon"
 _ADAPTIVE = "emerging_optimizers.orthogonalized_optimizers.adaptive_muon.AdaptiveMuon"
 
-# Their Polar Express: the published list over 1.01 to the power of the degree, rounded to four digits.
-_POLAR_EXPRESS: Coefficients = (
-    (8.2051, -22.9019, 16.4607), (4.0664, -2.8612, 0.5184), (3.9096, -2.8234, 0.5250), (3.2856, -2.4153, 0.4853),
-    (2.2779, -1.6198, 0.3985), (1.8726, -1.2307, 0.3585), (1.8564, -1.2132, 0.3568), (1.8750, -1.2500, 0.3750),
-)  # fmt: skip
-
-# arXiv 2506.10935, rounded to four digits.
-_CANS: Coefficients = (
-    (8.4703, -25.1081, 18.6293), (4.1828, -3.1087, 0.5806), (3.9619, -2.9541, 0.5630), (3.2866, -2.4647, 0.5074), (2.2737, -1.6447, 0.4162),
-)  # fmt: skip
-
-# In spite of its name it starts from M/‖M‖_F, too.
-_AOL: Coefficients = ((4.0098, -7.0585, 2.4635), (3.4585, -5.5479, 2.5959), (2.7573, -3.2939, 1.4254), (2.7215, -3.0494, 1.3169))
-
 # When there are more steps than triples, these begin anew, those hold the last.
-_CYCLED = {"simple": (JORDAN,), "quintic": YOU, "aol": _AOL}
-_HELD = {"polar_express": _POLAR_EXPRESS, "cans": _CANS}
+_CYCLED = {"simple": FAMILIES["jordan"], "quintic": FAMILIES["you"], "aol": FAMILIES["aol_nvidia"]}
+_HELD = {"polar_express": FAMILIES["polar_express_nvidia"], "cans": FAMILIES["cans"], "deepseekv4": FAMILIES["deepseek_v4"]}
 
 
 def _setting(reading: Reading, *names: str) -> Any:
@@ -65,8 +50,8 @@ def _settings(reading: Reading) -> NewtonSchulz | None:
     if not isinstance(steps, int):
         return None
     if kind in _CYCLED:
-        return NewtonSchulz(tuple(_CYCLED[kind][i % len(_CYCLED[kind])] for i in range(steps)), 1e-7)
-    return NewtonSchulz(repeat_last(_HELD[kind], steps), 1e-7) if kind in _HELD else None
+        return NewtonSchulz(_CYCLED[kind].schedule(steps, "cycle"), 1e-7)
+    return NewtonSchulz(_HELD[kind].schedule(steps), 1e-7) if kind in _HELD else None
 
 
 def _decay_kind(reading: Reading) -> str:

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...diagnostics.ns_families import FAMILIES
 from ...diagnostics.observation import NewtonSchulz
 from .adapter import Adapter, Averages, Orthogonalisation, Reading, SecondMoment, number
-from .dion import YOU
 from .kronecker import Kronecker, kept_sides
 from .table import Row
 
@@ -76,7 +76,7 @@ def _settings(reading: Reading) -> NewtonSchulz | None:
     from heavyball import utils
 
     rows, cols = reading.weight.shape[0], reading.weight[0].numel()
-    return NewtonSchulz(YOU, 1e-7) if rows != cols or utils.zeroth_power_mode == "newtonschulz" else None
+    return NewtonSchulz(FAMILIES["you"].coefficients, 1e-7) if rows != cols or utils.zeroth_power_mode == "newtonschulz" else None
 
 
 def _output_scale(reading: Reading, rows: int, cols: int) -> float:
