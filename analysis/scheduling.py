@@ -47,7 +47,7 @@ def derive_schedule(
         budget: step count of the uniform baseline, 3 to 8; the schedule costs no more than it.
         rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax",
             "uniform", or "kappa" (from condition numbers and stable ranks alone, without residuals).
-        family: "matched" (one design per step count), "jordan" or "polar_express" (the first steps of the list).
+        family: "matched" (one design per step count), or another of `diagnostics.ns_schedules` (the first steps of its list, the last held).
         window: steps to average over, both ends included; by default :func:`default_window`. Of more than 32 records, as many evenly spread
             ones are averaged over.
         recoverable: residuals over the singular values above bfloat16's rounding noise alone, below which steps orthogonalise noise.

@@ -19,7 +19,7 @@ def schedule(
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the schedule.")] = Path("schedule.json"),
     budget: Annotated[int, typer.Option(help="Steps per matrix of the uniform baseline whose FLOPs may be spent (3 to 8).")] = 5,
     rule: Annotated[str, typer.Option(help="mean, mean-uncapped, minimax, uniform, or kappa (from condition numbers alone).")] = "mean",
-    family: Annotated[str, typer.Option(help="matched (one design per step count), jordan or polar_express.")] = "matched",
+    family: Annotated[str, typer.Option(help="matched (one design per step count), or a family of `diag ns`.")] = "matched",
     window: Annotated[
         str | None,
         typer.Option(

@@ -7,7 +7,7 @@ aX + (bA + cA²)X rounded once per product.
 """
 
 from collections.abc import Callable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ from .ns_families import Coefficients
 from .polar_factor import polar_factor
 
 Single: TypeAlias = NDArray[np.float32]
+Matrix: TypeAlias = NDArray[Any]  # of float32 or float64
 
 
 def to_bfloat16(array: NDArray[np.floating]) -> Single:
@@ -35,13 +36,13 @@ def to_bfloat16(array: NDArray[np.floating]) -> Single:
 
 
 def iterates(
-    start: NDArray[np.floating], coefficients: Coefficients, rounded: Callable[[Single], Single] = lambda x: x
-) -> Iterator[tuple[Single, Single]]:
-    """X_0, X_1, … after each of `coefficients`, every one with its Gram matrix XXᵀ before that is rounded; float32 arithmetic.
+    start: Matrix, coefficients: Coefficients, rounded: Callable[[Matrix], Matrix] = lambda x: x
+) -> Iterator[tuple[Matrix, Matrix]]:
+    """X_0, X_1, … after each of `coefficients`, every one with its Gram matrix XXᵀ before that is rounded; in the precision of `start`.
 
     `start` has its shorter side first. `rounded` is applied to X_0 and to what every product gives.
     """
-    x = rounded(np.asarray(start, dtype=np.float32))
+    x = rounded(start)
     for triple in (*coefficients, None):
         gram = x @ x.T
         yield x, gram

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from optiscope.diagnostics.gram_newton_schulz import gram_flops, gram_newton_schulz
+from optiscope.diagnostics.matrix_iteration import iterates
 from optiscope.diagnostics.newton_schulz import ns_flops
 from optiscope.diagnostics.ns_families import FAMILIES
 
@@ -29,6 +30,15 @@ def test_in_float64_it_is_newton_schulz_with_any_restarts(name, shape):
         for restarts in combinations(range(1, 5), count):
             # Measured: 4e-14 at most, over all families and restarts; the standard iteration is as far from the SVD.
             np.testing.assert_allclose(gram_newton_schulz(x, coefficients, restarts), expected, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_standard_iteration_in_float64_is_that_of_the_singular_values(name):
+    m = np.random.default_rng(1).standard_normal((12, 30))
+    x, coefficients = m / np.linalg.norm(m), FAMILIES[name].schedule(FAMILIES[name].steps)
+    *_, (output, _) = iterates(x, coefficients)
+    assert output.dtype == np.float64
+    np.testing.assert_allclose(output, by_svd(x, coefficients), atol=1e-12)
 
 
 def half(x):
