@@ -8,6 +8,7 @@ import typer
 
 from .app import JsonOption, command
 from .run import RunArgument, print_table, say
+from .what_if import answer_what_if
 
 if TYPE_CHECKING:
     from ..diagnostics.schedule import Schedule
@@ -16,10 +17,25 @@ if TYPE_CHECKING:
 @command
 def schedule(
     run: RunArgument,
-    output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the schedule.")] = Path("schedule.json"),
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Where to write the schedule, by default schedule.json; with --what-if, the table as CSV.",
+            show_default=False,
+        ),
+    ] = None,
     budget: Annotated[int, typer.Option(help="Steps per matrix of the uniform baseline whose FLOPs may be spent (3 to 8).")] = 5,
     rule: Annotated[str, typer.Option(help="mean, mean-uncapped, minimax, uniform, or kappa (from condition numbers alone).")] = "mean",
-    family: Annotated[str, typer.Option(help="matched (one design per step count), or a family of `diag ns`.")] = "matched",
+    family: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="matched (one design per step count; the default), or a family of `diag ns`. With --what-if several; by default all.",
+            metavar="NAME",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[
         str | None,
         typer.Option(
@@ -31,20 +47,32 @@ def schedule(
         str, typer.Option(help="auto (an operator by depth, where its halves differ more than operators do) or never.")
     ] = "auto",
     keep_uniform: Annotated[bool, typer.Option(help="Hold equal steps where the gain's 95 % interval over layers includes zero.")] = True,
+    what_if: Annotated[
+        bool, typer.Option("--what-if", help="Write no schedule; compare families and step counts, exact and in bfloat16.")
+    ] = False,
+    by_operator: Annotated[bool, typer.Option("--by-operator", help="With --what-if, every operator too.")] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Derive Newton–Schulz steps and coefficients per operator."""
     from ..analysis import derive_schedule, open_run
 
+    if what_if:
+        answer_what_if(run, family, parse_window(window), output, by_operator=by_operator, as_json=as_json)
+        return
+    if by_operator:
+        raise ValueError("--by-operator: expected together with --what-if; a schedule is printed by operator anyway")
+    chosen, path = family or ["matched"], output or Path("schedule.json")
+    if len(chosen) > 1:
+        raise ValueError(f"--family: expected one for a schedule, got {', '.join(chosen)}; --what-if compares several")
     found = derive_schedule(
-        open_run(run), budget=budget, rule=rule, family=family, window=parse_window(window), recoverable=recoverable, split=split,
+        open_run(run), budget=budget, rule=rule, family=chosen[0], window=parse_window(window), recoverable=recoverable, split=split,
         keep_uniform=keep_uniform,
     )  # fmt: skip
-    found.save(output)
+    found.save(path)
     if as_json:
         print(found.to_json(), end="")
         return
-    print_schedule(found, output)
+    print_schedule(found, path)
 
 
 def print_schedule(found: "Schedule", path: Path) -> None:

@@ -281,3 +281,24 @@ def test_siblings_stand_beside_the_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "inner").mkdir()
     assert sibling(Path(), "-x") == sibling(Path("inner/.."), "-x") == Path(f"{tmp_path}-x")
+
+
+def test_what_if_writes_a_table_and_no_schedule(diag, recorded, tmp_path, monkeypatch, strict_json):
+    monkeypatch.chdir(tmp_path)
+    result = diag("schedule", recorded, "--what-if", "--family", "jordan", "--family", "matched", "--by-operator", "-o", "table.csv")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "mean residual in bfloat16" in result.stdout
+    assert "observed: " in result.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
+    header, *rows = (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()
+    assert header.startswith("family,k,operator,residual_float64,residual_bfloat16,")
+    assert len(rows) == 2 * 6 * 3
+    told = strict_json(diag("schedule", recorded, "--what-if", "--json").stdout)
+    assert {row["operator"] for row in told["rows"]} == {"all", "attn_q", "mlp_up"}
+    assert len(told["in_force"]) == 2
+
+
+def test_a_schedule_takes_one_family(diag, recorded):
+    result = diag("schedule", recorded, "--family", "jordan", "--family", "matched")
+    assert result.exit_code == 2
+    assert "--family: expected one for a schedule" in result.stderr
