@@ -69,8 +69,8 @@ def rounded_start(x: ArrayLike, rows: int, cols: int, fro_norm: ArrayLike | None
         fro_norm: ‖M‖_F, shape (...): its own rounding scales X₀. Without it that scale is taken as 1.
         eps: least divisor.
 
-    >>> start = rounded_start([0.8, 0.6, 0.0], 3, 3)  # the noise of 0.9·√2·0.00166/3 per entry lifts the last, which carries nothing of M
-    >>> [round(v, 2) for v in start.x], 0 < start.x[2] < 2e-3, abs(start.signal[2]) < 1e-4
+    >>> start = rounded_start([0.8, 0.6, 0.0], 3, 3)  # noise of 0.9·√2·0.00166/3 = 7e-4 per entry lifts the last, which holds nothing of M
+    >>> start.x.round(2).tolist(), bool(0 < start.x[2] < 2e-3), bool(abs(start.signal[2]) < 1e-5)
     ([0.8, 0.6, 0.0], True, True)
     """
     x = np.asarray(x, dtype=np.float64)
