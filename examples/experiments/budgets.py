@@ -33,6 +33,7 @@ BASELINE = next(iter(CONDITIONS))
 COMMITTED = tuple(name for name, treatment in CONDITIONS.items() if treatment.commit is not None)
 GAIN = 0.15  # what the mean residual is hoped to fall by
 EMA_STEPS = 10
+KINDS = ("validation", "training")  # of losses
 
 
 def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Sequence[float]]:
@@ -77,6 +78,7 @@ def _kept(condition: str, model: str, one: Mapping[str, Any]) -> dict[str, Any]:
         "flops": one["flops"],
         "validation": one["validation"],
         "smoothed": [[i + 1, float(smooth[i])] for i in range(every - 1, len(smooth), every)],
+        "last_quarter": float(np.mean(one["loss"][-max(1, len(one["loss"]) // 4) :])),
         "seconds": one["seconds"],
         "residuals": residuals(one["store"], matched_coefficients(BUDGET), exact=condition == "exact"),
     }
@@ -92,10 +94,14 @@ def models(result: Result) -> list[str]:
     return list(dict.fromkeys(t["model"] for t in result["trainings"]))
 
 
-def loss_difference(result: Result, model: str, condition: str) -> Paired:
-    """Final validation loss against the baseline's, over seeds."""
-    final = [[t["validation"][-1][1] for t in of(result, model, name)] for name in (condition, BASELINE)]
-    return paired(*final)
+def losses(result: Result, model: str, condition: str, kind: str) -> list[float]:
+    """By seed: the final "validation" loss, or the mean "training" loss of the last quarter of the steps, which single steps move less."""
+    return [t["validation"][-1][1] if kind == "validation" else t["last_quarter"] for t in of(result, model, condition)]
+
+
+def loss_difference(result: Result, model: str, condition: str, kind: str) -> Paired:
+    """A loss less the baseline's, over seeds; both have seen the same batches."""
+    return paired(losses(result, model, condition, kind), losses(result, model, BASELINE, kind))
 
 
 def gains(result: Result, model: str, condition: str, *, against: str = "spectra", what: str = "predicted") -> np.ndarray:
@@ -116,13 +122,13 @@ def gains(result: Result, model: str, condition: str, *, against: str = "spectra
     return np.array(rows)
 
 
-def worst_stays(result: Result, model: str, condition: str, *, against: str = "spectra") -> np.ndarray:
-    """Whether the worst operator is no worse than the baseline's worst one, shape (seeds, records)."""
+def worst_operator(result: Result, model: str, condition: str, *, against: str = "spectra") -> np.ndarray:
+    """ε̃ of the worst operator over that of the baseline's worst one, less 1, at every record behind the window, shape (seeds, records)."""
     rows = []
     for own, other in zip(of(result, model, condition), of(result, model, BASELINE), strict=True):
         later = _later(result, own)
         reference = own["residuals"]["baseline_by"] if against == "spectra" else other["residuals"]["predicted_by"]
-        rows.append(np.max(own["residuals"]["predicted_by"], axis=1)[later] <= np.max(reference, axis=1)[later])
+        rows.append(np.max(own["residuals"]["predicted_by"], axis=1)[later] / np.max(reference, axis=1)[later] - 1)
     return np.array(rows)
 
 
@@ -144,13 +150,12 @@ def _conditions(result: Result, model: str) -> str:
             np.mean([np.array(t["residuals"][what], float)[_later(result, t)] for t in trainings]) for what in ("predicted", "achieved")
         )
         cost = [t["flops"] / own["flops"] for t, own in zip(trainings, base, strict=True) if t["flops"] is not None]
-        loss = np.mean([t["validation"][-1][1] for t in trainings])
         rows.append([
-            name, f"{result['tuning'][name]['lr']:g}", f"{np.mean(cost):.2f}" if cost else "", f"{predicted:.3f}", f"{achieved:.3f}", f"{loss:.4f}",
-            "" if name == BASELINE else loss_difference(result, model, name).told(),
+            name, f"{result['tuning'][name]['lr']:g}", f"{np.mean(cost):.2f}" if cost else "", f"{predicted:.3f}", f"{achieved:.3f}", f"{np.mean(losses(result, model, name, 'validation')):.4f}",
+            *("" if name == BASELINE else loss_difference(result, model, name, kind).told() for kind in KINDS),
         ])  # fmt: skip
     header = [
-        f"{model}, {len(base)} seeds", "learning rate", f"FLOPs, {BASELINE} = 1", "ε̃ predicted", "ε̃ achieved", "validation loss", f"less {BASELINE}'s, paired",
+        f"{model}, {len(base)} seeds", "learning rate", f"FLOPs, {BASELINE} = 1", "ε̃ predicted", "ε̃ achieved", "validation loss", *(f"{kind} loss less {BASELINE}'s, paired" for kind in KINDS),
     ]  # fmt: skip
     return table(header, rows)
 
@@ -161,11 +166,11 @@ def _committed(result: Result, model: str) -> str:
         trainings = of(result, model, name)
         steps = dict.fromkeys(",".join(str(k) for k in t["committed"].values()) for t in trainings)
         for against, label in (("spectra", "the same spectra"), ("training", "the training of the same seed")):
-            gain, holds = gains(result, model, name, against=against), worst_stays(result, model, name, against=against)
+            gain, worst = gains(result, model, name, against=against), worst_operator(result, model, name, against=against)
             low, mean, high = mean_interval(-gain.mean(axis=1))
             rows.append([
                 name, "; ".join(steps), label, with_interval(low, mean, high, "+.1%"), f"{-gain.max():+.1%} to {-gain.min():+.1%}",
-                f"{int((gain >= GAIN).all(axis=1).sum())} of {len(gain)}", f"{int(holds.sum())} of {holds.size}",
+                f"{int((gain >= GAIN).all(axis=1).sum())} of {len(gain)}", f"{int((worst <= 0).sum())} of {worst.size}, at most {worst.max():+.1%}",
             ])  # fmt: skip
     operators = ", ".join(of(result, model, COMMITTED[0])[0]["committed"])
     header = [
@@ -190,15 +195,18 @@ def plot(result: Result) -> Figure:
 
 def _losses(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
     others = [name for name in CONDITIONS if name != BASELINE]
-    found = [loss_difference(result, model, name) for name in others]
-    bars = np.array([[d.low, d.mean, d.high] for d in found], float).T
-    base = [t["validation"][-1][1] for t in of(result, model, BASELINE)]
-    for i, name in enumerate(others):
-        values = np.array([t["validation"][-1][1] for t in of(result, model, name)]) - base
-        ax.plot(values, np.full(len(values), i + 0.22), ".", color="0.6", markersize=4)
-    intervals(ax, others, bars, [colours[name] for name in others])
+    for kind, offset, look in zip(KINDS, (-0.15, 0.2), ({}, {"markerfacecolor": "white", "markersize": 5}), strict=True):
+        found = [loss_difference(result, model, name, kind) for name in others]
+        bars = np.array([[d.low, d.mean, d.high] for d in found]).T
+        label = "final validation loss" if kind == "validation" else "training loss, last quarter"
+        intervals(ax, others, bars, [colours[name] for name in others], label=label, offset=offset, **look)
+        base = np.array(losses(result, model, BASELINE, kind))
+        for i, name in enumerate(others):
+            values = losses(result, model, name, kind) - base
+            ax.plot(values, np.full(len(values), i + offset + 0.13), ".", color="0.6", markersize=3)
     ax.axvline(0, color="0.4", linewidth=0.8)
-    finish(ax, title=f"{model}: validation loss against {BASELINE}\n(mean, 95 %; dots: seeds)", x="difference (nats per byte)", y="")
+    finish(ax, title=f"{model}: losses against {BASELINE}\n(mean, 95 %; dots: seeds)", x="difference (nats per byte)", y="")
+    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, frameon=False)
 
 
 def _residuals(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
