@@ -10,6 +10,7 @@ five steps of Jordan's coefficients, and exact polar factors. Every condition ha
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,18 @@ def plan_of(arguments: argparse.Namespace) -> tuple[Plan, Sequence[float]]:
 def measure(arguments: argparse.Namespace) -> Result:
     """Train everything that is not there yet; in the short form of the first architecture, or it would not be short."""
     plan, grid = plan_of(arguments)
-    return measured(arguments.output, plan.of_first() if arguments.short else plan, grid)
+    chosen = [name for name in CONDITIONS if name == BASELINE or name in arguments.conditions]
+    return measured(arguments.output, plan.of_first() if arguments.short else plan, grid, chosen)
 
 
-def measured(folder: Path, plan: Plan, grid: Sequence[float]) -> Result:
-    """All trainings of all conditions and architectures: losses, residuals, steps and FLOPs, per seed."""
-    tuning = {name: tuned(folder, plan, name, treatment, grid) for name, treatment in CONDITIONS.items()}
+def measured(folder: Path, plan: Plan, grid: Sequence[float], chosen: Sequence[str] = tuple(CONDITIONS)) -> Result:
+    """All trainings of the chosen conditions in all architectures: losses, residuals, steps and FLOPs, per seed."""
+    conditions = {name: CONDITIONS[name] for name in chosen}
+    tuning = {name: tuned(folder, plan, name, treatment, grid) for name, treatment in conditions.items()}
     trainings = [
         _kept(name, model, one)
         for model in plan.models
-        for name, treatment in CONDITIONS.items()
+        for name, treatment in conditions.items()
         for one in trained(folder, plan, model, name, treatment, tuning[name][0])
     ]
     return {
@@ -87,6 +90,11 @@ def _kept(condition: str, model: str, one: Mapping[str, Any]) -> dict[str, Any]:
 def of(result: Result, model: str, condition: str) -> list[dict[str, Any]]:
     """The trainings of a condition, by seed."""
     return [t for t in result["trainings"] if (t["model"], t["condition"]) == (model, condition)]
+
+
+def conditions(result: Result, *, committed: bool = False) -> list[str]:
+    """The conditions, in order; or those alone that commit a schedule."""
+    return [name for name in result["tuning"] if name in COMMITTED or not committed]
 
 
 def models(result: Result) -> list[str]:
@@ -138,13 +146,13 @@ def _later(result: Result, training: Mapping[str, Any]) -> np.ndarray:
 
 def tell(result: Result) -> str:
     """Per architecture: losses and residuals of every condition, and what the committed schedules save."""
-    return "\n\n".join(part for model in models(result) for part in (_conditions(result, model), _committed(result, model)))
+    return "\n\n".join(part for model in models(result) for part in (_conditions(result, model), _committed(result, model)) if part)
 
 
 def _conditions(result: Result, model: str) -> str:
     base = of(result, model, BASELINE)
     rows = []
-    for name in CONDITIONS:
+    for name in conditions(result):
         trainings = of(result, model, name)
         predicted, achieved = (
             np.mean([np.array(t["residuals"][what], float)[_later(result, t)] for t in trainings]) for what in ("predicted", "achieved")
@@ -162,7 +170,7 @@ def _conditions(result: Result, model: str) -> str:
 
 def _committed(result: Result, model: str) -> str:
     rows = []
-    for name in COMMITTED:
+    for name in (committed := conditions(result, committed=True)):
         trainings = of(result, model, name)
         steps = dict.fromkeys(",".join(str(k) for k in t["committed"].values()) for t in trainings)
         for against, label in (("spectra", "the same spectra"), ("training", "the training of the same seed")):
@@ -172,7 +180,9 @@ def _committed(result: Result, model: str) -> str:
                 name, "; ".join(steps), label, with_interval(low, mean, high, "+.1%"), f"{-gain.max():+.1%} to {-gain.min():+.1%}",
                 f"{int((gain >= GAIN).all(axis=1).sum())} of {len(gain)}", f"{int((worst <= 0).sum())} of {worst.size}, at most {worst.max():+.1%}",
             ])  # fmt: skip
-    operators = ", ".join(of(result, model, COMMITTED[0])[0]["committed"])
+    if not committed:
+        return ""
+    operators = ", ".join(of(result, model, committed[0])[0]["committed"])
     header = [
         model, f"steps of {operators}", f"ε̃ against {BASELINE} on", "mean over later records", "all records and seeds", f"seeds with −{GAIN:.0%} in every record",
         "records with the worst operator no worse",
@@ -182,19 +192,18 @@ def _committed(result: Result, model: str) -> str:
 
 def plot(result: Result) -> Figure:
     """Per architecture: loss differences, residuals over training, and the gain on the same spectra."""
-    names = models(result)
-    figure, panels = axes(3 * len(names), width=5.2, height=4.4)
+    # Of all conditions, so that a colour is one condition's in every figure.
     colours = dict(zip(CONDITIONS, sns.color_palette("tab10", len(CONDITIONS)), strict=True))
-    for row, model in enumerate(names):
-        left, middle, right = panels[3 * row : 3 * row + 3]
-        _losses(left, result, model, colours)
-        _residuals(middle, result, model, colours)
-        _gains(right, result, model, colours)
+    colours = {name: colours[name] for name in conditions(result)}
+    drawn = (_losses, _residuals, _gains) if conditions(result, committed=True) else (_losses, _residuals)
+    figure, panels = axes(len(drawn) * len(models(result)), width=5.2, height=4.4)
+    for (model, draw), ax in zip(product(models(result), drawn), panels, strict=True):
+        draw(ax, result, model, colours)
     return figure
 
 
 def _losses(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
-    others = [name for name in CONDITIONS if name != BASELINE]
+    others = [name for name in conditions(result) if name != BASELINE]
     for kind, offset, look in zip(KINDS, (-0.15, 0.2), ({}, {"markerfacecolor": "white", "markersize": 5}), strict=True):
         found = [loss_difference(result, model, name, kind) for name in others]
         bars = np.array([[d.low, d.mean, d.high] for d in found]).T
@@ -225,7 +234,7 @@ def _residuals(ax: Axes, result: Result, model: str, colours: Mapping[str, Any])
 
 
 def _gains(ax: Axes, result: Result, model: str, colours: Mapping[str, Any]) -> None:
-    for name in COMMITTED:
+    for name in conditions(result, committed=True):
         training = of(result, model, name)[0]
         step = np.array(training["residuals"]["step"])[_later(result, training)]
         gain = 100 * gains(result, model, name)
@@ -248,6 +257,14 @@ EXPERIMENT = Experiment("budgets", measure, plot, tell)
 def main(given: Sequence[str] | None = None) -> Result:
     """The command, of these arguments or those of the process."""
     parser = options(__doc__)
+    parser.add_argument(
+        "--conditions",
+        nargs="+",
+        choices=list(CONDITIONS),
+        default=list(CONDITIONS),
+        metavar="NAME",
+        help=f"of {', '.join(CONDITIONS)}; {BASELINE} always",
+    )
     parser.add_argument("--size", choices=["demo", "100m"], default="demo", help="100m: 101 million parameters, for an accelerator")
     parser.add_argument("--device", help="where to train; by default cpu, or cuda with --size 100m")
     parser.add_argument("--text", type=Path, help="a file to train on, read byte by byte; by default the Python language reference")
