@@ -30,7 +30,6 @@ from optiscope.examples.optimizers.adamuon import AdaMuon
 
 GRID = (2e-3, 4e-3, 8e-3, 16e-3)
 EMA_STEPS = 10
-PAPER = {"muon": (0.1291, 0.0953), "adamuon": (0.1685, 0.1201)}  # tokens saved, training and validation: ADAMUON, Table 1, Small
 
 # The first is what the others are measured against; betas as in the papers that measured its update's size.
 OPTIMIZERS: dict[str, Treatment] = {
@@ -39,7 +38,7 @@ OPTIMIZERS: dict[str, Treatment] = {
     "adamuon-v1": Treatment(lambda parameters, lr: AdaMuon(parameters, lr=lr, weight_decay=0.0)),
     "adamuon-v2": Treatment(lambda parameters, lr: AdaMuon(parameters, lr=lr, weight_decay=0.0, sign=True)),
 }
-REFERENCE = next(iter(OPTIMIZERS))
+REFERENCE, MUON = tuple(OPTIMIZERS)[:2]
 
 
 def plan_of(*, short: bool) -> Plan:
@@ -115,21 +114,23 @@ def of(result: Result, optimizer: str) -> list[dict[str, Any]]:
 
 def tell(result: Result) -> str:
     """Sizes of updates, losses and tokens saved, per optimizer."""
+    final = {name: [t["validation"][-1][1] for t in of(result, name)] for name in OPTIMIZERS}
     rows = []
     for name, entry in result["tuning"].items():
         grid = [float(lr) for lr in entry["validation"]]
         at_edge = ", at the edge of the grid" if grid and entry["lr"] in (min(grid), max(grid)) else ""
         trainings = of(result, name)
         ends = np.array([[t["sizes"]["low"], t["sizes"]["high"]] for t in trainings])
-        final = [[t["validation"][-1][1] for t in of(result, one)] for one in (name, REFERENCE)]
         rows.append([
             name, f"{entry['lr']:g}{at_edge}", with_interval(*mean_interval([t["sizes"]["median"][-1] for t in trainings]), ".3f"),
-            f"{ends[:, 0].min():.3f} to {ends[:, 1].max():.3f}", f"{max(t['sizes']['furthest'] for t in trainings):.1e}", f"{np.mean(final[0]):.4f}",
-            *([""] * 3 if name == REFERENCE else [paired(*final).told(), *(_tokens_told(trainings, kind) for kind in ("training", "validation"))]),
+            f"{ends[:, 0].min():.3f} to {ends[:, 1].max():.3f}", f"{max(t['sizes']['furthest'] for t in trainings):.1e}", f"{np.mean(final[name]):.4f}",
+            *("" if name in (REFERENCE, other) else paired(final[name], final[other]).told() for other in (REFERENCE, MUON)),
+            *("" if name == REFERENCE else _tokens_told(trainings, kind) for kind in ("training", "validation")),
         ])  # fmt: skip
     header = [
         f"{len(of(result, REFERENCE))} seeds", "learning rate", "update RMS over 0.2: median, last record", "5–95 % of matrices, all records", "largest distance from 1",
-        "validation loss", f"less {REFERENCE}'s, paired", f"tokens saved to {REFERENCE}'s last training loss", "to its last validation loss",
+        "validation loss", f"less {REFERENCE}'s, paired", f"less {MUON}'s, paired", f"tokens saved to {REFERENCE}'s last training loss",
+        "to its last validation loss",
     ]  # fmt: skip
     return table(header, rows)
 
@@ -157,9 +158,9 @@ def plot(result: Result) -> Figure:
         middle.plot(np.array(steps[0]) * trainings[0]["tokens_per_step"] / 1000, np.mean(losses, axis=0), ".", color=colour, markersize=6)
     left.axhline(1, color="0.4", linewidth=0.8)
     left.legend(fontsize=8, frameon=False)
-    finish(left, title="Size of an update\n(median of matrices; band 5–95 %; mean over seeds)", x="optimizer step", y="RMS(ΔW/lr) / 0.2")
+    finish(left, title="Size of an update\n(median and 5–95 % of matrices, mean over seeds)", x="optimizer step", y="RMS(ΔW/lr) / 0.2")
     middle.set_ylim(top=3.0 if max(t["smoothed"][-1] for t in result["trainings"]) < 2.5 else None)
-    finish(middle, title="Loss (line: training, smoothed; dots: validation)", x="tokens (thousands)", y="nats per byte")
+    finish(middle, title="Loss over tokens\n(line: training, smoothed; dots: validation)", x="tokens (thousands)", y="nats per byte")
     _savings(right, result, colours)
     return figure
 

@@ -89,12 +89,12 @@ def gain_from_costs(run: xr.DataTree, window: slice) -> xr.Dataset:
     residual = residuals_of_records(geometry, [matched_coefficients(k) for k in STEPS])
     inside = np.isin(geometry["step"].values, geometry["step"].sel(step=window).values)
     curves = np.tile(np.nanmean(residual[:, inside], axis=(1, 2)), (len(operators), 1))
-    cost = step_costs(label, geometry["rows"].values, geometry["cols"].values, operators)
-    count = [int((label == o).sum()) for o in operators]
+    members = [label == o for o in operators]
+    cost, count = step_costs(geometry["rows"].values, geometry["cols"].values, members), [int(own.sum()) for own in members]
     found = least_mean(problem(curves, STEPS, cost, count, BUDGET), capped=False)
     # (record, operator)
     own, equal = (
-        np.stack([np.nanmean(residual[STEPS.index(k)][:, label == o], axis=1) for o, k in zip(operators, steps, strict=True)], axis=1)
+        np.stack([np.nanmean(residual[STEPS.index(k)][:, own], axis=1) for own, k in zip(members, steps, strict=True)], axis=1)
         for steps in (found.steps, [BUDGET] * len(operators))
     )
     gain = 1 - np.average(own, axis=1, weights=count) / np.average(equal, axis=1, weights=count)
