@@ -5,12 +5,13 @@ from .newton_schulz import achieved_residual, alignment, gram_residual, ns_flops
 from .ns_families import FAMILIES, JORDAN, Coefficients, Family, Triple, repeat_last
 from .operators import OPERATORS, classify, layer_index
 from .polar_express import matched_coefficients, polar_express
+from .probed_residual import ProbedResidual, probed_residual
 from .schedule import OperatorSchedule, Schedule
 from .spectrum import Spectrum, precision_floor, spectrum
 
 __all__ = [
     "FAMILIES", "JORDAN", "OPERATORS", "QUANTITIES",
-    "Coefficients", "Family", "OperatorSchedule", "Quantity", "Schedule", "Spectrum", "Triple",
+    "Coefficients", "Family", "OperatorSchedule", "ProbedResidual", "Quantity", "Schedule", "Spectrum", "Triple",
     "achieved_residual", "alignment", "classify", "gram_residual", "layer_index", "matched_coefficients",
-    "ns_flops", "ns_map", "polar_express", "polar_residual", "precision_floor", "repeat_last", "residual_curves", "spectrum",
+    "ns_flops", "ns_map", "polar_express", "polar_residual", "precision_floor", "probed_residual", "repeat_last", "residual_curves", "spectrum",
 ]  # fmt: skip
