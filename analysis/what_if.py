@@ -11,6 +11,7 @@ from ..diagnostics.low_precision import bfloat16_outcomes
 from ..diagnostics.newton_schulz import ns_flops
 from ..diagnostics.ns_families import FAMILIES, Coefficients
 from ..diagnostics.ns_schedules import SCHEDULE_FAMILIES, schedule_of
+from ..diagnostics.ns_validation import of_family
 from ..diagnostics.recorded_spectra import outputs_under
 from ..diagnostics.spectrum import BFLOAT16_ROUNDOFF, precision_floor
 from ..diagnostics.spectrum_sketch import unsketch
@@ -152,21 +153,26 @@ def _mean(values: Floats) -> Floats:
 
 
 def _flops(schedule: Coefficients, rows: NDArray[np.integer], cols: NDArray[np.integer]) -> int:
-    """Of a schedule on matrices of these shapes; a step with c = 0 needs no square of the Gram matrix: 4r²q."""
-    cubic = sum(c == 0 for _, _, c in schedule)
-    shapes = [(min(m, n), max(m, n)) for m, n in zip(rows.tolist(), cols.tolist(), strict=True)]
-    return sum((len(schedule) - cubic) * ns_flops(r, q) + cubic * 4 * r * r * q for r, q in shapes)
+    """Of a schedule on matrices of these shapes."""
+    shapes = list(zip(rows.tolist(), cols.tolist(), strict=True))
+    return sum(ns_flops(m, n, cubic=c == 0) for m, n in shapes for _, _, c in schedule)
+
+
+def hazardous(dataset: xr.Dataset) -> list[str]:
+    """Families of a table that are not to be put into force: lists with an error or a warning of `diag ns`, whatever the residual."""
+    known = [str(family) for family in dataset["family"].values if family in FAMILIES]
+    return [name for name in known if any(hazard.severity != "info" for hazard in of_family(FAMILIES[name]).hazards)]
 
 
 def summary(dataset: xr.Dataset) -> str:
     """The result in sentences."""
     k = min((int(k) for k in dataset["k"].values), key=lambda k: abs(k - 5))
-    at = dataset["mean_residual"].sel(k=k, precision="bfloat16").to_series().dropna()
+    at = dataset["mean_residual"].sel(k=k, precision="bfloat16").to_series().dropna().drop(hazardous(dataset), errors="ignore")
     text = f"Records {dataset.attrs['first_step']} to {dataset.attrs['last_step']} ({dataset.attrs['records']} of them). "
     if len(at):
         best = at.idxmin()
         exact = float(dataset["mean_residual"].sel(k=k, precision="float64", family=best))
-        text += f"At {k} steps {best} would leave the smallest mean residual, {at[best]:.3f} in bfloat16, {exact:.3f} in exact arithmetic."
+        text += f"At {k} steps the family '{best}' would leave the smallest mean residual, {at[best]:.3f} in bfloat16, {exact:.3f} in exact arithmetic."
     weights = dataset["matrices"].where(np.isfinite(dataset["achieved_residual"]))
     if not np.isfinite(weights).any():
         return text + " What the schedule in force achieved was not recorded."

@@ -28,11 +28,13 @@ def families(
     if context.invoked_subcommand is not None:
         return
     from ..diagnostics.ns_families import FAMILIES
+    from ..diagnostics.ns_schedules import matched
     from ..diagnostics.ns_validation import of_family
 
-    if unknown := sorted(set(family or ()) - set(FAMILIES)):
-        raise ValueError(f"--family: {', '.join(unknown)} is none of {', '.join(FAMILIES)}")
-    chosen = [FAMILIES[name] for name in family or FAMILIES]
+    known = {"matched": matched(5), **FAMILIES}
+    if unknown := sorted(set(family or ()) - set(known)):
+        raise ValueError(f"--family: {', '.join(unknown)} is none of {', '.join(known)}")
+    chosen = [known[name] for name in family or known]
     if output is not None:
         _draw({one.name: one.schedule(one.steps) for one in chosen}, output)
     found = {one.name: of_family(one) for one in chosen}
@@ -91,7 +93,7 @@ group.command("validate")(reporting_errors(validate))
 _PAST_END = {
     "repeat": "Its authors hold the last triple past its end.",
     "cycle": "Its authors begin it anew past its end.",
-    "exact": "Its authors take no other number of steps.",
+    "exact": "Its authors take this number of steps.",
 }
 
 

@@ -20,7 +20,7 @@ def answer_what_if(
 ) -> None:
     """Compute, print, and write the table to `output` as CSV."""
     from ..analysis import open_run
-    from ..analysis.what_if import DEFAULT_FAMILIES, summary, table, what_if
+    from ..analysis.what_if import DEFAULT_FAMILIES, hazardous, summary, table, what_if
 
     chosen = list(dict.fromkeys(families or DEFAULT_FAMILIES))
     if by_operator and not families:
@@ -38,14 +38,18 @@ def answer_what_if(
             {"summary": summary(found), "window": _window(found), "in_force": _in_force(found), "rows": [_plain(row) for row in rows]}
         )
         return
-    _print(found, by_operator)
+    unsafe = hazardous(found)
+    _print(found, by_operator, unsafe)
+    if unsafe:
+        say("(!)", f"not to be put into force, whatever the residual: `diag ns` tells what is wrong with {', '.join(unsafe)}")
     say("observed", "{records} records, steps {first} to {last}".format(**_window(found)))
     say("what if", summary(found))
     if output is not None:
         say("table", str(output))
 
 
-def _print(found: "xr.Dataset", by_operator: bool) -> None:
+def _print(found: "xr.Dataset", by_operator: bool, unsafe: list[str]) -> None:
+    marked = {str(f): f"{f} (!)" if f in unsafe else str(f) for f in found["family"].values}
     steps = found["k"].values.tolist()
     header = ("family", *(f"{k} steps" for k in steps))
     for title, name, precision in (
@@ -55,7 +59,7 @@ def _print(found: "xr.Dataset", by_operator: bool) -> None:
     ):
         say(title, f"by family and number of steps, over {int(found['matrices'].sum())} matrices")
         values = found[name].sel(precision=precision)
-        print_table(header, [(str(f), *(_number(v) for v in values.sel(family=f).values)) for f in values["family"].values])
+        print_table(header, [(marked[str(f)], *(_number(v) for v in values.sel(family=f).values)) for f in values["family"].values])
     costs = found["relative_cost"]
     kinds: dict[tuple[str, ...], list[str]] = {}
     for family in costs["family"].values:
@@ -70,7 +74,7 @@ def _print(found: "xr.Dataset", by_operator: bool) -> None:
         print_table(
             ("operator", *header),
             [
-                (str(o), str(f), *(f"{_number(r)}, {_number(a)}" for r, a in zip(
+                (str(o), marked[str(f)], *(f"{_number(r)}, {_number(a)}" for r, a in zip(
                     low["residual"].sel(operator=o, family=f).values, low["alignment"].sel(operator=o, family=f).values, strict=True)))
                 for o in low["operator"].values for f in low["family"].values
             ],

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from itertools import compress
-from math import log10
+from math import log10, prod
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from .evenly_spread import evenly_spread
 from .evidence import Evidence, known_mean
 from .gain_interval import count_layers, gain_intervals
 from .newton_schulz import ns_flops
-from .ns_families import JORDAN, Coefficients
+from .ns_families import Coefficients
 from .ns_schedules import SCHEDULE_FAMILIES
 from .polar_express import MATCHED_LOWER_BOUND
 from .promise import promise
@@ -45,9 +45,6 @@ SPLITS = ("auto", "never")
 
 # Singular values are stored in this precision, and momenta held in it or a coarser one: a κ beyond its noise is none.
 FLOAT32_ROUNDOFF = 2.0**-24
-# By how much a step raises small singular values: Jordan's a, and about the geometric mean of those of the other lists.
-SLOPES = {"jordan": JORDAN[0]}
-SLOPE = 4.0
 
 
 def check_choices(budget: int, rule: str, family: str, split: str = "auto") -> None:
@@ -99,7 +96,7 @@ def schedule_from_spectra(
     cut = split == "auto" and rule != "uniform"
     members, tested = depth_halves(spectra.operator, spectra.layer, log_kappa, cut=cut)
     matrices = {o: tuple(str(n) for n in spectra.name[own]) for o, own in members.items()}
-    cost = step_costs(spectra.rows, spectra.cols, members.values())
+    cost = step_costs(spectra.rows, spectra.cols, members.values(), cubic=is_cubic(family))
     evidence = evidence_of(spectra, members, matrices, cost, budget=budget, family=family, recoverable=recoverable)
     depth = {"split": split, "variances": tested}
     return schedule_of(evidence, RULES[rule](evidence.given), rule, {**(provenance or {}), "depth": depth}, keep_uniform=keep_uniform)
@@ -125,7 +122,7 @@ def evidence_of(
     residual = seen.residual(recoverable=recoverable)
     curves = np.stack([mean_residuals(residual, own) for own in members.values()])
     decades = -_log_smallest(spectra, BFLOAT16_ROUNDOFF if recoverable else FLOAT32_ROUNDOFF)
-    needed = np.array([known_mean(decades[:, own]) for own in members.values()]) / log10(SLOPES.get(family, SLOPE))
+    needed = np.array([known_mean(decades[:, own]) for own in members.values()]) / log10(_slope(family, budget))
     given = problem(curves, STEPS, cost, [len(matrices[o]) for o in members], budget, needed)
     return Evidence(spectra, members, matrices, seen, given, family, recoverable)
 
@@ -195,9 +192,19 @@ def mean_residuals(residual: Floats, own: NDArray[np.bool_]) -> Floats:
     return np.asarray(total.sum(axis=1) / count.sum(axis=1))
 
 
-def step_costs(rows: NDArray[Any], cols: NDArray[Any], members: Iterable[NDArray[np.bool_]]) -> list[int]:
+def is_cubic(family: str) -> bool:
+    """Whether the steps of a family have no fifth power, and so take two products instead of three."""
+    return all(c == 0 for _, _, c in SCHEDULES[family](STEPS[-1]))
+
+
+def _slope(family: str, steps: int) -> float:
+    """By how much a step raises small singular values: the geometric mean of a over the family's schedule (Jordan 3.4445, matched about 4)."""
+    return prod(a for a, _, _ in SCHEDULES[family](steps)) ** (1 / steps)
+
+
+def step_costs(rows: NDArray[Any], cols: NDArray[Any], members: Iterable[NDArray[np.bool_]], *, cubic: bool = False) -> list[int]:
     """FLOPs of one Newton–Schulz step over all matrices of each operator; the arrays of shape (matrices,)."""
-    flops = [ns_flops(int(m), int(n)) for m, n in zip(rows, cols, strict=True)]
+    flops = [ns_flops(int(m), int(n), cubic=cubic) for m, n in zip(rows, cols, strict=True)]
     return [sum(compress(flops, own)) for own in members]
 
 

@@ -80,7 +80,7 @@ def alignment(ns_input: NDArray[np.floating], output: NDArray[np.floating], nucl
     return float(np.vdot(np.asarray(ns_input, np.float64), np.asarray(output, np.float64)) / nuclear_norm)
 
 
-def ns_flops(rows: int, cols: int) -> int:
-    """FLOPs of one quintic step, 2(2r²q + r³), r and q the short and long side (two products with X, one of Grams)."""
+def ns_flops(rows: int, cols: int, *, cubic: bool = False) -> int:
+    """FLOPs of one step, r and q the short and long side: 2(2r²q + r³), two products with X and one of Grams; cubic (c = 0) 4r²q, without it."""
     r, q = min(rows, cols), max(rows, cols)
-    return 2 * (2 * r * r * q + r**3)
+    return 2 * (2 * r * r * q + (0 if cubic else r**3))

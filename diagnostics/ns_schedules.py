@@ -1,6 +1,6 @@
 """A list of coefficients for any family and any number of steps, to put into force or to ask what if."""
 
-from .ns_families import FAMILIES, Coefficients, repeat_last
+from .ns_families import FAMILIES, Coefficients, Family, repeat_last
 from .polar_express import matched_coefficients
 
 # What acts on σ/‖M‖_F, which is what a schedule in force is given and what spectra are recorded as. "matched" is one design per step count.
@@ -8,6 +8,13 @@ SCHEDULE_FAMILIES: tuple[str, ...] = (
     "matched", "jordan", "polar_express",
     *(name for name, f in FAMILIES.items() if f.scaling == "frobenius" and name not in ("jordan", "polar_express")),
 )  # fmt: skip
+
+
+def matched(steps: int) -> Family:
+    """The design for that many steps, as a family of its own."""
+    return Family(
+        "matched", matched_coefficients(steps), f"arXiv 2505.16932, designed anew for every number of steps, here {steps}", steps, "exact"
+    )
 
 
 def schedule_of(family: str, steps: int) -> Coefficients:

@@ -240,3 +240,20 @@ def test_every_family_has_a_design_for_every_count():
     for family, design in SCHEDULES.items():
         for k in range(3, 9):
             assert len(design(k)) == k, family
+
+
+@pytest.mark.parametrize("family", ["cubic", "cubic5"])
+def test_cubic_steps_take_two_products(unequal, family):
+    found = derive_schedule(unequal, family=family, rule="uniform")
+    shapes = {"attn_q": (16, 16), "attn_k": (8, 16), "mlp_up": (16, 48)}
+    for operator, (r, q) in shapes.items():
+        assert found.operators[operator].cost == 2 * 5 * (2 * r * q * r + 2 * r * r * q)  # two matrices, five steps
+
+
+def test_condition_numbers_are_weighed_by_the_familys_own_slope(unequal):
+    """Cubic steps raise small values by 1.5 each, so that a decade of κ is worth 5.7 of them instead of 1.7: steps spread to both ends."""
+    spread = {
+        family: [e.steps for e in derive_schedule(unequal, family=family, rule="kappa", keep_uniform=False).operators.values()]
+        for family in ("cubic", "matched")
+    }
+    assert np.ptp(spread["cubic"]) > np.ptp(spread["matched"])

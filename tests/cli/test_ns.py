@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -30,6 +31,18 @@ def test_the_table_holds_every_family_with_its_published_numbers(diag):
         assert f"{family.name}: {family.source}. Its authors " in result.stdout
     assert "  error sign: Singular values above 0.8837" in result.stdout
     assert " nan" not in result.stdout
+
+
+def test_the_matched_design_of_five_steps_is_in_the_table(diag):
+    # The triples as printed with the recipe, four decimals; 1.01 divides the first one's argument once more.
+    printed = [
+        (8.2052, -22.9019, 16.4607), (4.0669, -2.8613, 0.5184), (3.9135, -2.8243, 0.5248), (3.3060, -2.4302, 0.4870), (2.3271, -1.6925, 0.4214),
+    ]  # fmt: skip
+    x = np.linspace(0.01, 1, 200_001) / 1.01
+    for a, b, c in printed:
+        x = a * x + b * x**3 + c * x**5
+    words = next(line.split() for line in diag("ns", "--family", "matched").stdout.splitlines() if line.split()[:1] == ["matched"])
+    assert [float(word) for word in words[3:5]] == pytest.approx([x.min(), x.max()], abs=2e-3)
 
 
 def test_the_table_as_json(diag, strict_json):
@@ -137,7 +150,7 @@ def test_what_cannot_be_read_exits_with_two_and_one_sentence(diag, tmp_path, mes
 ARGUMENTS = {
     "No such file or directory": ["validate", "missing.json"],
     "Is a directory": ["validate", "."],
-    "--family: nothing is none of cubic, quintic, jordan, ": ["--family", "nothing"],
+    "--family: nothing is none of matched, cubic, quintic, jordan, ": ["--family", "nothing"],
     "--output: expected a file that ends in .png or .svg, got figure.txt": ["--family", "cubic", "-o", "figure.txt"],
     "--output: the folder missing does not exist": ["--family", "cubic", "-o", "missing/figure.png"],
 }

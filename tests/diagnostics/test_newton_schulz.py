@@ -251,6 +251,8 @@ def test_flops_count_the_three_products(rows, cols):
     # XXᵀ and (bA + cA²)X are r × r by r × q, A² is r × r by r × r; a product of (i × j) and (j × k) takes 2ijk.
     r, q = min(rows, cols), max(rows, cols)
     assert ns_flops(rows, cols) == 2 * r * q * r + 2 * r * r * r + 2 * r * r * q
+    # With c = 0 there is no A².
+    assert ns_flops(rows, cols, cubic=True) == 2 * r * q * r + 2 * r * r * q
 
 
 @pytest.mark.parametrize(("width", "tokens", "percent"), [(768, 524288, "0.732"), (16384, 16_000_000, "0.512")])
