@@ -15,7 +15,7 @@ from ..diagnostics.schedule import Schedule
 from .applying import apply_schedule, layers_that_take_a_schedule
 from .decisions import Decision, Kind, decision
 from .group_splitting import schedulers_of
-from .live_checks import check_model, check_orthogonalises, check_single_process, checked_window, watching, whole_steps
+from .live_checks import check_geometry, check_model, check_orthogonalises, check_single_process, checked_window, watching, whole_steps
 from .observed_spectra import Key, ObservedSpectra
 from .record import Record
 from .recorder import Recorder
@@ -25,6 +25,7 @@ log = logging.getLogger("optiscope")
 # Shares of a training's steps at which its schedule is looked at again.
 REFRESH_SHARES = (0.01, 0.03, 0.10, 0.30)
 STATE_VERSION = 1
+INSTEAD = "use apply=False, and apply what it commits on every process with apply_schedule"
 
 
 class AdaptiveSchedule:
@@ -99,10 +100,11 @@ class AdaptiveSchedule:
     ) -> None:
         self.lr_schedulers = list(lr_schedulers)
         watched = watching(recorder, optimizer)
+        check_geometry(recorder)
         if apply:
             layers = layers_that_take_a_schedule(optimizer)
             schedulers_of((optimizer, *layers), self.lr_schedulers)
-            check_single_process()
+            check_single_process(INSTEAD)
         check_orthogonalises(watched)
         check_model(recorder, watched, model)
         check_choices(budget, rule, family, split)
@@ -125,7 +127,11 @@ class AdaptiveSchedule:
         self._window_records = 0  # of the window that was committed on, and as many of every look since
         self._unseen = 0  # records since the last look
         self._agreeing: Mapping[str, int] | None = None
-        recorder.on_record(self._heard)
+        self._handle = recorder.on_record(self._heard)
+
+    def close(self) -> None:
+        """Hear of no more records, so that nothing more is decided by itself; what is in force stays. Closing twice is harmless."""
+        self._handle.remove()
 
     def refresh_now(self) -> None:
         """Look at the schedule again, over as many records, the last ones, as it was committed on.
@@ -160,28 +166,32 @@ class AdaptiveSchedule:
         load theirs: build everything as in the beginning, then load this, the optimizer, its schedulers, in that order.
 
         Raises:
-            ValueError: the state is of other settings or matrices, or from before a commitment that this optimizer has behind it; and
-                whatever :func:`apply_schedule` raises.
+            ValueError: what was loaded is no such state, is of other settings or matrices, or from before a commitment that this optimizer
+                has behind it; and whatever :func:`apply_schedule` raises. Nothing has been changed then.
         """
         if state.get("version") != STATE_VERSION:
             raise ValueError(f"state: expected what state_dict gave, of version {STATE_VERSION}, got version {state.get('version')!r}")
-        if state["settings"] != self._settings():
-            raise ValueError(f"state: was saved under {state['settings']}, got {self._settings()}; build it with the same")
-        saved = {Key(*parts) for parts in state["spectra"]["matrices"]}
+        try:
+            settings, spectra = state["settings"], ObservedSpectra.of_state([self._label], state["spectra"])
+            schedule = None if state["schedule"] is None else Schedule.from_json(state["schedule"], "state")
+            decisions = [dict(entry) for entry in state["decisions"]]
+            rest = {name: state[name] for name in ("refresh_at", "window_records", "unseen", "agreeing", "over")}
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise ValueError(f"state: it is damaged ({error!r}); load what state_dict gave, as it was") from None
+        if settings != self._settings():
+            raise ValueError(f"state: was saved under {settings}, got {self._settings()}; build it with the same")
         own = {Key.of(m) for m in self._recorder._layout.row_of["geometry"] if m.optimizer == self._label}
-        if saved and not saved & own:
-            raise ValueError(f"state: is of other matrices, the first of them {min(saved).name}; load what was saved with this model")
-        schedule = None if state["schedule"] is None else Schedule.from_json(state["schedule"], "state")
+        if spectra.matrices and own.isdisjoint(spectra.matrices):
+            raise ValueError(
+                f"state: is of other matrices, the first of them {min(spectra.matrices).name}; load what was saved with this model"
+            )
         if schedule is None and self.schedule is not None and self._apply:
             raise ValueError("state: is from before the commitment, and this optimizer has a schedule in force; build the optimizer anew")
         if schedule is not None:
             self._put_into_force(schedule)
-        self.schedule = schedule
-        self._spectra.load_state_dict(state["spectra"])
-        self._refresh_at = list(state["refresh_at"])
-        self._window_records, self._unseen, self._over = state["window_records"], state["unseen"], state["over"]
-        self._agreeing, self._awaits_state = state["agreeing"], False
-        self.decisions = [dict(entry) for entry in state["decisions"]]
+        self.schedule, self._spectra, self.decisions, self._awaits_state = schedule, spectra, decisions, False
+        self._refresh_at, self._agreeing = list(rest["refresh_at"]), rest["agreeing"]
+        self._window_records, self._unseen, self._over = rest["window_records"], rest["unseen"], rest["over"]
         told = self._recorder._journal.attributes.setdefault("decisions", [])
         told += [entry for entry in self.decisions if entry not in told]
 
@@ -278,7 +288,7 @@ class AdaptiveSchedule:
 
     def _put_into_force(self, schedule: Schedule) -> None:
         if self._apply:
-            check_single_process()
+            check_single_process(INSTEAD)
             apply_schedule(
                 self._optimizer, schedule, self._model, lr_schedulers=self.lr_schedulers, operators=self._recorder._names.rule
             )  # fmt: skip

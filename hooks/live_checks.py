@@ -1,4 +1,4 @@
-"""What a live schedule asks of recorder, optimizer, model and window before it begins: what it lacks is said then, in a sentence."""
+"""What acts on a training that goes on asks of recorder, optimizer, model and window before it begins: what it lacks is said then, in a sentence."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -19,16 +19,20 @@ def watching(recorder: Recorder, optimizer: Any) -> Watched:
         raise TypeError(f"recorder: expected what `attach` returned, got {type(recorder).__name__}")
     if not recorder._handles:
         raise ValueError("recorder: expected one that is open, got one that is closed; attach again")
-    if "geometry" not in recorder._layout.row_of:
-        raise ValueError(
-            'recorder: a schedule is derived from the group "geometry", which it does not record; attach with it in measure=(…)'
-        )
     layers = hookable_layers(optimizer)
     found = next((one for one in recorder._watched if any(layer is other for layer in layers for other in one.layers)), None)
     if found is None:
         watched = ", ".join(one.label for one in recorder._watched)
         raise ValueError(f"optimizer: the recorder watches {watched} and not this {type(optimizer).__name__}; attach to it")
     return found
+
+
+def check_geometry(recorder: Recorder) -> None:
+    """Raise ValueError where spectra are not recorded."""
+    if "geometry" not in recorder._layout.row_of:
+        raise ValueError(
+            'recorder: a schedule is derived from the group "geometry", which it does not record; attach with it in measure=(…)'
+        )
 
 
 def check_orthogonalises(watched: Watched) -> None:
@@ -78,11 +82,8 @@ def checked_window(recorder: Recorder, window: Sequence[int]) -> tuple[int, int]
     return first, last
 
 
-def check_single_process() -> None:
-    """Raise ValueError where other processes train the same weights."""
+def check_single_process(instead: str) -> None:
+    """Raise ValueError where other processes train the same weights, with what to do `instead`."""
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        raise ValueError(
-            "recorder: one of several processes would change its schedule alone, and their weights would part; use apply=False, and apply what "
-            "it commits on every process with apply_schedule"
-        )
+        raise ValueError(f"recorder: one of several processes would change its optimizer alone, and their weights would part; {instead}")

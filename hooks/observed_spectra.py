@@ -121,12 +121,15 @@ class ObservedSpectra:
             ],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from what :meth:`state_dict` gave."""
+    @classmethod
+    def of_state(cls, optimizers: Collection[str], state: dict[str, Any]) -> "ObservedSpectra":
+        """What goes on from what :meth:`state_dict` gave."""
+        found = cls(optimizers)
         keys = [Key(*parts) for parts in state["matrices"]]
-        self._place = {key: i for i, key in enumerate(keys)}
-        self._orthogonalised = {key for key, used in zip(keys, state["orthogonalised"], strict=True) if used}
-        self.rates = [(int(step), float(rate)) for step, rate in state["rates"]]
-        self.records = [
+        found._place = {key: i for i, key in enumerate(keys)}
+        found._orthogonalised = {key for key, used in zip(keys, state["orthogonalised"], strict=True) if used}
+        found.rates = [(int(step), float(rate)) for step, rate in state["rates"]]
+        found.records = [
             Observed(int(r["step"]), r["stored"].cpu().numpy().copy(), r["in_force"].cpu().numpy().copy()) for r in state["records"]
         ]
+        return found

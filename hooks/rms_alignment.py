@@ -7,15 +7,14 @@ from math import inf, isfinite, log
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..diagnostics.recorded_spectra import ns_schedules_of
 from ..diagnostics.rms_alignment import SLACK, UNDER_LIFTED, Size, update_sizes
 from .adapters import number
 from .learning_rate_factors import LearningRateFactors
+from .live_checks import check_single_process, watching
 from .record import Record
-from .watched import Watched, hookable_layers
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -98,24 +97,22 @@ class RmsAlignment:
             )
         if patience < 1 or patience != int(patience):
             raise ValueError(f"patience: expected a number of records of at least 1, got {patience!r}")
+        self._watched = watching(recorder, optimizer)
         if missing := [group for group in ("update", "geometry") if group not in recorder._layout.row_of]:
             raise ValueError(
                 f"recorder: alignment is read from update and geometry, and {' and '.join(missing)} is not recorded; attach with measure=('geometry', 'update')"
             )
-        self._watched = _watched(recorder, optimizer)
         if rescale and not any(isfinite(number(group.get("lr"))) for group in self._watched.optimizer.param_groups):
             raise ValueError(
                 f"rescale: {self._watched.label} has no learning rate `lr` in its parameter groups that could be multiplied; leave rescale=False"
             )
-        if rescale and torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
-            raise ValueError(
-                "rescale: processes that train together would each correct by records of their own, and drift apart; leave rescale=False and correct the optimizer"
-            )
+        if rescale:
+            check_single_process("leave rescale=False, and correct the optimizer")
         self._recorder = recorder
         self._tolerance, self._target, self._patience = tolerance, target, int(patience)
         self._named = {m.name: m.parameter for m in self._watched.matrices if not m.members}
         self._groups: dict[Tensor, _Group] = {}  # by first parameter: a group may be split or moved
-        self._handle = recorder.on_record(self._follow)  # refuses where the recorder is closed
+        self._handle = recorder.on_record(self._follow)
         self._factors = LearningRateFactors(self._watched, lambda: recorder._journal.guard(recorder.step)) if rescale else None
 
     @property
@@ -277,16 +274,6 @@ def _why_not(record: Record, group: dict[str, Any], least: float, most: float) -
     if any(p.requires_grad and (id(p) not in of or moves_otherwise[of[id(p)]].any()) for p in group["params"]):
         return "it is also that of parameters which are not orthogonalised; give those a group of their own"
     return None
-
-
-def _watched(recorder: "Recorder", optimizer: Any) -> Watched:
-    layers = hookable_layers(optimizer)
-    found = next((one for one in recorder._watched if any(layer is own for layer in layers for own in one.layers)), None)
-    if found is None:
-        raise ValueError(
-            f"optimizer: expected one that the recorder watches ({', '.join(w.label for w in recorder._watched)}), got another {type(optimizer).__name__}; attach to it, or recorder.watch it"
-        )
-    return found
 
 
 def _some(names: Sequence[str]) -> str:

@@ -113,7 +113,7 @@ def test_one_of_several_processes_would_part_from_the_others(tmp_path: Path, mon
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     model, muon = make("torch.optim.Muon")
     with recorder_of(muon, model, tmp_path) as recorder:
-        with pytest.raises(ValueError, match=r"^recorder: one of several processes would change its schedule alone"):
+        with pytest.raises(ValueError, match=r"^recorder: one of several processes would change its optimizer alone"):
             AdaptiveSchedule(recorder, muon, model)
         AdaptiveSchedule(recorder, muon, model, apply=False)
 
@@ -148,6 +148,40 @@ def test_states_that_do_not_fit(tmp_path: Path) -> None:
                 adaptive.load_state_dict(state)
         assert muon.param_groups == groups
         assert adaptive.schedule is None
+
+
+@pytest.mark.parametrize("part", ["settings", "spectra", "schedule", "decisions", "agreeing"])
+@pytest.mark.parametrize("damage", ["lost", "other"])
+def test_a_damaged_state_changes_nothing(part: str, damage: str, tmp_path: Path) -> None:
+    first = Training(tmp_path / "first.zarr", every=1, window=(2, 5)).train(0, 6)
+    assert first.adaptive is not None
+    state = first.adaptive.state_dict()
+    first.close()
+    if damage == "lost":
+        del state[part]
+    elif part == "spectra":
+        del state[part]["records"]
+    else:
+        state[part] = {"settings": {}, "schedule": "{}", "decisions": [3], "agreeing": state["agreeing"]}[part]
+    fresh = Training(tmp_path / "fresh.zarr", every=1, window=(2, 5))
+    assert fresh.adaptive is not None
+    groups = [dict(group) for group in fresh.optimizer.param_groups]
+    if (part, damage) != ("agreeing", "other"):
+        with pytest.raises(ValueError, match=r"^state: "):
+            fresh.adaptive.load_state_dict(state)
+        assert fresh.optimizer.param_groups == groups
+        assert (fresh.adaptive.schedule, fresh.adaptive.decisions) == (None, [])
+    fresh.close()
+
+
+def test_once_closed_nothing_is_decided(tmp_path: Path) -> None:
+    live = Training(tmp_path / "run.zarr", every=1, window=(2, 5)).train(0, 3)
+    assert live.adaptive is not None
+    live.adaptive.close()
+    live.adaptive.close()
+    live.train(3, 8).close()
+    assert live.decisions == []
+    assert live.adaptive.schedule is None
 
 
 # Survived

@@ -21,7 +21,7 @@ from optiscope.analysis.scheduling import default_window
 from optiscope.diagnostics import JORDAN, Schedule
 from optiscope.diagnostics.observation import NewtonSchulz
 from optiscope.diagnostics.observation_window import observation_window
-from optiscope.hooks import Adapter, AdaptiveSchedule, Orthogonalisation, Reading, apply_schedule, attach, register_adapter
+from optiscope.hooks import Adapter, AdaptiveSchedule, Orthogonalisation, Reading, RmsAlignment, apply_schedule, attach, register_adapter
 from optiscope.hooks.adapters import entry, table
 
 # Condition numbers of the gradients, so that operators deserve different numbers of steps.
@@ -396,3 +396,23 @@ def plain(state: Any) -> Iterator[Any]:
             yield from plain(value)
         else:
             yield as_bytes(value) if isinstance(value, torch.Tensor) else repr(value)
+
+
+def test_a_guard_of_sizes_goes_on_over_a_commitment(tmp_path: Path) -> None:
+    """A factor of the learning rate lives by parameter: the groups that a commitment makes keep it, and hold the user's own rate."""
+    model = TwoLayers()
+    muon = Muon(list(model.of_muon().values()), lr=0.02, adjust_lr_fn="match_rms_adamw")  # RMS 0.2 per learning rate
+    with attach(muon, model, tmp_path / "run.zarr", every=1) as recorder:
+        guard = RmsAlignment(recorder, muon, rescale=True, target=0.1, patience=2)
+        adaptive = AdaptiveSchedule(recorder, muon, model, window=(8, 12))
+        for step in range(20):
+            give_gradients(model, step, DIFFICULTY)
+            muon.step()
+            assert {group["lr"] for group in muon.param_groups} == {0.02}
+            if step == 9:
+                before = guard.factors
+        assert [entry["kind"] for entry in adaptive.decisions] == ["commit"]
+        assert len(muon.param_groups) == 4
+        assert guard.factors.keys() == before.keys() == model.of_muon().keys()
+        # Half of what the target asks for, but for what the iteration leaves: a in [0.8, 1.2] before.
+        assert all(0.35 < factor < 0.7 for factors in (before, guard.factors) for factor in factors.values())
