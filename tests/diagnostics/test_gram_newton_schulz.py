@@ -28,7 +28,7 @@ def test_in_float64_it_is_newton_schulz_with_any_restarts(name, shape):
     expected = by_svd(x, coefficients)
     for count in range(5):
         for restarts in combinations(range(1, 5), count):
-            # Measured: 4e-14 at most, over all families and restarts; the standard iteration is as far from the SVD.
+            # Measured: 1.0e-13 at most, over all families and restarts; the standard iteration is 9e-14 from the SVD.
             np.testing.assert_allclose(gram_newton_schulz(x, coefficients, restarts), expected, atol=1e-12)
 
 
@@ -56,7 +56,7 @@ def test_in_float16_it_needs_a_restart():
     error = {
         restarts: np.linalg.norm(gram_newton_schulz(x, coefficients, restarts, half) - expected) / 8 for restarts in ((), (2,), (1, 3))
     }
-    # Measured per √r: 0.97, 0.036, 0.016. In exact arithmetic: 1e-15.
+    # Measured per √r: 0.97, 0.036, 0.016. In float64: 2e-12, 2e-13, 3e-14.
     assert error[()] > 5 * error[(2,)] > 5 * error[(1, 3)]
 
 

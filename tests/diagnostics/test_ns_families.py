@@ -10,6 +10,8 @@ from optiscope.diagnostics.newton_schulz import gram_residual, ns_map
 from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, POLAR_EXPRESS_RAW, fold_normalisation, repeat_last, root, safety_scaled
 from optiscope.diagnostics.ns_schedules import SCHEDULE_FAMILIES, schedule_of
 from optiscope.diagnostics.polar_express import CUSHION, MATCHED_LOWER_BOUND, matched_coefficients, minimax_quintic, polar_express
+from optiscope.examples.optimizers.root import OF_SHAPE
+from optiscope.examples.optimizers.turbo_muon import AOL
 
 
 def grid(lower):
@@ -381,3 +383,10 @@ def test_any_bound_gives_a_band_around_one(lower, steps, cushion):
 def test_an_argument_outside_its_range_is_named(arguments, message):
     with pytest.raises(ValueError, match=message):
         polar_express(**arguments)
+
+
+def test_reference_optimizers_and_the_table_hold_the_same_lists():
+    """Each was typed from its source by itself."""
+    for (rows, cols), triple in OF_SHAPE.items():
+        assert root(rows, cols).published == (triple,)
+    assert FAMILIES["aol_flash"].published == AOL

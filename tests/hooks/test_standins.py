@@ -216,7 +216,15 @@ def test_nvidias_older_layout(flags: tuple[bool, bool], decay: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps", "last"), [("quintic", 7, YOU[1]), ("polar_express", 9, (1.875, -1.25, 0.375)), ("cans", 3, (3.9619, -2.9541, 0.563))]
+    ("kind", "steps", "last"),
+    [
+        ("quintic", 7, YOU[1]),
+        ("polar_express", 9, (1.875, -1.25, 0.375)),
+        ("cans", 3, (3.9619, -2.9541, 0.563)),
+        ("deepseekv4", 8, (3.4445, -4.775, 2.0315)),
+        ("deepseekv4", 10, (2.0, -1.5, 0.5)),
+        ("deepseekv4", 12, (2.0, -1.5, 0.5)),
+    ],
 )
 def test_nvidias_lists_of_coefficients(kind: str, steps: int, last: tuple[float, float, float]) -> None:
     w = weight()
