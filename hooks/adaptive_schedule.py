@@ -137,9 +137,9 @@ class AdaptiveSchedule:
         """Look at the schedule again, over as many records, the last ones, as it was committed on.
 
         For a moment that `refresh` could not foresee, such as a new phase of the learning rate, or a switch of the data once so many records of
-        the new data are made. Before a commitment, and without a record since the last look, it does nothing.
+        the new data are made. Before a commitment, without a record since the last look, and once the recorder is closed, it does nothing.
         """
-        if self.schedule is not None and not self._over and self._unseen:
+        if self.schedule is not None and not self._over and self._unseen and self._recorder._handles:
             step = self._recorder.step
             with self._recorder._journal.guard(step), self._recorder._journal.asked_for():
                 self._kept_out(lambda: self._refresh(step, "asked for"), step)
@@ -196,7 +196,7 @@ class AdaptiveSchedule:
         told += [entry for entry in self.decisions if entry not in told]
 
     def _settings(self) -> dict[str, Any]:
-        return {"window": None if self._window is None else list(self._window), **self._choices}
+        return {"window": None if self._window is None else list(self._window), "apply": self._apply, **self._choices}
 
     # At every record.
 

@@ -43,7 +43,7 @@ class ObservedSpectra:
 
     Attributes:
         records: those that are kept, oldest first.
-        rates: of every record since the first, its step and the largest learning rate of a matrix that is orthogonalised.
+        rates: of every record that is kept, its step and the largest learning rate of a matrix that is orthogonalised.
     """
 
     def __init__(self, optimizers: Collection[str]) -> None:
@@ -87,8 +87,9 @@ class ObservedSpectra:
         return float(np.nanmax(rates)) if np.isfinite(rates).any() else float("nan")
 
     def forget(self, before: int) -> None:
-        """Keep only records from a step on."""
+        """Keep only records from a step on, and only their learning rates."""
         self.records = [record for record in self.records if record.step >= before]
+        self.rates = [(step, rate) for step, rate in self.rates if step >= before]
 
     def window(self, first: int, last: int) -> RecordedSpectra:
         """The spectra of the kept records of these steps, both included, of the matrices that were orthogonalised in any record."""

@@ -135,9 +135,13 @@ class RmsAlignment:
         """Put saved factors into force, in the place of those that are.
 
         Raises:
-            ValueError: they are of other matrices, or this guard was made without `rescale`.
+            ValueError: what was loaded is no such state, is of other matrices, or this guard was made without `rescale`. Nothing has been changed then.
         """
-        factors = dict(state_dict["factors"])
+        factors = state_dict.get("factors")
+        if not isinstance(factors, Mapping) or not all(0 < number(factor) < inf for factor in factors.values()):
+            raise ValueError(
+                f"state_dict: expected what state_dict gave, factors above 0 of learning rates by matrix, got {factors!r}; load it as it was"
+            )
         if unknown := sorted(factors.keys() - self._named.keys()):
             raise ValueError(
                 f"state_dict: {_some(unknown)} are no matrices of {self._watched.label}; load it beside the model and optimizer it was saved with"

@@ -184,6 +184,21 @@ def test_once_closed_nothing_is_decided(tmp_path: Path) -> None:
     assert live.adaptive.schedule is None
 
 
+@pytest.mark.parametrize("advice", [True, False])
+def test_advice_is_not_put_into_force_by_a_checkpoint(advice: bool, tmp_path: Path) -> None:
+    """Nor the other way round: the groups of the optimizer's own checkpoint are those of the one or the other."""
+    first = Training(tmp_path / "first.zarr", every=1, window=(2, 5), apply=not advice).train(0, 7)
+    saved = first.checkpoint()
+    first.close()
+    other = Training(tmp_path / "other.zarr", every=1, first_step=7, window=(2, 5), apply=advice)
+    with pytest.raises(
+        ValueError, match=rf"^state: was saved under .*'apply': {not advice}.* got .*'apply': {advice}.*build it with the same$"
+    ):
+        other.load(saved)
+    assert steps_in_force(other.optimizer) == {}
+    other.close()
+
+
 # Survived
 
 

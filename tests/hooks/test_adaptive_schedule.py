@@ -339,6 +339,23 @@ def test_refresh_now_looks_once_at_what_is_new(tmp_path: Path) -> None:
     assert look["retained"] > 0.5
 
 
+def test_a_long_warm_up_is_not_kept(tmp_path: Path) -> None:
+    """Only what the window may still begin with: 1 % below the largest learning rate, which a rise of 3 % puts out of reach."""
+    live = Training(tmp_path / "run.zarr", every=1, rate=lambda step: 1.03**step, total_steps=10**6).train(0, 60)
+    assert live.adaptive is not None
+    spectra = live.adaptive.state_dict()["spectra"]
+    assert len(spectra["rates"]) == len(spectra["records"]) == 1
+    live.close()
+
+
+def test_nothing_is_looked_at_behind_the_recorder(tmp_path: Path) -> None:
+    """The run could no longer tell of it."""
+    live = Training(tmp_path / "run.zarr", every=1, window=(3, 6)).train(0, 9).close()
+    assert live.adaptive is not None
+    live.adaptive.refresh_now()
+    assert live.decisions == [("commit", 6)]
+
+
 # Several optimizers, and steps of several batches
 
 

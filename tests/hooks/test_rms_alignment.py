@@ -544,6 +544,10 @@ def test_refusals(record: Callable[..., Recorder]) -> None:
     with pytest.raises(ValueError, match=r"^optimizer: the recorder watches Muon and not this Muon; attach to it$"):
         RmsAlignment(recorder, other)
     guard = RmsAlignment(recorder, optimizer, rescale=True)
+    for damaged in ({}, {"factors": 2.0}, *({"factors": {"Muon.group0.param0": f}} for f in (float("nan"), float("inf"), 0.0, -1.0, None))):
+        with pytest.raises(ValueError, match=r"^state_dict: expected what state_dict gave, factors above 0 of learning rates by matrix"):
+            guard.load_state_dict(damaged)
+    assert guard.factors == {}
     with pytest.raises(ValueError, match="state_dict: q are no matrices of Muon"):
         guard.load_state_dict({"factors": {"q": 0.5}})
     with pytest.raises(ValueError, match="make it with rescale=True"):
