@@ -74,7 +74,7 @@ def validate(
     for one in lists:
         try:
             given: Any = after_last or one.after_last
-            found[one.name] = measure(one.coefficients, steps=steps or one.steps, after_last=given)
+            found[one.name] = measure(one.coefficients, steps=one.steps if steps is None else steps, after_last=given)
         except ValueError as error:
             raise ValueError(f"{one.name}: {error}") from None
     failing = sum(hazard.severity != "info" for validation in found.values() for hazard in validation.hazards)

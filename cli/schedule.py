@@ -57,6 +57,9 @@ def schedule(
     from ..analysis import derive_schedule, open_run
 
     if what_if:
+        from ..diagnostics.deriving import check_choices
+
+        check_choices(budget, rule, "matched", split)
         answer_what_if(run, family, parse_window(window), output, by_operator=by_operator, as_json=as_json)
         return
     if by_operator:

@@ -84,7 +84,12 @@ def _escape(facts: "Validation") -> Iterator[Hazard]:
 def _sign(facts: "Validation") -> Iterator[Hazard]:
     if facts.negative:
         low = facts.negative[0][0]
-        sentence = f"Singular values above {low:.4f} of ‖M‖_F turn negative: the update goes against its leading direction where the stable rank is below {low**-2:.4g}, which no residual sees."
+        # A first coefficient below zero turns every value, and no stable rank comes near 1e12.
+        where = f"where the stable rank is below {low**-2:.4g}" if low > 1e-6 else "whatever its stable rank"
+        sentence = (
+            f"Singular values above {low:.4f} of ‖M‖_F turn negative: the update goes against its leading direction {where}, "
+            "which no residual sees."
+        )
         yield Hazard("sign", "error", sentence, "Take coefficients whose first polynomial is positive up to 1.", {"from": low})
 
 

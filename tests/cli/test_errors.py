@@ -73,6 +73,8 @@ ARGUMENTS = {
     "rule: expected one of mean, mean-uncapped, minimax, uniform, kappa, got 'best'": ["schedule", "good.zarr", "--rule", "best"],
     "family: expected one of matched, jordan, polar_express, cubic, ": ["schedule", "good.zarr", "--family", "aol_flash"],
     "run: no optimizer in it orthogonalises (Muon does)": ["schedule", "adam.zarr"],
+    "budget: expected a step count of 3 to 8, got 2": ["schedule", "good.zarr", "--what-if", "--budget", "2"],
+    "split: expected one of auto, never, got 'half'": ["schedule", "good.zarr", "--what-if", "--split", "half"],
     "--study: nothing is none of kappa_vs_residual, ": ["analyze", "good.zarr", "--study", "nothing"],
     "run: no optimizer in it orthogonalises": ["analyze", "adam.zarr", "--study", "residual_curves"],
 }

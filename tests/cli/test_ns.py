@@ -147,6 +147,20 @@ def test_what_cannot_be_read_exits_with_two_and_one_sentence(diag, tmp_path, mes
         assert len(line) < 400
 
 
+@pytest.mark.parametrize("coefficients", [[[-1.5, 0.5, 0]], [[-1e99, 1e99, -1e99]], [[1e-220, -1e99, 0]]])
+def test_a_list_that_turns_every_sign_is_a_hazard_and_no_damaged_run(diag, tmp_path, coefficients):
+    result = diag("ns", "validate", write(tmp_path, coefficients), "--steps", "1")
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "goes against its leading direction whatever its stable rank" in " ".join(result.stdout.split())
+
+
+def test_no_steps_are_refused_not_taken_for_the_default(diag, tmp_path):
+    for content, options in (([[1.5, -0.5, 0]], ["--steps", "0"]), ({"coefficients": [[1.5, -0.5, 0]], "steps": 0}, [])):
+        result = diag("ns", "validate", write(tmp_path, content), *options)
+        assert (result.exit_code, result.stdout) == (2, "")
+        assert "steps: expected 1 to 100, got 0" in result.stderr
+
+
 ARGUMENTS = {
     "No such file or directory": ["validate", "missing.json"],
     "Is a directory": ["validate", "."],
