@@ -126,6 +126,7 @@ class AdaptiveSchedule:
         self._over = False  # nothing more will be decided
         self._window_records = 0  # of the window that was committed on, and as many of every look since
         self._unseen = 0  # records since the last look
+        self._early_looks = 0  # since a schedule last came into force
         self._agreeing: Mapping[str, int] | None = None
         self._handle = recorder.on_record(self._heard)
 
@@ -154,6 +155,7 @@ class AdaptiveSchedule:
             "refresh_at": list(self._refresh_at),
             "window_records": self._window_records,
             "unseen": self._unseen,
+            "early_looks": self._early_looks,
             "agreeing": None if self._agreeing is None else dict(self._agreeing),
             "over": self._over,
             "decisions": [dict(entry) for entry in self.decisions],
@@ -175,7 +177,7 @@ class AdaptiveSchedule:
             settings, spectra = state["settings"], ObservedSpectra.of_state([self._label], state["spectra"])
             schedule = None if state["schedule"] is None else Schedule.from_json(state["schedule"], "state")
             decisions = [dict(entry) for entry in state["decisions"]]
-            rest = {name: state[name] for name in ("refresh_at", "window_records", "unseen", "agreeing", "over")}
+            rest = {name: state[name] for name in ("refresh_at", "window_records", "unseen", "early_looks", "agreeing", "over")}
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ValueError(f"state: it is damaged ({error!r}); load what state_dict gave, as it was") from None
         if settings != self._settings():
@@ -192,6 +194,7 @@ class AdaptiveSchedule:
         self.schedule, self._spectra, self.decisions, self._awaits_state = schedule, spectra, decisions, False
         self._refresh_at, self._agreeing = list(rest["refresh_at"]), rest["agreeing"]
         self._window_records, self._unseen, self._over = rest["window_records"], rest["unseen"], rest["over"]
+        self._early_looks = rest["early_looks"]
         told = self._recorder._journal.attributes.setdefault("decisions", [])
         told += [entry for entry in self.decisions if entry not in told]
 
@@ -265,12 +268,21 @@ class AdaptiveSchedule:
         if due:
             self._refresh_at = self._refresh_at[len(due) :]
             self._refresh(step, f"due at step {due[-1]}")
-        elif self._unseen >= self._window_records:
+        elif self._unseen >= self._early_after():
             # What the last look rested on is behind: another one rests on records of its own.
             assert self.schedule is not None
             now, _, _ = retained_gain(self._spectra.window(step, step), self.schedule)
             if now < EARLY:
+                self._early_looks += 1
                 self._refresh(step, f"early: {now:.0%} of the gain is retained")
+
+    def _early_after(self) -> int:
+        """Records since the last look from which on one may come early: twice as many each time, or what never retains much would be told of for ever.
+
+        Not behind the first, whose records may be from both sides of a switch of the data, nor where a look agreed, so that two in a row are near.
+        """
+        agreed = self._agreeing is not None and self._agreeing["agreeing"] > 0
+        return self._window_records * (1 if agreed else 2 ** max(self._early_looks - 1, 0))
 
     def _refresh(self, step: int, why: str) -> None:
         assert self.schedule is not None
@@ -279,6 +291,7 @@ class AdaptiveSchedule:
         found = next_schedule(self.schedule, observed, self._agreeing)
         if found.adopted:
             self._put_into_force(found.schedule)
+            self._early_looks = 0
         self.schedule, self._agreeing, self._unseen = found.schedule, found.state, 0
         kind: Kind = "keep" if not found.adopted else "refresh" if self._apply else "advise"
         self._decide(

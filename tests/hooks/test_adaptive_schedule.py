@@ -339,6 +339,17 @@ def test_refresh_now_looks_once_at_what_is_new(tmp_path: Path) -> None:
     assert look["retained"] > 0.5
 
 
+def test_looks_that_find_nothing_become_rare(tmp_path: Path) -> None:
+    """Equal steps by rule retain nothing of what could be gained, at every record: looks go on, but the first two after twice as many records each."""
+    live = Training(tmp_path / "run.zarr", every=1, window=(3, 6), rule="uniform", refresh=()).train(0, 140)
+    assert live.decisions == [("commit", 6), *(("keep", 6 + 4 * 2**n) for n in range(6))]
+    saved = live.checkpoint()
+    live.close()
+    resumed = Training(tmp_path / "run.zarr", every=1, first_step=140, window=(3, 6), rule="uniform", refresh=()).load(saved)
+    resumed.train(140, 264).close()
+    assert resumed.decisions == [*live.decisions, ("keep", 262)]
+
+
 def test_a_long_warm_up_is_not_kept(tmp_path: Path) -> None:
     """Only what the window may still begin with: 1 % below the largest learning rate, which a rise of 3 % puts out of reach."""
     live = Training(tmp_path / "run.zarr", every=1, rate=lambda step: 1.03**step, total_steps=10**6).train(0, 60)
