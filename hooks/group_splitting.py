@@ -82,8 +82,17 @@ def _inside(scheduler: Any) -> Sequence[Any]:
 
 
 def extend_schedulers(schedulers: Iterable[Any], parts: Sequence[int]) -> None:
-    """Repeat every per-group list of the schedulers for the groups that each group is split into."""
-    for scheduler in schedulers:
-        for key, value in list(vars(scheduler).items()):
-            if key in _PER_GROUP and isinstance(value, list):
-                setattr(scheduler, key, [item for item, count in zip(value, parts, strict=True) for _ in range(count)])
+    """Repeat every per-group list of the schedulers for the groups that each group is split into.
+
+    Raises:
+        ValueError: one of them is of more or fewer groups; none is changed then.
+    """
+    lists = [(s, key, value) for s in schedulers for key, value in vars(s).items() if key in _PER_GROUP and isinstance(value, list)]
+    for scheduler, key, value in lists:
+        if len(value) != len(parts):
+            raise ValueError(
+                f"lr_schedulers: {type(scheduler).__name__} holds {len(value)} `{key}` and the optimizer {len(parts)} parameter groups; build it "
+                "behind the last add_param_group"
+            )
+    for scheduler, key, value in lists:
+        setattr(scheduler, key, [item for item, count in zip(value, parts, strict=True) for _ in range(count)])

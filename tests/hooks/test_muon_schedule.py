@@ -520,3 +520,20 @@ def test_operators_cut_by_depth_are_applied_and_recorded(tmp_path: Path) -> None
     assert [found[f"layers.{i}.q_proj.weight"] for i in range(2)] == [("attn_q", 3), ("attn_q", 4)]
     assert [found[f"layers.{i}.up_proj.weight"] for i in range(2)] == [("mlp_up", 6), ("mlp_up", 7)]
     assert found["layers.1.v_proj.weight"] == ("attn_v", 5)
+
+
+def test_a_scheduler_of_fewer_groups_is_refused_with_all_as_it_was() -> None:
+    """A group was added behind it; of two schedulers neither is extended."""
+    model, optimizer = make()
+    [group] = optimizer.param_groups
+    late = group["params"].pop()
+    short = LambdaLR(optimizer, lambda step: 1.0)
+    optimizer.add_param_group({"params": [late]})
+    whole = LambdaLR(optimizer, lambda step: 1.0)
+    before = list(optimizer.param_groups)
+    with pytest.raises(
+        ValueError, match=r"^lr_schedulers: LambdaLR holds 1 `\w+` and the optimizer 2 parameter groups; build it behind the last"
+    ):
+        apply_schedule(optimizer, UNEQUAL, model, lr_schedulers=[whole, short])
+    assert optimizer.param_groups == before
+    assert len(whole.base_lrs) == 2
