@@ -1,6 +1,7 @@
 """`diag ns`: the known Newton–Schulz families, and whether a list of coefficients is one to use."""
 
 import sys
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,13 +105,14 @@ def _row(name: str, found: "Validation") -> tuple[str, ...]:
 
 def _print_validation(name: str, found: "Validation") -> None:
     """Its facts in a few lines, what every number of steps reaches, and its hazards."""
-    low, high = found.band
-    worst = ", ".join(f"{error:.3f} from {lower:g}" for lower, error in found.worst.items())
+    from ..diagnostics.ns_verdict import told
+
+    worst = ", ".join(f"{_number(error, '.3f')} from {lower:g}" for lower, error in found.worst.items())
     steps = len(found.coefficients)
     say(
         name,
-        f"{steps} step{'' if steps == 1 else 's'}, slope {found.slope:.4g} at 0; x from {found.lower:g} on ends in [{low:.4g}, {high:.4g}]; "
-        f"largest error {worst}; largest singular value in bfloat16 {found.bfloat16:.4g}",
+        f"{steps} step{'' if steps == 1 else 's'}, slope {_number(found.slope)} at 0; values from {found.lower:g} on {told(found.band)}; "
+        f"largest error {worst}; largest singular value in bfloat16 {_number(found.bfloat16)}",
     )
     points = "; ".join(f"{x:.4f} ({'attracting' if abs(slope) < 1 else 'repelling'}, slope {slope:.3g})" for x, slope in found.fixed_points)
     orbit = (
@@ -119,21 +121,24 @@ def _print_validation(name: str, found: "Validation") -> None:
         else "it settles on no cycle"
     )
     say("last triple", f"fixed points {points or 'none'}; repeated {orbit}")
-    (held_low, held_high), (low, high) = found.past_end["repeat"], found.past_end["cycle"]
-    say(
-        "one step past the end",
-        f"[{held_low:.3g}, {held_high:.3g}] with the last triple held, [{low:.3g}, {high:.3g}] where the list begins anew",
-    )
+    held, again = (told(found.past_end[name]) for name in ("repeat", "cycle"))
+    say("one step past the end", f"values {held} with the last triple held, and {again} where the list begins anew")
     if found.nearest:
         differing = f" but for rows {', '.join(map(str, found.nearest.differing))}" if found.nearest.differing else ""
         say("nearest known list", found.nearest.family + differing)
     print_table(
-        ("after", *(f"x = {10.0**-k:g}" for k in range(1, 7))), [(k, *(f"{o:.3g}" for o in row)) for k, row in enumerate(found.reached)]
+        ("after", *(f"x = {10.0**-k:g}" for k in range(1, 7))),
+        [(k, *(_number(o, ".3g") for o in row)) for k, row in enumerate(found.reached)],
     )
     for hazard in found.hazards:
         say(f"{hazard.severity} {hazard.rule}", f"{hazard.sentence} {hazard.advice}")
     if not found.hazards:
         say("hazards", "none")
+
+
+def _number(value: float, spec: str = ".4g") -> str:
+    """A number; of what has left all bounds neither sign nor kind is of interest."""
+    return f"{value:{spec}}" if isfinite(value) else "∞"
 
 
 def _draw(schedules: dict[str, Any], path: Path) -> None:

@@ -20,6 +20,8 @@ Interval: TypeAlias = tuple[float, float]
 LIFTED = 1e-2
 # Beyond this an iterate has left for infinity.
 _ESCAPED = 1e6
+# Sign changes that are told apart: those of a list that folds (0, 1] over and over multiply with every step.
+_SIGN_CHANGES = 512
 
 
 class Escape(NamedTuple):
@@ -98,17 +100,25 @@ def escape(coefficients: Coefficients, reach: float = 1.0) -> Escape | None:
 def negative_intervals(coefficients: Coefficients, reach: float = 1.0) -> list[Interval]:
     """Where in (0, reach] the schedule makes singular values negative: it reverses the update in those directions.
 
-    Sign changes are the zeros of one step's polynomial pulled back through the steps before it.
+    Sign changes are the zeros of one step's polynomial pulled back through the steps before it. Of a list that makes more than 512, those
+    of its first steps that make fewer.
 
     >>> [(round(low, 4), high) for low, high in negative_intervals(((4.0098, -7.0585, 2.4635),))]
     [(0.8837, 1.0)]
     """
     changes: set[float] = set()
+    domains = [(0.0, reach)]
     for step, (a, b, c) in enumerate(coefficients):
         zeros = {sign * sqrt(y) for y in _quadratic_roots(a, b, c) if y > 0 for sign in (1, -1)}
-        for earlier in reversed(coefficients[:step]):
-            zeros = {x for zero in zeros for x in _preimages(earlier, zero)}
+        for earlier, (low, high) in zip(reversed(coefficients[:step]), reversed(domains[:-1]), strict=True):
+            zeros = {x for zero in zeros for x in _preimages(earlier, zero) if low <= x <= high}
+            if len(zeros) > _SIGN_CHANGES:
+                break
+        if len(changes | zeros) > _SIGN_CHANGES:
+            coefficients = coefficients[:step]
+            break
         changes |= {x for x in zeros if 0 < x < reach}
+        domains.append(image((a, b, c), domains[-1]))
     ends = [0.0, *sorted(changes), reach]
     pieces = [(low, high) for low, high in pairwise(ends) if ns_map((low + high) / 2, coefficients) < 0]
     joined: list[Interval] = []
@@ -167,4 +177,7 @@ def _preimages(triple: Triple, value: float) -> list[float]:
 
 
 def _real_roots(polynomial: list[float]) -> list[float]:
-    return [float(root.real) for root in np.roots(polynomial) if abs(root.imag) <= 1e-9 * max(1.0, abs(root))]
+    # A coefficient that is nothing beside the largest would overflow what is divided by it, for a root that is as good as infinite.
+    nothing = 1e-200 * max(map(abs, polynomial))
+    told = [value if abs(value) > nothing else 0.0 for value in polynomial]
+    return [float(root.real) for root in np.roots(told) if abs(root.imag) <= 1e-9 * max(1.0, abs(root))]

@@ -154,6 +154,14 @@ def test_a_list_that_turns_every_sign_is_a_hazard_and_no_damaged_run(diag, tmp_p
     assert "goes against its leading direction whatever its stable rank" in " ".join(result.stdout.split())
 
 
+@pytest.mark.parametrize("coefficients", [[[1e99, -1e99, 0]] * 5, [[10, -10, 0]] * 30])
+def test_what_leaves_all_bounds_is_told_in_words(diag, tmp_path, coefficients):
+    result = diag("ns", "validate", write(tmp_path, coefficients))
+    assert (result.exit_code, result.stderr) == (1, "")
+    assert "values from 0.01 on grow beyond all bounds; largest error ∞ from 0.01" in result.stdout
+    assert not {"nan", "inf", "-inf"} & set(result.stdout.replace(",", " ").split())
+
+
 def test_no_steps_are_refused_not_taken_for_the_default(diag, tmp_path):
     for content, options in (([[1.5, -0.5, 0]], ["--steps", "0"]), ({"coefficients": [[1.5, -0.5, 0]], "steps": 0}, [])):
         result = diag("ns", "validate", write(tmp_path, content), *options)

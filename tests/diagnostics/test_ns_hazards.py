@@ -140,6 +140,20 @@ def test_the_sign_of_aol():
     assert negative_intervals(AOL_NVIDIA, reach=0.88) == []
 
 
+def test_a_list_that_folds_over_and_over_is_told_by_its_first_steps():
+    # 16, 60, 225 and 840 intervals after 3, 4, 5 and 6 steps, and 3.7 times as many with each one more.
+    wild = ((5.0, -17.7, 14.0),) * 20
+    assert len(negative_intervals(wild)) == 225
+    assert negative_intervals(wild) == negative_intervals(wild[:5])
+
+
+@pytest.mark.parametrize("triple", [(5e-324, 5e-324, 5e-324), (5e-324, 1e99, 0.0), (1.0, 1.0, 5e-324), (0.5, -0.25, 1e-310)])
+def test_a_coefficient_next_to_nothing_is_nothing(triple):
+    a, b, c = (value if value > 1e-300 or value < 0 else 0.0 for value in triple)
+    assert escape_radius(triple) == pytest.approx(escape_radius((a, b, c)), abs=1e-40)
+    assert negative_intervals((triple,) * 2) == negative_intervals(((a, b, c),) * 2)
+
+
 def test_fixed_points_and_cycles():
     assert escape_radius((1.5, -0.5, 0.0)) == pytest.approx(np.sqrt(5))  # p(x) = −x
     assert escape_radius((15 / 8, -10 / 8, 3 / 8)) == pytest.approx(np.sqrt(7 / 3))
