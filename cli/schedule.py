@@ -110,7 +110,10 @@ def print_schedule(found: "Schedule", path: Path) -> None:
         "σ under bf16",
         "share of singular values below bfloat16's rounding noise, which Muon iterates in; steps spent on them orthogonalise noise",
     )
-    say("observed", f"{provenance['snapshots']} records, steps {provenance['window'][0]} to {provenance['window'][1]}")
+    say(
+        "observed",
+        f"{provenance['snapshots']} record{'' if provenance['snapshots'] == 1 else 's'}, steps {provenance['window'][0]} to {provenance['window'][1]}",
+    )
     say("schedule", f"{path}. A residual measures geometry; whether the loss gains by it, a training must tell.")
 
 
@@ -126,7 +129,10 @@ def _verdicts(found: "Schedule") -> Iterator[tuple[str, str]]:
         if interval
         else f"no interval: {layers} layer{' is' if layers == 1 else 's are'} too few to draw from"
     )
-    yield "gain", f"{choice['relative_gain']:.1%} of the {of} under {budget} steps for all ({sure})"
+    if set(choice["steps"].values()) == {budget}:
+        yield "gain", f"none to be had by this rule: it chooses {budget} steps for all"
+    else:
+        yield "gain", f"{choice['relative_gain']:.1%} of the {of} under {budget} steps for all ({sure})"
     if found.objective["kept_uniform"]:
         steps = ", ".join(f"{operator} {k}" for operator, k in choice["steps"].items())
         yield "kept uniform", f"that may be nothing, so all keep {budget} steps; with --no-keep-uniform it would be {steps}"

@@ -76,7 +76,7 @@ def schedule_from_spectra(
         budget: step count of the uniform baseline, 3 to 8; the schedule costs no more than it.
         rule: "mean" (least mean residual, no operator worse than the baseline's worst), "mean-uncapped", "minimax", "uniform", or "kappa" (from
             the condition numbers and stable ranks alone).
-        family: "matched" (one design per step count), "jordan" or "polar_express" (the first steps of the list).
+        family: "matched" (one design per step count), or another of `SCHEDULES` (the first steps of its list, the last held).
         recoverable: residuals over the singular values above bfloat16's rounding noise alone. What lies below is noise in an optimizer that
             iterates in bfloat16; it counts by default, as it does in every recorded residual.
         split: "auto" cuts an operator in two by depth where the halves of its layers differ more than operators do; "never" does not.

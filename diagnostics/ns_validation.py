@@ -1,7 +1,7 @@
 """What a list of Newton–Schulz coefficients does, measured: the facts that :mod:`.ns_verdict` judges."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import isfinite
 from typing import Any
 
@@ -130,7 +130,7 @@ def validate(
         bfloat16=largest_in_bfloat16(run, scaling) if bfloat16 else float("nan"),
         nearest=nearest_family(given),
     )
-    return Validation(**{**vars(facts), "hazards": verdict(facts)})
+    return replace(facts, hazards=verdict(facts))
 
 
 def of_family(family: Family, steps: int | None = None) -> Validation:

@@ -20,7 +20,12 @@ _ADAPTIVE = "emerging_optimizers.orthogonalized_optimizers.adaptive_muon.Adaptiv
 
 # When there are more steps than triples, these begin anew, those hold the last.
 _CYCLED = {"simple": FAMILIES["jordan"], "quintic": FAMILIES["you"], "aol": FAMILIES["aol_nvidia"]}
-_HELD = {"polar_express": FAMILIES["polar_express_nvidia"], "cans": FAMILIES["cans"], "deepseekv4": FAMILIES["deepseek_v4"]}
+_HELD = {
+    "polar_express": FAMILIES["polar_express_nvidia"],
+    "cans": FAMILIES["cans"],
+    "deepseekv4": FAMILIES["deepseek_v4"],
+    "cubic5": FAMILIES["cubic5"],
+}
 
 
 def _setting(reading: Reading, *names: str) -> Any:
@@ -51,7 +56,7 @@ def _settings(reading: Reading) -> NewtonSchulz | None:
         return None
     if kind in _CYCLED:
         return NewtonSchulz(_CYCLED[kind].schedule(steps, "cycle"), 1e-7)
-    return NewtonSchulz(_HELD[kind].schedule(steps), 1e-7) if kind in _HELD else None
+    return NewtonSchulz(_HELD[kind].schedule(steps, "repeat"), 1e-7) if kind in _HELD else None
 
 
 def _decay_kind(reading: Reading) -> str:

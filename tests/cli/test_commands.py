@@ -139,7 +139,8 @@ def test_schedule_writes_what_derive_schedule_gives(diag, recorded, tmp_path, op
         residuals = f"{entry.baseline_residual:.3f}", f"{entry.predicted_residual:.3f}"
         assert rows[operator][1:5] == [str(len(entry.matrices)), str(entry.steps), *residuals]
     first, last = found.provenance["window"]
-    assert f"observed: {found.provenance['snapshots']} records, steps {first} to {last}" in result.stdout
+    records = found.provenance["snapshots"]
+    assert f"observed: {records} record{'s' * (records > 1)}, steps {first} to {last}" in result.stdout
 
 
 def verdicts(diag, run, tmp_path, *options):
@@ -151,19 +152,25 @@ def verdicts(diag, run, tmp_path, *options):
 
 
 def test_schedule_says_that_two_layers_are_too_few(diag, recorded, tmp_path):
-    _, said = verdicts(diag, recorded, tmp_path)
+    _, said = verdicts(diag, recorded, tmp_path, "--budget", "4")
     assert said["gain"].endswith("(no interval: 2 layers are too few to draw from)")
     assert said["depth"] == "not tested: no operator has 4 layers to halve"
+
+
+def test_a_rule_that_chooses_equal_steps_says_so(diag, recorded, tmp_path):
+    _, said = verdicts(diag, recorded, tmp_path, "--rule", "uniform", "--window", "12:12")
+    assert said["gain"] == "none to be had by this rule: it chooses 5 steps for all"
+    assert said["observed"] == "1 record, steps 12 to 12"
 
 
 def test_schedule_says_how_sure_it_is(diag, record, tmp_path):
     names = [f"layers.{layer}.{part}" for layer in range(4) for part in ("attn.q_proj", "mlp.up_proj")]
     run = record(tmp_path / "run.zarr", names=names, steps=6)
-    found, said = verdicts(diag, run, tmp_path, "--rule", "mean-uncapped", "--split", "never")
+    found, said = verdicts(diag, run, tmp_path, "--rule", "mean-uncapped", "--split", "never", "--budget", "6")
     choice = found.objective["choice"]
     low, high = choice["relative_gain_interval"]
     assert said["gain"] == (
-        f"{choice['relative_gain']:.1%} of the mean residual under 5 steps for all (95 % over 4 layers: {low:.1%} to {high:.1%})"
+        f"{choice['relative_gain']:.1%} of the mean residual under 6 steps for all (95 % over 4 layers: {low:.1%} to {high:.1%})"
     )
     # As an interval that holds zero decides: in this run, or in none.
     assert ("kept uniform" in said) == found.objective["kept_uniform"]

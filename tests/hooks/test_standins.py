@@ -224,6 +224,8 @@ def test_nvidias_older_layout(flags: tuple[bool, bool], decay: float) -> None:
         ("deepseekv4", 8, (3.4445, -4.775, 2.0315)),
         ("deepseekv4", 10, (2.0, -1.5, 0.5)),
         ("deepseekv4", 12, (2.0, -1.5, 0.5)),
+        ("cubic5", 5, (2.2230472, -0.963065, 0.0)),
+        ("cubic5", 7, (2.2230472, -0.963065, 0.0)),
     ],
 )
 def test_nvidias_lists_of_coefficients(kind: str, steps: int, last: tuple[float, float, float]) -> None:
