@@ -33,7 +33,8 @@ def test_the_error_is_taken_three_times_in_turn(low, ratio):
     high = low * ratio
     (a, b, _), error = optimal_cubic(low, high)
     x = np.array([low, np.sqrt((low**2 + low * high + high**2) / 3), high])
-    assert 1 - (a * x + b * x**3) == pytest.approx(error * np.array([1, -1, 1]), abs=1e-9)
+    # Measured: 2.4e-15 over 20,000 draws.
+    assert 1 - (a * x + b * x**3) == pytest.approx(error * np.array([1, -1, 1]), abs=1e-13)
 
 
 @pytest.mark.parametrize(("steps", "printed"), [(5, 0.796), (8, 0.054)])
@@ -46,8 +47,8 @@ def test_the_best_cubics_from_a_thousandth(steps, printed):
 def test_delta_orthogonalising_reaches_delta_and_no_smaller_value_does(delta, steps):
     triples, lower = delta_orthogonalising(delta, steps)
     low, high = output_band(triples, (lower, 1.0))
-    # A narrow δ is a difference of nearly equal numbers: 6e-13 measured over 400 draws.
-    assert (1 - low, high - 1) == pytest.approx((delta, delta), abs=1e-9)
+    # A narrow δ is a difference of nearly equal numbers: 1.2e-12 measured over 12,000 draws.
+    assert (1 - low, high - 1) == pytest.approx((delta, delta), abs=1e-11)
     smaller = composed(np.array([lower * 0.99]), cans_cubics(lower * 0.99, steps))
     assert abs(1 - smaller[0]) > delta
 
