@@ -9,11 +9,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ..diagnostics.catalogue import SCHEMA
 from ..diagnostics.nan_quantile import nan_quantile
 from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
 from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
+from ..diagnostics.run_format import newer_schema, schema_of
 
 READ = 256  # records
 KEPT, SPECTRA_KEPT = (
@@ -37,11 +37,13 @@ def open_run(path: str | Path) -> xr.DataTree:
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     try:
         root = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-        schema = root["attributes"]["optiscope_schema"]
+        attributes = root["attributes"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"run: {path} is not an Optiscope run; give the folder that was passed to `attach`") from None
-    if not isinstance(schema, int) or schema > SCHEMA:
-        raise ValueError(f"run: {path} has schema {schema!r}, this version reads up to {SCHEMA}; upgrade optiscope")
+        attributes = None
+    if schema_of(attributes) is None:
+        raise ValueError(f"run: {path} is not an Optiscope run; give the folder that was passed to `attach`")
+    if newer := newer_schema(attributes):
+        raise ValueError(f"run: {path} {newer}")
     if "consolidated_metadata" not in root:
         # Its writer was killed before the first commit.
         return xr.DataTree(xr.Dataset(attrs=root["attributes"]))

@@ -2,8 +2,11 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
+
+from .catalogue import SCHEMA
 
 
 def seal(document: Mapping[str, Any]) -> str:
@@ -40,3 +43,32 @@ def chunks_written(mask: str) -> list[int]:
     if bits < 0:
         raise ValueError(f"mask: expected hexadecimal digits, got {mask!r}")
     return [number for number in range(bits.bit_length()) if bits >> number & 1]
+
+
+def schema_of(attributes: Any) -> int | None:
+    """The schema version that a run's attributes tell, None where they are not those of a run.
+
+    >>> schema_of({"optiscope_schema": 1}), schema_of({"optiscope_schema": True}), schema_of([])
+    (1, None, None)
+    """
+    schema = attributes.get("optiscope_schema") if isinstance(attributes, Mapping) else None
+    return schema if type(schema) is int and schema >= 1 else None
+
+
+def newer_schema(attributes: Mapping[str, Any]) -> str | None:
+    """Why a run cannot be read whose schema this version does not know yet, as the end of a sentence; None where it knows it.
+
+    >>> newer_schema({"optiscope_schema": 1000, "versions": {"optiscope": "9.0.1"}}).split("; ")[0]
+    'was written by optiscope 9.0.1 with schema 1000'
+    """
+    schema = schema_of(attributes)
+    if schema is None or schema <= SCHEMA:
+        return None
+    # Whoever recorded last set the schema.
+    sessions = attributes.get("continued")
+    last = sessions[-1] if isinstance(sessions, list) and sessions else attributes
+    versions = last.get("versions") if isinstance(last, Mapping) else None
+    version = versions.get("optiscope") if isinstance(versions, Mapping) else None
+    known = isinstance(version, str) and re.fullmatch(r"[0-9][0-9a-z.+]{0,40}", version)
+    by, what = (f"optiscope {version}", f"optiscope>={version}") if known else ("a newer optiscope", "a newer one")
+    return f"was written by {by} with schema {schema}; this version reads up to {SCHEMA}: install {what}"

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ from torch.optim import Optimizer
 from ..diagnostics.about import Value, checked
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
+from ..diagnostics.run_lock import RunLock
 from .cadence import Cadence
 from .composites import compose
 from .heads import HeadsGiven, check_heads
@@ -20,7 +22,7 @@ from .matrices import Names, find_matrices
 from .provenance import describe_optimizer, describe_software
 from .recorder import Recorder
 from .watched import watch
-from .writer import Writer
+from .writer import Writer, nothing_or_a_run
 
 log = logging.getLogger("optiscope")
 
@@ -64,7 +66,7 @@ def attach(
 
     Raises:
         TypeError: something in `optimizers` is no optimizer, `model` no module, or something in `about` no plain value.
-        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued.
+        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued or that another process is writing.
 
     Example:
         >>> import tempfile, torch
@@ -96,33 +98,52 @@ def attach(
             f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a parameter with two or more dimensions) to record "
             f"{' and '.join(measure)} of, so nothing can be recorded"
         )
-    optimizers_now = [describe_optimizer(w) for w in watched]
-    writer = Writer(store, {**describe_software(), "optimizers": optimizers_now, **stated})
-    layout = Layout(writer, [group for group in MEASURES if group in measure])
-    if not layout.describes(matrices):
-        raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
-    first_step = writer.last_step if first_step is None else first_step
-    if first_step < writer.last_step:
-        raise ValueError(
-            f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
-        )
-    layout.include(matrices)
-    if not writer.is_new:
-        continued: list[dict[str, Any]] = writer.attributes[""].setdefault("continued", [])
-        # One that recorded nothing leaves no trace: the next takes its place.
-        continued[:] = [entry for entry in continued if entry["first_step"] < first_step]
-        continued.append({"first_step": first_step, **describe_software(), "optimizers": optimizers_now, **stated})
+    nothing_or_a_run(Path(store))  # before a lock is left in somebody's folder
+    lock = _locked(Path(store))
+    with ExitStack() as undoing:
+        undoing.callback(lock.release)
+        optimizers_now = [describe_optimizer(w) for w in watched]
+        writer = Writer(store, {**describe_software(), "optimizers": optimizers_now, **stated}, lock)
+        layout = Layout(writer, [group for group in MEASURES if group in measure])
+        if not layout.describes(matrices):
+            raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
+        first_step = writer.last_step if first_step is None else first_step
+        if first_step < writer.last_step:
+            raise ValueError(
+                f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
+            )
+        layout.include(matrices)
+        if not writer.is_new:
+            continued: list[dict[str, Any]] = writer.attributes[""].setdefault("continued", [])
+            # One that recorded nothing leaves no trace: the next takes its place.
+            continued[:] = [entry for entry in continued if entry["first_step"] < first_step]
+            continued.append({"first_step": first_step, **describe_software(), "optimizers": optimizers_now, **stated})
+            log.warning(
+                "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on",
+                store,
+                writer.last_step,
+                first_step + 1,
+            )
+        cadence.start(first_step)
+        for one in watched:
+            one.steps = first_step
+            one.matrices = [m for m in matrices if m.optimizer == one.label]
+        recorder = Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise")
+        undoing.pop_all()
+    return recorder
+
+
+def _locked(store: Path) -> RunLock:
+    """The lock of the run at `store`, and a word of what is odd about it."""
+    lock = RunLock(store)
+    if lock.former is not None:
+        log.info("optiscope: %s was being written by %s, which ended without closing it; recording goes on", store, lock.former)
+    if lock.unlocked is not None:
         log.warning(
-            "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on",
-            store,
-            writer.last_step,
-            first_step + 1,
-        )
-    cadence.start(first_step)
-    for one in watched:
-        one.steps = first_step
-        one.matrices = [m for m in matrices if m.optimizer == one.label]
-    return Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise")
+            "optiscope: the file system of %s has no locks (%s), so that a second recorder of the same run would not be refused: one of them ends "
+            "when it sees what the other has written. Give every training a path of its own.", store, lock.unlocked,
+        )  # fmt: skip
+    return lock
 
 
 def _as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Any]:

@@ -102,10 +102,17 @@ class Journal:
         if any(full):
             self.flush()
 
-    def end(self) -> None:
-        """Flush, the scalars of the present step included."""
-        self._scalars.hand_over()
-        self.flush()
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """Behind the block, whatever becomes of it: flush, the scalars of the present step included, and let another recorder write."""
+        try:
+            try:
+                yield
+            finally:
+                self._scalars.hand_over()
+                self.flush()
+        finally:
+            self._writer.release()
 
     def flush_if_due(self) -> None:
         """Flush if the last one is some time ago."""
@@ -140,6 +147,7 @@ class Journal:
         if isinstance(error, TakenOver):
             log.warning("optiscope: %s; this one has detached, and what it had not committed is lost.", error)
             self.taken_over = True
+            self._writer.release()
             return
         self._write_failures += 1
         dropped = self._writer.trim()

@@ -166,8 +166,8 @@ class Recorder:
 
     @guarded
     def _finish(self) -> None:
-        self._end_record()
-        self._journal.end()
+        with self._journal.ending():
+            self._end_record()
 
     def _hook(self, watched: Watched) -> list[RemovableHandle]:
         before, after = functools.partial(self._before_step, watched), functools.partial(self._after_step, watched)

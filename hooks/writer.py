@@ -8,6 +8,7 @@ writer writes over it.
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import zarr
 from numpy.typing import NDArray
 
 from ..diagnostics.catalogue import SCHEMA
+from ..diagnostics.run_format import newer_schema, schema_of
+from ..diagnostics.run_lock import LOCK_FILES, RunLock
 
 Row = Mapping[str, NDArray[Any] | float]
 
@@ -32,18 +35,18 @@ class TakenOver(RuntimeError):
 class Writer:
     """Appends records to one run. Rows are buffered until :meth:`flush`; :attr:`committed` counts those on disk per group."""
 
-    def __init__(self, path: str | Path, attributes: Mapping[str, Any]) -> None:
-        """Open the run at `path`, making it if nothing is there.
+    def __init__(self, path: str | Path, attributes: Mapping[str, Any], lock: RunLock | None = None) -> None:
+        """Open the run at `path`, making it if nothing is there; `lock` is kept until :meth:`release`.
 
         Raises:
             ValueError: `path` holds something else, or a run of another schema version.
         """
+        self._lock = lock
         self.path = Path(path)
-        self.is_new = _nothing_committed(self.path)
+        self.is_new = nothing_or_a_run(self.path)
         if self.is_new:
-            self._root = zarr.create_group(
-                store=self.path, zarr_format=3, overwrite=True, attributes={"optiscope_schema": SCHEMA, **attributes}
-            )
+            _clear(self.path)
+            self._root = zarr.create_group(store=self.path, zarr_format=3, attributes={"optiscope_schema": SCHEMA, **attributes})
         else:
             self._root = _open_run(self.path)
         # Attributes by group, "" the run's own: changed in memory, written by the next commit.
@@ -54,7 +57,8 @@ class Writer:
         self._static: dict[str, set[str]] = {}
         self._pending: dict[str, list[tuple[int, Row]]] = {}
         self.committed: dict[str, int] = {}
-        for name, group in self._root.groups():
+        # Never a listing of the folder: zarr warns of every file that it does not know, the lock's for one.
+        for name, group in () if self.is_new else self._root.groups():
             arrays = dict(group.arrays())
             self._adopt(name, dict(group.attrs), arrays)
             # A writer killed in a flush leaves arrays that are longer than committed; back to what is committed.
@@ -187,6 +191,11 @@ class Writer:
         if _metadata(self.path)["attributes"].get("writer") not in self._writers:
             raise TakenOver(f"{self.path} is now written by another recorder")
 
+    def release(self) -> None:
+        """Give the lock of the run back, where it was given one: another recorder may write."""
+        if self._lock is not None:
+            self._lock.release()
+
     def trim(self) -> int:
         """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; how many records."""
         dropped = 0
@@ -254,15 +263,34 @@ def _replace(target: Path, document: dict[str, Any]) -> None:
     os.replace(partial, target)
 
 
-def _nothing_committed(path: Path) -> bool:
-    """No file, an empty folder, or a run whose writer was killed before its first commit."""
-    if not path.exists() or (path.is_dir() and all(entry.suffix == ".partial" for entry in path.iterdir())):
+def nothing_or_a_run(path: Path) -> bool:
+    """Whether a run is to be made at `path`, rather than continued: there is nothing, or one whose writer was killed before its first commit.
+
+    Raises:
+        ValueError: it holds something else, or a run that this version cannot continue.
+    """
+    if not path.exists() or (path.is_dir() and all(entry.name in LOCK_FILES or entry.suffix == ".partial" for entry in path.iterdir())):
         return True
     try:
         document = _metadata(path)
-    except (OSError, ValueError):
-        return False
-    return "optiscope_schema" in document.get("attributes", {}) and "consolidated_metadata" not in document
+        attributes = document["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        attributes = None
+    schema = schema_of(attributes)
+    if schema is None:
+        raise ValueError(f"store: {path} exists and is not an Optiscope run; choose another path")
+    if newer := newer_schema(attributes):
+        raise ValueError(f"store: {path} {newer}, or choose another path")
+    if schema != SCHEMA:
+        raise ValueError(f"store: {path} has schema {schema!r}, this version appends to schema {SCHEMA}; choose another path")
+    return "consolidated_metadata" not in document
+
+
+def _clear(path: Path) -> None:
+    """Take away what a writer left that was killed before its first commit; the lock is ours by now."""
+    for entry in path.iterdir() if path.exists() else ():
+        if entry.name not in LOCK_FILES:
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
 
 def _open_run(path: Path) -> "zarr.Group":
@@ -270,9 +298,6 @@ def _open_run(path: Path) -> "zarr.Group":
         root = zarr.open_group(path, mode="r+", zarr_format=3)
     except (FileExistsError, FileNotFoundError, NotADirectoryError, ValueError):
         raise ValueError(f"store: {path} exists and is not an Optiscope run; choose another path") from None
-    schema = root.attrs.get("optiscope_schema")
-    if schema != SCHEMA:
-        raise ValueError(f"store: {path} has schema {schema!r}, this version appends to schema {SCHEMA}; choose another path")
     # A killed writer leaves the temporary file of the write it was in.
     for partial in path.rglob("*.partial"):
         partial.unlink()

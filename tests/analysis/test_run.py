@@ -54,8 +54,10 @@ UNREADABLE = {
     "somebody's Zarr group": (lambda path: rewrite(path, lambda d: d.update(attributes={})), ValueError, "is not an Optiscope run"),
     "JSON of another kind": (lambda path: (path / "zarr.json").write_text("[1]"), ValueError, "is not an Optiscope run"),
     "no JSON": (lambda path: (path / "zarr.json").write_bytes(b"\xff{"), ValueError, "is not an Optiscope run"),
-    "a newer schema": (lambda path: rewrite(path, lambda d: d["attributes"].update(optiscope_schema=2)), ValueError, "has schema 2, this version reads up to 1; upgrade"),
-    "a schema that is no number": (lambda path: rewrite(path, lambda d: d["attributes"].update(optiscope_schema="x")), ValueError, "has schema 'x'"),
+    "a newer schema": (lambda path: rewrite(path, lambda d: d["attributes"].update(optiscope_schema=1000)), ValueError, "with schema 1000; this version reads up to "),
+    "a schema that is no number": (lambda path: rewrite(path, lambda d: d["attributes"].update(optiscope_schema="1")), ValueError, "is not an Optiscope run"),
+    "a schema that is a truth value": (lambda path: rewrite(path, lambda d: d["attributes"].update(optiscope_schema=True)), ValueError, "is not an Optiscope run"),
+    "a schema before the first": (lambda path: rewrite(path, lambda d: d["attributes"].update(optiscope_schema=0)), ValueError, "is not an Optiscope run"),
 }  # fmt: skip
 
 

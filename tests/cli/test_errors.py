@@ -35,7 +35,7 @@ UNREADABLE = {
     "missing.zarr": "nothing found at",
     "folder": "is not an Optiscope run",
     "file.zarr": "is not an Optiscope run",
-    "newer.zarr": "has schema 99, this version reads up to 1; upgrade optiscope",
+    "newer.zarr": " with schema 99; this version reads up to ",
     "empty.zarr": "records",
     "killed.zarr": "records",
     "garbled.zarr": "",

@@ -77,7 +77,7 @@ def test_stores_that_cannot_be_continued(mlp: Make, tmp_path: Path) -> None:
     for path, message in (
         (file, "exists and is not an Optiscope run; choose another path"),
         (folder, "exists and is not an Optiscope run; choose another path"),
-        (foreign, "has schema None, this version appends to schema 1; choose another path"),
+        (foreign, "exists and is not an Optiscope run; choose another path"),
     ):
         with pytest.raises(ValueError, match=f"^store: {path} {message}$"):
             attach(optimizer, model, path)
