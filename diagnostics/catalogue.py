@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from .spectrum_sketch import POINTS
 from .update_size import READABLE_NOISE
 
-SCHEMA = 1  # of the store; raised when a reader of the old one would misread a run
+SCHEMA = 2  # of the store; raised when a reader of the old one would misread a run
 NS_STEPS = 10  # residuals are predicted after 0, 1, …, NS_STEPS steps
 
 # Levels of the quantiles over a matrix's elements: logarithmic into both tails, where ε and clipping act.

@@ -21,8 +21,9 @@ from .lifetime import writing_to
 from .matrices import Names, find_matrices
 from .provenance import describe_optimizer, describe_software
 from .recorder import Recorder
+from .storing.opening import nothing_or_a_run
 from .watched import watch
-from .writer import Writer, nothing_or_a_run
+from .writer import Writer
 
 log = logging.getLogger("optiscope")
 

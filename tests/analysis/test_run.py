@@ -101,7 +101,7 @@ def test_only_what_is_used_is_read(recorded, tmp_path):
             chunk.write_bytes(b"unreadable")
     geometry = records(open_run(tmp_path / "run.zarr"), "geometry")
     assert np.isfinite(geometry["condition_number"].values).all()
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ValueError, match="checksum"):
         geometry["sigma_quantile"].load()
 
 

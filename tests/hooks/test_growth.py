@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-import zarr
 from torch import nn
 from torch.optim import SGD, AdamW
 
 import optiscope.hooks.layout as layout_module
 from optiscope.hooks import attach
+from optiscope.hooks.storing.files import Files
 from optiscope.hooks.writer import Writer
 
 Make = Callable[..., nn.Sequential]
@@ -163,7 +163,7 @@ def test_growth_cut_off_by_a_full_disk_leaves_nothing_half_done(
     mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whichever write fails, records of the old matrices stay readable, and once there is room the new one gets its rows."""
-    written = zarr.Array.__setitem__
+    written = Files.replace
     for failing in (0, 3, 7, 10):
         model = mlp(dropout=0.0)
         optimizer = SGD([model[0].weight], lr=0.1)
@@ -174,13 +174,13 @@ def test_growth_cut_off_by_a_full_disk_leaves_nothing_half_done(
             optimizer.add_param_group({"params": [model[3].weight]})
             count = iter(range(1000))
 
-            def full(array: Any, *args: Any, failing: int = failing, count: Any = count) -> None:
+            def full(files: Files, *args: Any, failing: int = failing, count: Any = count) -> None:
                 if next(count) == failing:
                     raise OSError(28, "No space left on device")
-                written(array, *args)
+                written(files, *args)
 
             with monkeypatch.context() as patched:
-                patched.setattr(zarr.Array, "__setitem__", full)
+                patched.setattr(Files, "replace", full)
                 optimizer.step()
             recorder.flush()
             run = read(store)

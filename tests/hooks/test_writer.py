@@ -17,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from zarr.errors import ZarrUserWarning
 
-import optiscope.hooks.writer as writer_module
+from optiscope.diagnostics.catalogue import SCHEMA
+from optiscope.diagnostics.run_format import chunks_written, seal
+from optiscope.hooks.storing.files import Files
 from optiscope.hooks.writer import CHUNK_STEPS, SCALAR_CHUNK_STEPS, TakenOver, Writer
 
 Read = Callable[[str | Path], Any]
@@ -118,7 +120,11 @@ def test_layout_as_plain_xarray_sees_it(tmp_path: Path, read: Read) -> None:
         name: ("step", *dimensions) for name, (_, dimensions, _) in ARRAYS.items()
     }
     assert (update.attrs, update["size"].attrs) == ({"of": "tests", "list": [{"later": 1.5}]}, {"units": "1"})
-    assert {key: run.attrs[key] for key in ("optiscope_schema", "note", "errors")} == {"optiscope_schema": 1, "note": "test", "errors": 2}
+    assert {key: run.attrs[key] for key in ("optiscope_schema", "note", "errors")} == {
+        "optiscope_schema": SCHEMA,
+        "note": "test",
+        "errors": 2,
+    }
 
 
 def test_what_a_record_lacks_is_missing(tmp_path: Path, read: Read) -> None:
@@ -170,13 +176,17 @@ def test_scalars_cross_their_chunks(tmp_path: Path, read: Read) -> None:
 def test_whole_chunks_are_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Flushing where `append` says so rewrites nothing: as many chunk writes as there are chunks."""
     writer = new_writer(tmp_path / "run.zarr")
-    writes: list[Any] = []
-    setitem = zarr.Array.__setitem__
-    monkeypatch.setattr(zarr.Array, "__setitem__", lambda self, *args: writes.append(self.basename) or setitem(self, *args))
+    writes: list[str] = []
+    replace = Files.replace
+    monkeypatch.setattr(Files, "replace", lambda self, path, content: writes.append(path) or replace(self, path, content))
     for step in range(1, 3 * CHUNK_STEPS + 1):
         if writer.append("update", step, row(step)):
             writer.flush()
-    assert sorted(writes) == sorted([*ARRAYS, "step"] * 3)
+    written = [path for path in writes if "/c/" in path]
+    # The steps' chunks are longer.
+    assert sorted(written) == sorted(
+        [f"update/{name}/c/{i}/0{'/0' * (name == 'curve')}" for name in ARRAYS for i in range(3)] + ["update/step/c/0"] * 3
+    )
     chunks = [p for p in (tmp_path / "run.zarr" / "update" / "size" / "c").rglob("*") if p.is_file()]
     assert len(chunks) == 3
 
@@ -190,11 +200,82 @@ def test_consolidated_metadata_is_what_zarr_would_write(tmp_path: Path) -> None:
     writer.create_array("scalars", "loss", (), (), "float64", {"units": "nats"})
     writer.attributes["update"]["ns_schedules"] = [{"coefficients": [[1.5, -0.5, 0.0]], "eps": 1e-7}]
     writer.flush()
+    # Arrays' own documents follow behind a commit that filled a chunk, and at the end.
+    assert root_document(path)["consolidated_metadata"]["metadata"]["update/size"]["shape"] == [1, MATRICES]
+    assert as_zarr_consolidates(path)["consolidated_metadata"]["metadata"]["update/size"]["shape"] == [0, MATRICES]
+    writer.close()
     assert root_document(path) == as_zarr_consolidates(path)
     writer = Writer(path, {})
-    writer.append("update", 2, row(2))
+    for step in range(2, CHUNK_STEPS + 1):
+        writer.append("update", step, row(step))
+    writer.flush()
     writer.flush()
     assert root_document(path) == as_zarr_consolidates(path)
+
+
+def test_commit_is_sealed_and_says_which_chunks_there_are(tmp_path: Path) -> None:
+    path = tmp_path / "run.zarr"
+    writer = new_writer(path)
+    writer.attributes["update"]["by number"] = {10: "a", 9: "b"}  # keys that JSON makes texts of, and sorts otherwise
+    for step in range(1, 2 * CHUNK_STEPS + 2):
+        values = row(step)
+        if step > CHUNK_STEPS:
+            del values["curve"]  # missing from the second chunk on
+        writer.append("update", step, values)
+    writer.flush()
+    root = root_document(path)
+    assert root["attributes"]["checksum"] == seal(root)
+    chunks = {name: chunks_written(mask) for name, mask in root["attributes"]["chunks"].items()}
+    assert chunks == {
+        "scalars/step": [], "update/step": [0], "update/curve": [0], "update/size": [0, 1, 2], "update/flag": [0, 1, 2], "update/choice": [0, 1, 2],
+    }  # fmt: skip
+    for name, numbers in chunks.items():
+        array = zarr.open_array(path / name, mode="r")
+        files = {int(f.relative_to(path / name / "c").parts[0]) for f in (path / name / "c").rglob("*") if f.is_file()}
+        assert files == set(numbers)
+        assert array.metadata.codecs[-1].to_dict() == {"name": "crc32c"}  # type: ignore[union-attr]
+    root["attributes"]["note"] = "changed"
+    assert root["attributes"]["checksum"] != seal(root)
+
+
+def test_flipped_bit_of_a_chunk_is_seen_by_any_reader(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "run.zarr"
+    writer = new_writer(path)
+    writer.append("update", 1, row(1))
+    writer.close()
+    for chunk in ("update/size/c/0/0", "update/step/c/0", "update/name/c/0"):
+        whole = (path / chunk).read_bytes()
+        for position in (0, len(whole) // 2, len(whole) - 1):
+            broken = bytearray(whole)
+            broken[position] ^= 8
+            (path / chunk).write_bytes(broken)
+            with pytest.raises((ValueError, RuntimeError)):
+                read(path)
+        (path / chunk).write_bytes(whole)
+    assert_holds(read(path), [1])
+
+
+def test_chunks_beside_each_other_are_counted_row_by_row(tmp_path: Path, read: Read) -> None:
+    """Matrices that were added lie in chunks of their own; of records before them, those have no file."""
+    path = tmp_path / "run.zarr"
+    writer = Writer(path, {})
+    writer.create_group("update", {"name": np.array(["a", "b"], dtype=np.dtypes.StringDType())}, {})
+    writer.create_array("update", "size", (2,), ("matrix",), "float64", {})
+    for step in range(1, CHUNK_STEPS + 2):
+        writer.append("update", step, {"size": np.array([1.0, 2.0])})
+    writer.flush()
+    writer.extend_group("update", {"name": np.array(["c"], dtype=np.dtypes.StringDType())})
+    writer.append("update", 100, {"size": np.array([1.0, 2.0, 3.0])})
+    writer.close()
+    assert chunks_written(root_document(path)["attributes"]["chunks"]["update/size"]) == [0, 2, 3]
+    assert sorted(f.relative_to(path).as_posix() for f in path.glob("update/size/c/*/*")) == [
+        f"update/size/c/{i}" for i in ("0/0", "1/0", "1/1")
+    ]
+    update = read(path)["update"]
+    assert update["name"].values.tolist() == ["a", "b", "c"]
+    expected = np.full((CHUNK_STEPS + 2, 3), [1.0, 2.0, np.nan])
+    expected[-1, 2] = 3
+    np.testing.assert_array_equal(update["size"].values, expected)
 
 
 # Torn flushes
@@ -205,7 +286,7 @@ class Killed(BaseException):
 
 
 def break_at(k: int, error: BaseException, patch: pytest.MonkeyPatch) -> list[int]:
-    """Make the k-th operation of a flush raise, counting array writes, resizings, and every file's renaming into place."""
+    """Make the k-th operation of a flush raise, counting every file's opening and its renaming into place."""
     count = [0]
 
     def counted(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -217,8 +298,7 @@ def break_at(k: int, error: BaseException, patch: pytest.MonkeyPatch) -> list[in
 
         return operation
 
-    patch.setattr(zarr.Array, "__setitem__", counted(zarr.Array.__setitem__))
-    patch.setattr(zarr.Array, "resize", counted(zarr.Array.resize))
+    patch.setattr(Path, "open", counted(Path.open))
     patch.setattr(os, "replace", counted(os.replace))
     return count
 
@@ -247,9 +327,9 @@ def started(path: Path) -> Writer:
 
 def test_failed_flush_commits_nothing_and_loses_nothing(tmp_path: Path, read: Read) -> None:
     operations = operations_of_a_flush(tmp_path)
-    # Seven arrays are resized and written (14); renamed are their metadata (7), a chunk each of three and two each of the
-    # four that cross the boundary (11), and the documents of both groups and the root (3).
-    assert operations >= 35
+    # Opened and renamed are a chunk each of three arrays and two each of the four that cross the boundary (11) and the root's document;
+    # four of them are renamed again, when the new chunk's folder is there.
+    assert operations == 2 * (11 + 1) + 4
     for k in range(1, operations + 1):
         path = tmp_path / f"{k}.zarr"
         writer = started(path)
@@ -265,6 +345,7 @@ def test_failed_flush_commits_nothing_and_loses_nothing(tmp_path: Path, read: Re
         run = read(path)
         assert_holds(run, list(range(1, 68)))
         assert run["scalars"]["loss"].values.tolist() == [1.0, 2.0]
+        writer.close()
         assert root_document(path) == as_zarr_consolidates(path)
 
 
@@ -284,7 +365,7 @@ def test_run_cut_off_in_a_flush_is_continued(tmp_path: Path, read: Read) -> None
         assert_holds(read(path), list(range(1, 63)))
         assert root_document(path) == as_zarr_consolidates(path)
         after.append("update", 100, row(100))
-        after.flush()
+        after.close()
         assert_holds(read(path), [*range(1, 63), 100])
         assert root_document(path) == as_zarr_consolidates(path)
         assert not list(path.rglob("*.partial"))
@@ -302,11 +383,9 @@ def test_copy_taken_in_the_middle_of_a_flush(tmp_path: Path, read: Read, monkeyp
 
         return operation
 
-    monkeypatch.setattr(zarr.Array, "__setitem__", looked_at(zarr.Array.__setitem__))
-    monkeypatch.setattr(zarr.Array, "resize", looked_at(zarr.Array.resize))
-    monkeypatch.setattr(writer_module, "_replace", looked_at(writer_module._replace))
+    monkeypatch.setattr(Files, "replace", looked_at(Files.replace))
     writer.flush()
-    assert seen == [62] * 17  # seven arrays resized and written, three documents replaced
+    assert seen == [62] * (11 + 1)  # chunks, and the root's document
     assert read(tmp_path / "run.zarr")["update"].sizes["step"] == 66
 
 
@@ -317,10 +396,12 @@ def test_variable_left_uncommitted_by_a_killed_writer(tmp_path: Path, read: Read
     writer.create_array("scalars", "orphan", (), (), "float64", {})
     writer.append("scalars", 3, {"orphan": 3.0})
     with pytest.MonkeyPatch.context() as patch:
-        break_at(operations_of_a_flush(tmp_path) + 4, Killed(), patch)  # the root's renaming: four operations are the orphan's
+        break_at(
+            operations_of_a_flush(tmp_path) + 5, Killed(), patch
+        )  # the root's renaming: the orphan's chunk is renamed twice, its document once
         with pytest.raises(Killed):
             writer.flush()
-    assert (path / "zarr.json.partial").exists()
+    assert list(path.glob(".*.partial"))
     assert (path / "scalars" / "orphan").is_dir()
     (path / "scalars" / ".ipynb_checkpoints").mkdir()  # some leave folders anywhere
     after = Writer(path, {})
@@ -338,8 +419,9 @@ def test_variable_left_uncommitted_by_a_killed_writer(tmp_path: Path, read: Read
 def test_partial_files_are_swept(tmp_path: Path, read: Read) -> None:
     path = tmp_path / "run.zarr"
     started(path).flush()
-    leftovers = [path / "zarr.json.partial", path / "update" / "size" / "c" / "0" / "0.0123456789abcdef.partial"]
+    leftovers = [path / ".0123456789abcdef.7.partial", path / "update" / "size" / "c" / "2" / "0", path / "update" / "size" / "c.0.0"]
     for leftover in leftovers:
+        leftover.parent.mkdir(exist_ok=True)
         leftover.write_bytes(b"half a fi")
     Writer(path, {})
     assert not any(leftover.exists() for leftover in leftovers)
@@ -350,17 +432,17 @@ def test_run_that_never_committed_is_made_again(tmp_path: Path, read: Read, monk
     """Killed while it was laid out, at the root's first commit, or before its first file was in place."""
     path = tmp_path / "run.zarr"
     with monkeypatch.context() as patch:
-        patch.setattr(writer_module, "_replace", lambda *args: 1 / 0)
+        patch.setattr(Writer, "_commit", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             new_writer(path)
-    assert (path / "update" / "size").is_dir()
+    assert (path / "update" / "name").is_dir()
     shutil.copytree(path, tmp_path / "bare.zarr")
     for child in (tmp_path / "bare.zarr").iterdir():
         if child.is_dir():
             shutil.rmtree(child)
     (tmp_path / "empty.zarr").mkdir()
     (tmp_path / "half.zarr").mkdir()
-    (tmp_path / "half.zarr" / "zarr.0123456789abcdef.partial").write_bytes(b"{")
+    (tmp_path / "half.zarr" / ".0123456789abcdef.0.partial").write_bytes(b"{")
     for name in ("run", "bare", "empty", "half"):
         writer = new_writer(tmp_path / f"{name}.zarr")
         assert writer.is_new

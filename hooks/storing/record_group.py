@@ -1,0 +1,106 @@
+"""The records of one group: the rows of the chunk that is not yet full stay in memory, so that a flush reads nothing back."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import Files
+from .stored_array import StoredArray
+
+Row: TypeAlias = Mapping[str, NDArray[Any] | float]
+# Reads an array from some record to another, both numbers.
+Read: TypeAlias = Callable[[StoredArray, int, int], NDArray[Any]]
+
+CHUNK_STEPS = 64
+SCALAR_CHUNK_STEPS = 1024
+
+
+class RecordGroup:
+    """One group of a run.
+
+    Attributes:
+        arrays: those along `step`, by name.
+        static: the others.
+        steps: of all records, committed or not.
+        committed: how many records are.
+    """
+
+    def __init__(self, path: str, arrays: Mapping[str, StoredArray], steps: list[int], read: Read) -> None:
+        self.path = path
+        self.arrays = {name: array for name, array in arrays.items() if array.has_steps}
+        self.static = {name: array for name, array in arrays.items() if not array.has_steps}
+        self.chunk_steps = SCALAR_CHUNK_STEPS if path.rpartition("/")[2] == "scalars" else CHUNK_STEPS
+        self.steps = steps
+        self.committed = len(steps)
+        self._changed = len(steps)  # the first record that is not on disk as it is here
+        self._start = len(steps)  # number of the first of `_rows`
+        self._rows: list[Row] = []
+        self._read = read
+
+    def append(self, step: int, row: Row) -> bool:
+        """Take a record, true where it ends a chunk; a further one of the last step is merged with it, so that steps stay unique."""
+        if self.steps and self.steps[-1] == step:
+            self._reach_back(len(self.steps) - 1)
+            self._rows[-1] = {**self._rows[-1], **row}
+            self._changed = min(self._changed, len(self.steps) - 1)
+        else:
+            self.steps.append(step)
+            self._rows.append(row)
+        return len(self.steps) % self.chunk_steps == 0
+
+    def trim(self) -> int:
+        """Drop the oldest records that are not committed beyond 4 chunks of them; how many."""
+        excess = max(0, len(self.steps) - self.committed - 4 * self.chunk_steps)
+        if excess:
+            self._reach_back(self.committed)
+            del self._rows[self.committed - self._start :][:excess]
+            del self.steps[self.committed : self.committed + excess]
+        return excess
+
+    def write(self, files: Files, count: int) -> None:
+        """Write the chunks that hold records from the first changed one up to `count`."""
+        if self._changed >= count:
+            return
+        self._reach_back(self._changed)
+        for name, array in self.arrays.items():
+            length = array.chunk[0]
+            for chunk in range(self._changed // length, -(-count // length)):
+                array.write(files, chunk, self._block(name, array, chunk * length, min(count, (chunk + 1) * length)))
+
+    def settle(self, count: int) -> bool:
+        """`count` records are committed: rows of full chunks are let go; whether there were any."""
+        self.committed = self._changed = count
+        full = count - count % self.chunk_steps
+        let_go = full - self._start
+        if let_go > 0:
+            del self._rows[:let_go]
+            self._start = full
+        return let_go > 0
+
+    def declare(self, count: int) -> None:
+        """Give all arrays the length of so many records."""
+        for array in self.arrays.values():
+            array.resize((count, *array.shape[1:]))
+
+    def _block(self, name: str, array: StoredArray, start: int, stop: int) -> NDArray[Any]:
+        block = array.empty(array.chunk[0])
+        if name == "step":
+            block[: stop - start] = self.steps[start:stop]
+            return block
+        for i, row in enumerate(self._rows[start - self._start : stop - self._start]):
+            if name in row:
+                value = np.asarray(row[name])
+                within: tuple[int | slice, ...] = (i, *(slice(size) for size in value.shape))
+                block[within] = value  # a row may be from before matrices were added
+        return block
+
+    def _reach_back(self, record: int) -> None:
+        """Have the rows from the start of this record's chunk on, read back where they were let go or written by another writer."""
+        start = record - record % self.chunk_steps
+        if self._start > start:
+            stop = self._start
+            read = {name: self._read(array, start, stop) for name, array in self.arrays.items() if name != "step"}
+            self._rows[:0] = [{name: values[i] for name, values in read.items()} for i in range(stop - start)]
+            self._start = start
