@@ -16,7 +16,7 @@ from .ns_families import Coefficients, repeat_last
 from .output_dispersion import row_dispersion
 from .rotation import Rotation, rotation_drift, rotation_gain
 from .second_moment import Moments, measure_maps, measure_moments
-from .spectrum import BFLOAT16_ROUNDOFF, Spectrum, precision_floor, spectrum
+from .spectrum import BFLOAT16_ROUNDOFF, Spectrum, largest_magnitude, precision_floor, spectrum
 from .spectrum_sketch import sketch
 from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
 from .variance_reduction import cosine, variance_ratio
@@ -93,33 +93,56 @@ class Observation:
     @cached_property
     def applied(self) -> Floats:
         """W_t − W_{t+1}, everything included."""
-        return self.weight_before.astype(np.float64) - self.weight_after
+        difference = self.weight_before.astype(np.float64)
+        difference -= self.weight_after
+        return difference
 
     @cached_property
+    def applied_rms(self) -> float:
+        """RMS of `applied`."""
+        return rms(self.applied)
+
+    @cached_property
+    def weight_rms(self) -> float:
+        """RMS of W_t."""
+        return rms(self.weight_before)
+
+    @property
     def update(self) -> Floats:
         """The update per learning rate, decoupled decay taken out."""
-        return update_without_decay(
-            self.weight_before.astype(np.float64), self.weight_after.astype(np.float64), self.lr, self.decoupled_decay
-        )
+        return update_without_decay(self.applied, self.weight_before, self.lr, self.decoupled_decay)
+
+    @property
+    def update_rms(self) -> float:
+        """RMS of `update`, which without decay is `applied` but for a factor."""
+        if self.lr and not self.decoupled_decay:
+            return self.applied_rms / abs(self.lr)
+        return rms(self.update)
 
     @cached_property
     def update_noise(self) -> float:
         """Relative rounding error of the applied update as read back."""
-        return reading_noise(rms(self.weight_before), rms(self.applied), self.weight_roundoff)
+        return reading_noise(self.weight_rms, self.applied_rms, self.weight_roundoff)
 
     @cached_property
     def spectrum(self) -> Spectrum | None:
         """Of the NS input; None where that is not there, zero, or not finite."""
-        if self.ns_input is None or not np.isfinite(norm := rms(self.ns_input)) or norm == 0:
+        if self.ns_input is None or not np.isfinite(largest := largest_magnitude(self.ns_input)) or largest == 0:
             return None
         return spectrum(self.ns_input, unit_roundoff=self.ns_roundoff)
 
     @cached_property
     def output(self) -> NDArray[np.floating] | None:
-        """O, read back from the applied update where nothing but a scale followed the iteration; None where it is not known so."""
+        """O, read back from the applied update where nothing but a scale followed the iteration; None where it is not known so.
+
+        In float32 unless the weights are float64: rounding it is less than what rounding the weights has left.
+        """
         if self.newton_schulz is None or not self.update_noise <= READABLE_NOISE or not np.isfinite(self.output_scale):
             return None
-        return self.update / self.output_scale
+        known = np.float64 if self.weight_before.dtype == np.float64 else np.float32
+        if self.lr and not self.decoupled_decay:
+            return np.asarray(self.applied * (1 / (self.lr * self.output_scale)), known)
+        return np.asarray(self.update / self.output_scale, known)
 
 
 def side_by_side(observations: Sequence[Observation]) -> Observation:
@@ -166,11 +189,11 @@ quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 @quietly
 def measure_update(seen: Observation) -> Measured:
     """The quantities of the group `update` (see the catalogue for each definition)."""
-    update_rms, weight_rms = rms(seen.applied), rms(seen.weight_before)
+    update_rms, weight_rms = seen.applied_rms, seen.weight_rms
     return {
         "update_rms": update_rms,
         "update_norm": update_rms * float(np.sqrt(seen.applied.size)),
-        "update_rms_per_lr": rms(seen.update),
+        "update_rms_per_lr": seen.update_rms,
         "update_rms_target": seen.target_rms,
         "update_rms_intended": seen.intended_rms,
         "update_noise": seen.update_noise,

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 def row_dispersion(output: NDArray[np.floating]) -> float:
     """Standard deviation over mean of the squared row norms ‖O_i·‖², shape (m, n). Dimensionless, blind to O's scale; NaN for O = 0.
 
-    NorMuon (arXiv 2510.05491) divides every row by the root of an average of these. Of the columns: that of `output.T`.
+    The squared norms are summed in the format of O: in float32 right to 2e-6 of their size. NorMuon (arXiv 2510.05491) divides every row by the root of an average of these. Of the columns: that of `output.T`.
 
     >>> row_dispersion(np.diag([1.0, 1.0])), row_dispersion(np.array([[2.0, 0.0], [0.0, 0.0]]))
     (0.0, 1.0)
     """
-    squared = np.einsum("ij,ij->i", output, output, dtype=np.float64)
+    squared = np.einsum("ij,ij->i", output, output).astype(np.float64)
     mean = float(squared.mean())
     return float(squared.std()) / mean if mean else float("nan")
 

@@ -22,15 +22,20 @@ def rms(array: NDArray[np.floating]) -> float:
     return float(np.sqrt(flat @ flat / flat.size))
 
 
-def update_without_decay(before: Floats, after: Floats, lr: float, decoupled_decay: float) -> Floats:
-    """U = (W_t(1 − ηλ) − W_{t+1})/η: the applied update per learning rate, decoupled weight decay taken out.
+def update_without_decay(applied: Floats, before: NDArray[np.floating], lr: float, decoupled_decay: float) -> Floats:
+    """U = (ΔW − ηλW_t)/η with ΔW = W_t − W_{t+1}: the applied update per learning rate, decoupled weight decay taken out.
 
-    Arrays of one shape in parameter units; η = `lr`, λ = `decoupled_decay` (0 for coupled decay, which is inside the
-    update and cannot be separated from it). NaN where η = 0. Source: AdaMuon Eq. 9–10, read backwards.
+    Arrays of one shape in parameter units, ΔW in float64; η = `lr`, λ = `decoupled_decay` (0 for coupled decay, which is inside
+    the update and cannot be separated from it). NaN where η = 0. Source: AdaMuon Eq. 9–10, read backwards.
     """
     if lr == 0:
-        return np.full_like(before, np.nan)
-    return (before * (1 - lr * decoupled_decay) - after) / lr
+        return np.full_like(applied, np.nan)
+    if not decoupled_decay:
+        return applied / lr
+    update: Floats = np.multiply(before, lr * decoupled_decay, dtype=np.float64)
+    np.subtract(applied, update, out=update)
+    update /= lr
+    return update
 
 
 def reading_noise(weight_rms: float, update_rms: float, unit_roundoff: float) -> float:

@@ -42,12 +42,12 @@ def test_decay_and_learning_rate_are_taken_out(lr, decay, seed):
     before, update = rng.standard_normal((3, 4)), rng.standard_normal((3, 4))
     after = before - lr * decay * before - lr * update
     # Rounding of W at 1e-16, divided by η.
-    assert update_without_decay(before, after, lr, decay) == pytest.approx(update, abs=1e-14 / lr)
+    assert update_without_decay(before - after, before, lr, decay) == pytest.approx(update, abs=1e-14 / lr)
 
 
 def test_a_step_of_decay_alone_is_no_update():
     before = np.random.default_rng(0).standard_normal((3, 4))
-    assert update_without_decay(before, before * (1 - 0.1 * 0.25), 0.1, 0.25) == pytest.approx(0, abs=1e-15)
+    assert update_without_decay(before - before * (1 - 0.1 * 0.25), before, 0.1, 0.25) == pytest.approx(0, abs=1e-15)
 
 
 def test_no_learning_rate_gives_nan():
@@ -63,7 +63,7 @@ def test_adamw_moves_by_about_a_fifth_of_its_learning_rate():
         weight.grad = torch.randn(200, 200, generator=generator)
         before = weight.detach().double().numpy()
         optimizer.step()
-    found = rms(update_without_decay(before, weight.detach().double().numpy(), 1e-3, 0.0))
+    found = rms(update_without_decay(before - weight.detach().double().numpy(), before, 1e-3, 0.0))
     assert found == pytest.approx(0.2294, abs=0.01)
     assert found == pytest.approx(ADAMW_RMS, rel=0.2)
 
