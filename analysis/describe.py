@@ -9,7 +9,7 @@ from .run import operators_of, records
 
 
 def describe(run: xr.DataTree) -> dict[str, Any]:
-    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took, what was decided and noted live."""
+    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took, what was decided and noted live, the lineages that there are."""
     groups = {}
     for name in sorted(run.children):
         group = run[name].to_dataset()
@@ -28,6 +28,8 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         if len(values):
             last[name] = float(values[-1])
     return {
+        "lineage": run.attrs.get("lineage"),
+        "lineages": run.attrs.get("lineages", []),
         "created": run.attrs.get("created"),
         "versions": run.attrs.get("versions", {}),
         "optimizers": [{**entry, "geometry_describes": _joined(entry["spectrum_of"])} for entry in run.attrs.get("optimizers", [])],

@@ -14,6 +14,7 @@ from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
 from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
 from ..diagnostics.run_format import newer_schema, schema_of
+from .lineages import of_lineage
 
 READ = 256  # records
 KEPT, SPECTRA_KEPT = (
@@ -22,15 +23,20 @@ KEPT, SPECTRA_KEPT = (
 )  # bytes of an array, of one of spectra, up to which it is read once for all studies of an opened run
 
 
-def open_run(path: str | Path) -> xr.DataTree:
+def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
     """The run at `path`: groups `geometry`, `update`, `second_moment` and `scalars`, as far as they were recorded.
 
     Arrays are read when used. A run that is still being written, or whose writer was killed, shows its committed records;
     open it again to see newer ones.
 
+    Args:
+        path: the folder that was passed to `attach`.
+        lineage: of a run that was restarted from an earlier checkpoint, a number of what it held before (from 0 on), as the result's attribute
+            `lineages` lists them; by default the newest.
+
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: it is no Optiscope run, or one of a newer schema.
+        ValueError: it is no Optiscope run, one of a newer schema, or has no such lineage.
     """
     path = Path(path)
     if not path.exists():
@@ -46,8 +52,8 @@ def open_run(path: str | Path) -> xr.DataTree:
         raise ValueError(f"run: {path} {newer}")
     if "consolidated_metadata" not in root:
         # Its writer was killed before the first commit.
-        return xr.DataTree(xr.Dataset(attrs=root["attributes"]))
-    return xr.open_datatree(path, engine="zarr", chunks=None)
+        return of_lineage(xr.DataTree(xr.Dataset(attrs=root["attributes"])), lineage)
+    return of_lineage(xr.open_datatree(path, engine="zarr", chunks=None), lineage)
 
 
 def records(run: xr.DataTree, group: str) -> xr.Dataset:

@@ -39,7 +39,7 @@ def analysed(run: xr.DataTree, path: Path, folder: Path, names: Sequence[str]) -
     """
     here = [name for name in names if name in THEMES["geometry"]]
     there = [name for name in names if name not in here]
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open, (path,)) as second:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open, (path, run.attrs.get("lineage"))) as second:
         try:
             given = {name: second.submit(_make, name, folder) for name in there}
             for task in (*here, FINDINGS):
@@ -65,10 +65,10 @@ def make(run: xr.DataTree, task: str, folder: Path) -> Any:
 _run: xr.DataTree  # of the second process
 
 
-def _open(path: Path) -> None:
+def _open(path: Path, lineage: int | None) -> None:
     global _run
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells this one
-    _run = open_run(path)
+    _run = open_run(path, lineage)
 
 
 def _make(task: str, folder: Path) -> Any:

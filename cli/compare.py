@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import JsonOption, command, print_json
-from .run import print_table, say
+from .run import LineageOption, print_table, say
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -28,6 +28,7 @@ def compare(
         typer.Option(help="The training loss to reach; by default the baseline's last smoothed one.", metavar="X", show_default=False),
     ] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="Folder for the figure and the tables.", show_default=False)] = None,
+    lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Compare runs: same data and budget or not, what each took to reach one loss, and how far seeds scatter."""
@@ -38,7 +39,7 @@ def compare(
 
     names = _names(runs)
     chosen = None if baseline is None else names.get(Path(baseline).resolve(), baseline)
-    dataset = comparison.study({name: open_run(path) for path, name in names.items()}, chosen, target_loss)
+    dataset = comparison.study({name: open_run(path, lineage) for path, name in names.items()}, chosen, target_loss)
     summary = comparison.summary(dataset)
     files = write_answer(Answer(comparison, dataset), "compare", output) if output is not None else []
     if as_json:

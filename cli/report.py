@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from .app import JsonOption, command, print_json
-from .run import console, say
+from .run import LineageOption, console, say
 
 RunArguments = Annotated[
     list[Path], typer.Argument(help="Folders of runs, as passed to attach; several give one comparing page.", metavar="RUN.zarr …")
@@ -17,6 +17,7 @@ RunArguments = Annotated[
 def report(
     runs: RunArguments,
     output: Annotated[Path, typer.Option("-o", "--output", help="Where to write the page.")] = Path("report.html"),
+    lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write one self-contained HTML page: findings, every study with its picture, every matrix."""
@@ -31,7 +32,7 @@ def report(
     from ..analysis.report.page import write_report
 
     terminal = console(stderr=True)
-    opened = {name: open_run(path) for name, path in _names(runs).items()}
+    opened = {name: open_run(path, lineage) for name, path in _names(runs).items()}
     written = write_report(
         opened, output, lambda studies: track(studies, "analysing", console=terminal, transient=True, disable=not terminal.is_terminal)
     )

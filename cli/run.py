@@ -12,19 +12,29 @@ if TYPE_CHECKING:
     import xarray as xr
 
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder, as passed to attach.", metavar="RUN.zarr", show_default=False)]
+LineageOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Of a run that was restarted from an earlier checkpoint, one that was left, as `diag info` numbers them; by default the newest.",
+        metavar="N",
+        show_default=False,
+    ),
+]
 
 
 @command
-def info(run: RunArgument, as_json: JsonOption = False) -> None:
+def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = False) -> None:
     """Tell what is in a run."""
     from ..analysis import open_run
     from ..analysis.describe import describe
 
-    described = describe(open_run(run))
+    described = describe(open_run(run, lineage))
     if as_json:
         print_json(described)
         return
     say(run, f"begun {described['created']}")
+    for entry in described["lineages"]:
+        say(f"lineage {entry['lineage']}", _of_lineage(entry, described["lineage"]))
     for optimizer in described["optimizers"]:
         around = "".join(f"{wrapper} around " for wrapper in optimizer.get("wrapped_by", ()))
         read_by = ", ".join(dict.fromkeys(optimizer.get("read_by", ())))
@@ -61,6 +71,12 @@ def info(run: RunArgument, as_json: JsonOption = False) -> None:
         say("recording", f"took {described['overhead']:.2%} of the wall time")
 
 
+def _of_lineage(entry: dict[str, Any], shown: int) -> str:
+    extent = f"{entry['records']} record{'' if entry['records'] == 1 else 's'} of its own, to step {entry['last_step']}"
+    left = "the newest" if entry["after"] is None else f"left after step {entry['after']}"
+    return f"{left}, {extent}{'; shown here' if entry['lineage'] == shown else ''}"
+
+
 @command
 def analyze(
     run: RunArgument,
@@ -68,12 +84,14 @@ def analyze(
         Path | None, typer.Option("-o", "--output", help="Folder for tables and figures; by default RUN-analysis.", show_default=False)
     ] = None,
     study: Annotated[list[str] | None, typer.Option(help="Only this study; may be given several times.", show_default=False)] = None,
+    lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Write tables and figures of every study and say what they mean."""
     from ..analysis import open_run
 
-    result = analyse_into(open_run(run), output or sibling(run, "-analysis"), study, path=run)
+    suffix = "-analysis" if lineage is None else f"-lineage-{lineage}-analysis"
+    result = analyse_into(open_run(run, lineage), output or sibling(run, suffix), study, path=run)
     if as_json:
         print_json(result)
         return
@@ -84,6 +102,7 @@ def analyze(
 def check(
     run: RunArgument,
     fail_on: Annotated[Literal["info", "warning", "error"], typer.Option(help="Least severity that makes the exit code 1.")] = "warning",
+    lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Check update sizes and hazards: exit code 0 clean, 1 findings, 2 unreadable."""
@@ -91,7 +110,7 @@ def check(
     from ..analysis import open_run
     from ..analysis.findings import SEVERITIES
 
-    findings = find(open_run(run))
+    findings = find(open_run(run, lineage))
     failing = [f for f in findings if SEVERITIES.index(f.severity) >= SEVERITIES.index(fail_on)]
     if as_json:
         print_json({"findings": [f.as_dict() for f in findings], "failing": len(failing)})

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import JsonOption, command
-from .run import RunArgument, print_table, say
+from .run import LineageOption, RunArgument, print_table, say
 from .what_if import answer_what_if
 
 if TYPE_CHECKING:
@@ -51,6 +51,7 @@ def schedule(
         bool, typer.Option("--what-if", help="Write no schedule; compare families and step counts, exact and in bfloat16.")
     ] = False,
     by_operator: Annotated[bool, typer.Option("--by-operator", help="With --what-if, every operator too.")] = False,
+    lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Derive Newton–Schulz steps and coefficients per operator."""
@@ -60,7 +61,7 @@ def schedule(
         from ..diagnostics.deriving import check_choices
 
         check_choices(budget, rule, "matched", split)
-        answer_what_if(run, family, parse_window(window), output, by_operator=by_operator, as_json=as_json)
+        answer_what_if(open_run(run, lineage), family, parse_window(window), output, by_operator=by_operator, as_json=as_json)
         return
     if by_operator:
         raise ValueError("--by-operator: expected together with --what-if; a schedule is printed by operator anyway")
@@ -68,7 +69,7 @@ def schedule(
     if len(chosen) > 1:
         raise ValueError(f"--family: expected one for a schedule, got {', '.join(chosen)}; --what-if compares several")
     found = derive_schedule(
-        open_run(run), budget=budget, rule=rule, family=chosen[0], window=parse_window(window), recoverable=recoverable, split=split,
+        open_run(run, lineage), budget=budget, rule=rule, family=chosen[0], window=parse_window(window), recoverable=recoverable, split=split,
         keep_uniform=keep_uniform,
     )  # fmt: skip
     found.save(path)

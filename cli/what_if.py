@@ -16,16 +16,15 @@ FEW = 3
 
 
 def answer_what_if(
-    run: Path, families: list[str] | None, window: slice | None, output: Path | None, *, by_operator: bool, as_json: bool
+    run: "xr.DataTree", families: list[str] | None, window: slice | None, output: Path | None, *, by_operator: bool, as_json: bool
 ) -> None:
     """Compute, print, and write the table to `output` as CSV."""
-    from ..analysis import open_run
     from ..analysis.what_if import DEFAULT_FAMILIES, hazardous, summary, table, what_if
 
     chosen = list(dict.fromkeys(families or DEFAULT_FAMILIES))
     if by_operator and not families:
         chosen = chosen[:FEW]
-    found = what_if(open_run(run), window, chosen)
+    found = what_if(run, window, chosen)
     rows = table(found)
     if output is not None:
         with output.open("w", encoding="utf-8", newline="") as file:

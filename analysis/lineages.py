@@ -1,0 +1,124 @@
+"""Lineages of a run that was restarted from a checkpoint: what it held before it went back (docs/store.md).
+
+With L(n) the records of lineage n, N of which were left, and after(n) the step after which: L(N) is what the run holds now, and
+L(n) = the records of L(n + 1) up to after(n), then those that were left.
+"""
+
+from collections.abc import Mapping, Sequence
+from math import inf
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+LEFT = "lineages"  # the group that holds them
+
+
+def of_lineage(run: xr.DataTree, number: int | None = None) -> xr.DataTree:
+    """A run as it lies on disk → one lineage of it, by default the newest, its arrays read when used.
+
+    Where there are several, attributes of the result say which it is (`lineage`) and list them all (`lineages`): `after`, the step after which
+    one was left, None for the newest; `last_step` and `records`, those that the next one does not hold.
+
+    Raises:
+        ValueError: there is none of that number, or what tells of them is damaged.
+    """
+    found = _listed(run)
+    number = len(found) if number is None else number
+    if not 0 <= number <= len(found):
+        there = "it has one only, 0" if not found else f"it has 0 to {len(found)}, the newest"
+        raise ValueError(f"lineage: this run has none of number {number}; {there}")
+    newest = {name: group.to_dataset() for name, group in run.children.items() if name != LEFT}
+    attributes = {key: value for key, value in run.attrs.items() if key not in (LEFT, "lineage")}
+    if not found:
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **newest})
+    extents = {name: dataset["step"].values for name, dataset in newest.items() if dataset.sizes.get("step")}
+    now = {
+        "lineage": len(found), "after": None, "last_step": max((int(steps[-1]) for steps in extents.values()), default=0),
+        "records": max(map(len, extents.values()), default=0),
+    }  # fmt: skip
+    said = {"lineage": number, LEFT: [*found, now]}
+    if number == len(found):
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes | said), **newest})
+    left = [run[f"{LEFT}/{n}"] for n in range(number, len(found))]
+    # From the newest back to the one asked for: what holds records, and the last step for which it still does.
+    befores = [entry["after"] for entry in found[number:]]
+    sources = [
+        ({name: group.to_dataset() for name, group in one.children.items()}, min(befores[:i], default=inf)) for i, one in enumerate(left)
+    ]
+    sources = [(newest, min(befores)), *reversed(sources)]
+    groups = {name: _joined(name, group.to_dataset(), sources) for name, group in left[0].children.items()}
+    attributes = {key: value for key, value in left[0].attrs.items() if key not in _OWN}
+    return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes | said), **groups})
+
+
+_OWN = ("after", "last_step", "records")  # attributes of a lineage that are not those of the run at that time
+
+
+def _listed(run: xr.DataTree) -> list[dict[str, Any]]:
+    if LEFT not in run.children:
+        return []
+    left = run[LEFT].children
+    found = [{"lineage": n, **{name: left[str(n)].attrs.get(name) for name in _OWN}} for n in range(len(left)) if str(n) in left]
+    if len(found) != len(left) or any(type(value) is not int or value < 0 for entry in found for value in entry.values()):
+        raise ValueError("run: what tells of its lineages is damaged; `diag verify` tells what is whole")
+    return found
+
+
+def _joined(name: str, own: xr.Dataset, sources: Sequence[tuple[Mapping[str, xr.Dataset], float]]) -> xr.Dataset:
+    """A group of a lineage, whose last part is `own`: it has the matrices and the variables that it had then."""
+    parts = []
+    for datasets, last in sources:
+        if (dataset := datasets.get(name)) is not None and "step" in dataset.variables:
+            count = int(np.searchsorted(dataset["step"].values, last, side="right"))
+            parts.append(dataset.isel(step=slice(0, count), missing_dims="ignore"))
+    parts = [part for part in parts if part.sizes["step"]] or [own]
+    matrices = {"matrix": slice(0, own.sizes["matrix"])} if "matrix" in own.dims else {}
+    variables = {}
+    for key, variable in own.variables.items():
+        if "step" in variable.dims:
+            if not all(key in part.variables for part in parts):
+                raise ValueError(f"run: {name}/{key} is not in all of its lineages; `diag verify` tells what is whole")
+            held = [part.variables[key] for part in parts]
+            held = [one.isel({dim: at for dim, at in matrices.items() if dim in one.dims}) for one in held]
+            if any(one.dims != variable.dims or one.shape[1:] != variable.shape[1:] or one.dtype != variable.dtype for one in held):
+                raise ValueError(f"run: {name}/{key} is of another kind in another lineage; `diag verify` tells what is whole")
+            variable = xr.Variable(variable.dims, indexing.LazilyIndexedArray(_Joined(held)), variable.attrs)
+        variables[key] = variable
+    coordinates = {key: variables[key] for key in own.coords}
+    return xr.Dataset({key: v for key, v in variables.items() if key not in coordinates}, coordinates, own.attrs)
+
+
+class _Joined(BackendArray):  # type: ignore[misc, unused-ignore]
+    """Arrays one behind the other along their first dimension, each read when used."""
+
+    def __init__(self, parts: Sequence[xr.Variable]) -> None:
+        self._parts = parts
+        self.shape = (sum(len(part) for part in parts), *parts[0].shape[1:])
+        self.dtype = parts[0].dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        records = np.arange(self.shape[0])[key[0]]
+        chosen, start = np.atleast_1d(records), 0
+        pieces: list[tuple[NDArray[np.intp], Any]] = []
+        for part in self._parts:
+            here = np.flatnonzero((chosen >= start) & (chosen < start + len(part)))
+            if len(here) or not pieces:  # of the first in any case, for its shape
+                pieces.append((here, part[(_as_slice(chosen[here] - start), *key[1:])].values))
+            start += len(part)
+        found = np.empty((len(chosen), *pieces[0][1].shape[1:]), self.dtype)
+        for here, values in pieces:
+            found[here] = values
+        return found if np.ndim(records) else np.asarray(found[0])
+
+
+def _as_slice(positions: NDArray[np.integer[Any]]) -> Any:
+    """The same positions as a slice, which is read faster, where they are a run."""
+    first, count = (int(positions[0]), len(positions)) if len(positions) else (0, 0)
+    return slice(first, first + count) if np.array_equal(positions, np.arange(first, first + count)) else positions

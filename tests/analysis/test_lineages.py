@@ -1,0 +1,137 @@
+"""What a restarted run held before it went back, against the definition of lineages, record by record."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import xarray as xr
+import zarr
+from zarr.errors import ZarrUserWarning
+
+from optiscope.analysis import open_run
+from optiscope.diagnostics.catalogue import SCHEMA
+
+# By place in the run: after which step it was left, and by group its steps, its matrices, its variables beside "size".
+PLACES = {
+    "": (None, {"update": ([1, 2, 3, 10, 11], 4, ("late",)), "scalars": ([2, 3, 7], 0, ()), "curvature": ([11], 4, ())}),
+    "lineages/0": (4, {"update": ([5, 6, 8], 2, ()), "scalars": ([], 0, ())}),
+    "lineages/1": (3, {"update": ([4, 5, 30, 31], 3, ()), "scalars": ([4], 0, ())}),
+    "lineages/2": (9, {"update": ([20, 21], 4, ("late",)), "scalars": ([12, 13], 0, ()), "curvature": ([], 4, ())}),
+}
+LEFT = 3
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("lineages") / "run.zarr"
+    generator = np.random.default_rng(0)
+    for place, (_, groups) in PLACES.items():
+        for name, (steps, matrices, variables) in groups.items():
+            shape, dims = ((len(steps), matrices, 2), ("step", "matrix", "q")) if matrices else ((len(steps),), ("step",))
+            data = {key: (dims, generator.normal(size=shape).astype("float32")) for key in ("size", *variables)}
+            coordinates = {"step": ("step", np.array(steps, "int64"))}
+            if matrices:
+                coordinates |= {"name": ("matrix", [f"{i}" for i in range(matrices)]), "rows": ("matrix", 7 + np.arange(matrices))}
+            attributes = {"of": f"{place}/{name}"}
+            dataset = xr.Dataset(data, coordinates, attributes)
+            dataset["name"] = dataset["name"].astype(np.dtypes.StringDType()) if matrices else 0
+            dataset.drop_vars([] if matrices else "name").to_zarr(
+                path, group=f"{place}/{name}".strip("/"), mode="a", consolidated=False, zarr_format=3
+            )
+    root = zarr.open_group(path)
+    root.attrs.update(optiscope_schema=SCHEMA, note="now")
+    for place, (after, groups) in PLACES.items():
+        if place:
+            steps = [step for of, _, _ in groups.values() for step in of]
+            most = max(len(of) for of, _, _ in groups.values())
+            root[place].attrs.update(after=after, last_step=max(steps), records=most, note=place, optiscope_schema=SCHEMA)
+    with pytest.warns(ZarrUserWarning, match="Consolidated metadata"):
+        zarr.consolidate_metadata(path)
+    return path
+
+
+def defined(run, number):
+    """The definition word by word: records by group and step as dictionaries of values, of the first matrices."""
+    place = f"lineages/{number}" if number < LEFT else ""
+    with xr.open_datatree(run, engine="zarr") as tree:
+        own = {
+            group: {int(step): tree[place][group].to_dataset().sel(step=step).load() for step in steps}
+            for group, (steps, _, _) in PLACES[place][1].items()
+        }
+    if number == LEFT:
+        return own
+    later = defined(run, number + 1)
+    after = PLACES[place][0]
+    return {group: {s: d for s, d in later.get(group, {}).items() if s <= after} | records for group, records in own.items()}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2, 3, None])
+def test_a_lineage_is_what_its_definition_says(run, number):
+    tree = open_run(run, number)
+    number = LEFT if number is None else number
+    expected = defined(run, number)
+    assert set(tree.children) == set(expected)
+    for name, records in expected.items():
+        dataset = tree[name].to_dataset()
+        steps, matrices, variables = PLACES[f"lineages/{number}" if number < LEFT else ""][1][name]
+        assert dataset["step"].values.tolist() == list(records)
+        assert list(records)[len(records) - len(steps) :] == steps
+        assert set(dataset.data_vars) == {"size", *variables}
+        if matrices:
+            assert dataset["rows"].values.tolist() == [7 + i for i in range(matrices)]
+        for variable in dataset.data_vars:
+            values = dataset[variable].values
+            want = [record[variable].values[:matrices] if matrices else record[variable].values for record in records.values()]
+            assert values.tobytes() == np.array(want, "float32").reshape(values.shape).tobytes()
+    assert tree.attrs["note"] == ("now" if number == LEFT else f"lineages/{number}")
+    assert tree.attrs["lineage"] == number
+    assert [(entry["after"], entry["last_step"], entry["records"]) for entry in tree.attrs["lineages"]] == [
+        (4, 8, 3), (3, 31, 4), (9, 21, 2), (None, 11, 5),
+    ]  # fmt: skip
+
+
+def test_parts_are_read_as_they_are_used(run):
+    """Whatever is asked for of an array that lies in several places."""
+    size = open_run(run, 0)["update"]["size"].variable
+    assert not isinstance(size._data, np.ndarray)
+    whole = open_run(run, 0)["update"]["size"].values
+    assert whole.shape == (7, 2, 2)
+    for key in (2, -1, slice(2, 4), slice(None, None, -2), [5, 0, 3], [], slice(4, 4), (slice(1, 5), 1), ([4, 2], [1, 0]), (3, slice(None), 0)):
+        keys = key if isinstance(key, tuple) else (key,)
+        expected = whole
+        for axis in reversed(range(len(keys))):
+            expected = np.take(expected, np.arange(whole.shape[axis])[keys[axis]], axis)
+        assert np.array_equal(size[key].values, expected), key
+
+
+def test_one_lineage_only(recorded):
+    assert "lineages" not in open_run(recorded).attrs
+    assert set(open_run(recorded, 0).children) == set(open_run(recorded).children)
+    with pytest.raises(ValueError, match=r"^lineage: this run has none of number 1; it has one only, 0$"):
+        open_run(recorded, 1)
+
+
+@pytest.mark.parametrize("number", [4, -1])
+def test_a_lineage_that_there_is_not(run, number):
+    with pytest.raises(ValueError, match=rf"^lineage: this run has none of number {number}; it has 0 to 3, the newest$"):
+        open_run(run, number)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda nodes: nodes["lineages/1"]["attributes"].pop("after"),
+        lambda nodes: nodes["lineages/1"]["attributes"].update(after=True),
+        lambda nodes: nodes["lineages/1"]["attributes"].update(after=-1),
+        lambda nodes: nodes["lineages/1"]["attributes"].update(records="4"),
+        lambda nodes: [nodes.pop(path) for path in list(nodes) if path.startswith("lineages/1")],
+    ],
+)
+def test_damaged_lineages_are_told_of(run, tmp_path, change):
+    damaged = shutil.copytree(run, tmp_path / "run.zarr")
+    document = json.loads((damaged / "zarr.json").read_text())
+    change(document["consolidated_metadata"]["metadata"])
+    (damaged / "zarr.json").write_text(json.dumps(document))
+    with pytest.raises(ValueError, match="lineages is damaged; `diag verify`"):
+        open_run(damaged)
