@@ -32,7 +32,7 @@ from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_r
 from optiscope.hooks import attach, moments, record, snapshot, watched
 
 MODELS = {
-    "26M": Config(d=512, layers=8, heads=8, kv_heads=8, inner=1408, batch=2),
+    "26M": Config(d=512, layers=8, heads=8, kv_heads=8, inner=1408, batch=8),
     "demo": Config(),
 }
 

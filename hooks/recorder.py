@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..diagnostics.observation import Observation
 from .cadence import Cadence
-from .capturing import capturing
+from .capturing import REFUSED, capturing
 from .closures import observed
 from .curvature import recording
 from .curvature.group import CurvatureGroup
@@ -152,7 +152,7 @@ class Recorder:
         self._finish()
         if not any(watched.seen for watched in self._watched):
             log.warning(
-                "optiscope: no step of %s was seen; attach to the very objects whose step() is called",
+                "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
                 ", ".join(w.label for w in self._watched),
             )
         for watched in self._watched:
@@ -181,6 +181,9 @@ class Recorder:
 
     @_disable_dynamo
     def _before_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if capturing():
+            self._refuse_capture(watched)
+            return None
         if watched.enter():
             watched.snapshots = []  # of a step that an exception left
             if max(self.step, watched.steps + 1) >= self._cadence.due:
@@ -192,7 +195,7 @@ class Recorder:
 
     @_disable_dynamo
     def _after_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not watched.leave():
+        if capturing() or not watched.leave():  # what is captured is not carried out
             return
         watched.seen = True
         watched.steps += 1
@@ -209,11 +212,16 @@ class Recorder:
         else:
             watched.forget_weights()
 
+    def _refuse_capture(self, watched: Watched) -> None:
+        if not watched.captured:
+            watched.captured = True
+            log.warning(REFUSED, watched.label)
+
     # In the first steps of an optimizer whose class is not in the adapter table.
 
     @guarded
     def _identify(self, watched: Watched) -> None:
-        if not capturing() and watched.identify(after_step=True):
+        if watched.identify(after_step=True):
             now = describe_optimizer(watched)
             entry = next(entry for entry in self._journal.optimizers if entry["label"] == watched.label)
             entry.update({key: now[key] for key in ("read_by", "spectrum_of")})
@@ -226,13 +234,10 @@ class Recorder:
 
     @guarded
     def _note_weights(self, watched: Watched) -> None:
-        if not capturing():
-            watched.note_weights()
+        watched.note_weights()
 
     @guarded
     def _take_snapshots(self, watched: Watched) -> None:
-        if capturing():
-            return
         self._take_off_skipped(watched)
         step = max(self.step, watched.steps + 1)
         if self._record is not None and step > self._record.step + self._cadence.patience:
@@ -256,7 +261,7 @@ class Recorder:
     def _see_gradients(self, watched: Watched) -> None:
         for snapshot in watched.snapshots:
             self._see_gradient(snapshot, getattr(watched.optimizer, "grad_scale", None))
-        if watched.identification is not None and not capturing():
+        if watched.identification is not None:
             watched.identify(after_step=False)
 
     @guarded

@@ -77,6 +77,7 @@ class Watched:
         self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
         self.steps = 0
         self.seen = False
+        self.captured = False  # whether a step was captured into a CUDA graph, and that has been told
         self._entered = 0  # the steps under way, one within the other
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
         self.snapshots: list[Snapshot] = []

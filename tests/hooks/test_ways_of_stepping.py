@@ -106,6 +106,48 @@ def test_compiled_model_has_no_more_graph_breaks(mlp: Make, tmp_path: Path, read
     assert read(tmp_path / "run.zarr")["update"]["name"].values.tolist() == ["0.weight", "3.weight", "6.weight"]
 
 
+def test_a_step_that_is_captured_into_a_cuda_graph_is_refused_once(
+    mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No accelerator is needed to show what the hooks do where torch says that a capture goes on: nothing but one sentence.
+
+    Reading a tensor is what breaks a capture, so a read under it fails the test; steps 3 and 4 are "captured", which carries nothing out.
+    """
+    model = mlp(dropout=0.0)
+    optimizer = AdamW(model.parameters(), lr=0.01)
+
+    def read_under_capture(*args: object, **kwargs: object) -> None:
+        raise AssertionError("read while a graph was captured")
+
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, on_error="raise") as recorder:
+        for t in range(6):
+            model.zero_grad()
+            model(data(t)).square().mean().backward()
+            with monkeypatch.context() as under:
+                if t in (2, 3):
+                    under.setattr(torch.cuda, "is_initialized", lambda: True)
+                    under.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+                    under.setattr(optimizer, "param_groups", [])  # nothing is carried out
+                    for name in ("clone", "cpu", "item", "tolist", "__float__"):
+                        under.setattr(torch.Tensor, name, read_under_capture)
+                optimizer.step()
+        assert recorder.step == 4
+    told = [r.getMessage() for r in caplog.records]
+    assert [message for message in told if "CUDA graph" in message] == [message for message in told if "AdamW" in message]
+    assert len([message for message in told if "keep the optimizer's step out of the graph" in message]) == 1
+    update = read(tmp_path / "run.zarr")["update"]
+    assert update["step"].values.tolist() == [1, 2, 3, 4]
+    assert np.isfinite(update["update_rms"].values).all()
+
+
+def test_a_recorder_that_saw_no_step_says_what_may_be_why(mlp: Make, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp(dropout=0.0)
+    with attach(AdamW(model.parameters()), model, tmp_path / "run.zarr"):
+        pass
+    assert "no step of AdamW was seen; attach to the very objects whose step() is called" in caplog.text
+    assert "replayed from a CUDA graph" in caplog.text
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=["deepcopy", "pickle"])
 def test_copy_of_a_hooked_optimizer_is_a_free_one(copied: Callable[[Any], Any], mlp: Make, tmp_path: Path) -> None:
     """Model and optimizer copied together, as for a later comparison: the copy steps to the same bits and records nothing."""
