@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,16 @@ from ..diagnostics.schedule import Schedule
 from .applying import apply_schedule, layers_that_take_a_schedule
 from .decisions import Decision, Kind, decision
 from .group_splitting import schedulers_of
-from .live_checks import check_geometry, check_model, check_orthogonalises, check_single_process, checked_window, watching, whole_steps
+from .live_checks import (
+    check_geometry,
+    check_in_step,
+    check_model,
+    check_orthogonalises,
+    check_single_process,
+    checked_window,
+    watching,
+    whole_steps,
+)
 from .observed_spectra import Key, ObservedSpectra
 from .record import Record
 from .recorder import Recorder
@@ -63,7 +73,8 @@ class AdaptiveSchedule:
     Raises:
         TypeError: no recorder, no module, or an optimizer that takes no schedule or is not known to orthogonalise.
         ValueError: a recorder that is closed, lacks the geometry or does not watch the optimizer; a model of other parameters; a
-            choice that is not on offer; a window or refresh that no record can fall into; a learning-rate scheduler that was not passed; several processes.
+            choice that is not on offer; a window or refresh that no record can fall into; a learning-rate scheduler that was not passed; several processes;
+            to apply, a recorder in the background, whose records come when they are measured, so that the training would depend on chance.
 
     Example:
         >>> import tempfile, torch
@@ -102,6 +113,7 @@ class AdaptiveSchedule:
         watched = watching(recorder, optimizer)
         check_geometry(recorder)
         if apply:
+            check_in_step(recorder, "apply")
             layers = layers_that_take_a_schedule(optimizer)
             schedulers_of((optimizer, *layers), self.lr_schedulers)
             check_single_process(INSTEAD)
@@ -195,8 +207,7 @@ class AdaptiveSchedule:
         self._refresh_at, self._agreeing = list(rest["refresh_at"]), rest["agreeing"]
         self._window_records, self._unseen, self._over = rest["window_records"], rest["unseen"], rest["over"]
         self._early_looks = rest["early_looks"]
-        told = self._recorder._journal.attributes.setdefault("decisions", [])
-        told += [entry for entry in self.decisions if entry not in told]
+        self._recorder._journal.note(partial(self._tell_run, list(self.decisions)))
 
     def _settings(self) -> dict[str, Any]:
         return {"window": None if self._window is None else list(self._window), "apply": self._apply, **self._choices}
@@ -309,9 +320,13 @@ class AdaptiveSchedule:
     def _decide(self, kind: Kind, step: int, why: str, **rest: Any) -> None:
         entry = decision(kind, step, why, optimizer=self._label, **rest)
         self.decisions.append(entry)
-        self._recorder._journal.attributes.setdefault("decisions", []).append(entry)
+        self._recorder._journal.note(partial(self._tell_run, [entry]))
         steps = "" if entry["steps"] is None else ": " + ", ".join(f"{operator} {k}" for operator, k in entry["steps"].items())
         log.info("optiscope: step %d, schedule of %s, %s%s (%s)", step, self._label, kind, steps, why)
+
+    def _tell_run(self, entries: list[Decision]) -> None:
+        told = self._recorder._journal.attributes.setdefault("decisions", [])
+        told += [entry for entry in entries if entry not in told]
 
     def _end(self, why: str, step: int) -> None:
         self._over = True

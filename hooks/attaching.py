@@ -39,6 +39,7 @@ def attach(
     operators: OperatorRule | None = None,
     heads: HeadsGiven = None,
     first_step: int | None = None,
+    background: bool = False,
     about: Mapping[str, Value] | None = None,
     on_error: Literal["warn", "raise"] = "warn",
 ) -> "Recorder":
@@ -61,6 +62,8 @@ def attach(
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
         heads: attention heads, or (query heads, key/value heads), of all layers; None: found on the model's modules and configuration.
         first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
+        background: measure and write in a thread of the recorder's own: the training waits only while what a record needs is copied. A record that is
+            due while the one before is still being measured is left out and counted in `missed`. What is recorded is the same.
         about: what you state about this training, kept with the run: texts, numbers and truth values. `data`, `tokens_per_step`, `seed`
             and `budget` are read by `diag compare`.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
@@ -129,7 +132,7 @@ def attach(
         for one in watched:
             one.steps = first_step
             one.matrices = [m for m in matrices if m.optimizer == one.label]
-        recorder = Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise")
+        recorder = Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise", background=background)
         undoing.pop_all()
     return recorder
 

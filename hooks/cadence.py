@@ -1,41 +1,10 @@
-"""When to record: every N steps, or as often as a share of the training time allows. And the clock that tells."""
+"""When to record: every N steps, or as often as a share of the training time allows."""
 
-import time
+import sys
 from math import ceil
 
 # A record waits this many steps for an optimizer that steps less often than the others, and never past the next record.
 PATIENCE = 10
-
-
-class Stopwatch:
-    """Adds up the wall and CPU time spent inside its `with` blocks; nested blocks count once."""
-
-    def __init__(self) -> None:
-        self._depth = 0
-        self._wall = self._cpu = 0.0  # of finished blocks
-        self._begun = (0.0, 0.0)
-
-    def __enter__(self) -> "Stopwatch":
-        if self._depth == 0:
-            self._begun = (time.perf_counter(), time.process_time())
-        self._depth += 1
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._wall += time.perf_counter() - self._begun[0]
-            self._cpu += time.process_time() - self._begun[1]
-
-    @property
-    def wall(self) -> float:
-        """Seconds, the block under way included."""
-        return self._wall + (time.perf_counter() - self._begun[0] if self._depth else 0.0)
-
-    @property
-    def cpu(self) -> float:
-        """Seconds of CPU of all threads, the block under way included."""
-        return self._cpu + (time.process_time() - self._begun[1] if self._depth else 0.0)
 
 
 class Cadence:
@@ -64,17 +33,28 @@ class Cadence:
         self._first_step = step
         self.due = step + 1 if self._every is None else self._next_multiple(step)
 
+    def begun(self, step: int) -> None:
+        """Set the next due step while the record of `step` is being measured: with `every` its next multiple, else none before its cost is known."""
+        self.due = self._next_multiple(step) if self._every is not None else sys.maxsize
+
     def recorded(self, step: int, cost: float, spent: float, elapsed: float) -> None:
-        """Set the next due step after a record.
+        """Set the next due step after a record, where that was waiting for its cost.
 
         Args:
-            step: the step just recorded.
+            step: the step just taken.
             cost: seconds this record took.
             spent: seconds of all records, this one included.
             elapsed: seconds since the recorder was attached, `spent` included.
         """
         self._cost = cost
-        self.due = self._next_multiple(step) if self._every is not None else step + self._wait(step, spent, elapsed)
+        if self._every is None:
+            self.due = step + self._wait(step, spent, elapsed)
+
+    def missed(self, step: int) -> bool:
+        """Whether a record that is due and cannot be made is left out, with `every`; else it is made as soon as it can be."""
+        if self._every is not None:
+            self.due = self._next_multiple(step)
+        return self._every is not None
 
     def may_fall_within(self, first: int, last: int) -> bool:
         """Whether a step of this range could become due."""

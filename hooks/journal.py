@@ -2,53 +2,82 @@
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cadence import Stopwatch
 from .scalars import ScalarRow
+from .stopwatch import Stopwatch
+from .worker import Worker
 from .writer import Row, TakenOver, Writer
 
 log = logging.getLogger("optiscope")
 
 FLUSH_SECONDS = 30.0
+# Notes that wait for a worker: of what is logged, the oldest beyond these are lost, as when a store cannot be written.
+MOST_NOTES = 4096
+_COUNTERS = ("errors", "dropped", "missed")  # attributes here, and of the run, where they add up
 
 
 class Journal:
     """Takes records and scalars, and flushes them; no exception of the recorder gets past :meth:`guard`.
 
+    The writer, and the attributes that it commits, belong to one thread at a time: to the worker while that is busy, else to the training
+    thread. What the training thread has to say meanwhile are notes; whoever writes next takes them first.
+
     Attributes:
-        clock: time spent under the guard.
+        worker: None where everything is done at once.
+        clock: time that the training thread spent under the guard.
+        worker_clock: time that the worker did.
         errors: how many measurements failed.
         dropped: records lost because the store could not be written for long.
+        missed: records that were due while the one before was still being measured.
         raise_errors: failures are raised instead.
         taken_over: another recorder now writes to the run, and this one is to end.
     """
 
-    def __init__(self, writer: Writer, step: int, raise_errors: bool) -> None:
-        self.clock = Stopwatch()
-        self.errors = 0
-        self.dropped = 0
+    def __init__(self, writer: Writer, step: int, raise_errors: bool, worker: Worker | None = None) -> None:
+        self.worker = worker
+        # The CPU time of the process is that of both threads, and of the training.
+        self.clock = Stopwatch(None if worker is None else time.thread_time)
+        self.worker_clock = Stopwatch(time.thread_time)
+        self.errors = self.dropped = self.missed = 0
+        self._counted_before = {name: writer.attributes[""].get(name, 0) for name in _COUNTERS}
         self._write_failures = 0
         self.raise_errors = raise_errors
         self.taken_over = False
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
+        self._notes: deque[Callable[[], None]] = deque()
         self._begun = self._flushed = time.perf_counter()
         self._asked_for = 0.0
 
     @contextmanager
     def guard(self, step: int) -> Iterator[None]:
         """Keep every exception of the block out of the training, and its work under no_grad and on the recorder's own clock."""
-        with self.clock, torch.no_grad():
+        in_worker = self.worker is not None and self.worker.is_current()
+        with self.worker_clock if in_worker else self.clock, torch.no_grad():
             try:
                 yield
             except Exception as error:
                 self.failed(error, step)
+
+    def note(self, action: Callable[[], None]) -> None:
+        """Do something to the writer or its attributes: now, or behind a worker, when it is the turn of whoever writes next."""
+        if self.worker is None:
+            action()
+        else:
+            self._notes.append(action)
+
+    def take_notes(self) -> None:
+        """Do what was noted. Only for the thread whose turn it is."""
+        while self._notes:
+            self._notes.popleft()()
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -61,6 +90,14 @@ class Journal:
         of: dict[str, Any] = next(iter(self.attributes.get("continued", [])[-1:]), self.attributes)
         found: list[dict[str, Any]] = of["optimizers"]
         return found
+
+    def describe(self, optimizer: dict[str, Any]) -> None:
+        """Put a description among those of the optimizers, or in the place of what was said of it."""
+        entry = next((entry for entry in self.optimizers if entry["label"] == optimizer["label"]), None)
+        if entry is None:
+            self.optimizers.append(optimizer)
+        else:
+            entry.update({key: optimizer[key] for key in ("read_by", "spectrum_of")})
 
     @property
     def schedules(self) -> list[dict[str, Any]]:
@@ -79,27 +116,45 @@ class Journal:
 
     def spent_and_elapsed(self) -> tuple[float, float]:
         """Seconds of recording, and since it began, both without what was asked for."""
-        return self.clock.wall - self._asked_for, time.perf_counter() - self._begun - self._asked_for
+        spent = self.clock.wall + self.worker_clock.finished_cpu - self._asked_for
+        return spent, time.perf_counter() - self._begun - self._asked_for
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take scalars of a step; those that are no numbers fail one by one."""
         self.log_own_time(step)
         for name, value in values.items():
             with self.guard(step):
-                self._scalars.set(name, float(value.detach() if isinstance(value, Tensor) else value))
+                number = float(value.detach() if isinstance(value, Tensor) else value)
+                self.note(partial(self._set, step, name, number))
+
+    def _set(self, step: int, name: str, value: float) -> None:
+        with self.guard(step):
+            self._scalars.set(name, value)
 
     def log_own_time(self, step: int) -> None:
         """Set the scalars of what recording costs."""
+        self.note(partial(self._set_own, step, self._own_time()))
+
+    def _own_time(self) -> dict[str, float]:
+        own = {"overhead_seconds": self.clock.wall, "overhead_cpu_seconds": self.cpu, "elapsed_seconds": time.perf_counter() - self._begun}
+        if behind := self.worker_clock.finished_cpu:
+            own["background_cpu_seconds"] = behind
+        return own
+
+    def _set_own(self, step: int, own: dict[str, float]) -> None:
         with self.guard(step):
             self._scalars.begin(step)
-            elapsed = time.perf_counter() - self._begun
-            self._scalars.set_own(overhead_seconds=self.clock.wall, overhead_cpu_seconds=self.clock.cpu, elapsed_seconds=elapsed)
+            self._scalars.set_own(**own)
 
-    def append(self, rows: Mapping[str, Row], record_step: int, step: int) -> None:
-        """Take the rows of a record by group, `step` steps having been taken; flush if that ends a chunk."""
-        full = [self._writer.append(group, record_step, row) for group, row in rows.items()]
-        self.log_own_time(step)
-        if any(full):
+    @property
+    def cpu(self) -> float:
+        """Seconds of CPU of both threads."""
+        return self.clock.cpu + self.worker_clock.finished_cpu
+
+    def append(self, rows: Mapping[str, Row], step: int) -> None:
+        """Take the rows of a record by group; flush if that ends a chunk, or the last flush is some time ago."""
+        full = [self._writer.append(group, step, row) for group, row in rows.items()]
+        if any(full) or self.flush_is_due:
             self.flush()
 
     @contextmanager
@@ -109,21 +164,46 @@ class Journal:
             try:
                 yield
             finally:
+                self.take_notes()
+                if self._scalars.is_begun:
+                    self._scalars.set_own(**self._own_time())
                 self._scalars.hand_over()
                 self.flush()
         finally:
             self._writer.release()
 
-    def flush_if_due(self) -> None:
-        """Flush if the last one is some time ago."""
-        if time.perf_counter() - self._flushed > FLUSH_SECONDS:
-            self.flush()
+    @property
+    def flush_is_due(self) -> bool:
+        """Whether the last flush is some time ago."""
+        return time.perf_counter() - self._flushed > FLUSH_SECONDS
+
+    def flush_if_due(self, step: int) -> None:
+        """Flush if the last one is some time ago: at once, or in the background, where the training thread never waits for it."""
+        if self.worker is None:
+            if self.flush_is_due:
+                self.flush()
+        elif not self.worker.busy and (self.flush_is_due or len(self._notes) > MOST_NOTES // 4):
+            self.worker.submit(partial(self._flush_behind, step))
+        else:
+            while len(self._notes) > MOST_NOTES:
+                self._notes.popleft()
+                self.dropped += 1
+
+    def _flush_behind(self, step: int) -> None:
+        with self.guard(step):
+            self.take_notes()
+            if self.flush_is_due:
+                self.flush()
 
     def flush(self) -> None:
         """Write and commit. Where that fails, the newest records are kept and tried again."""
         if self.taken_over:
             return
+        self.take_notes()
         self._flushed = time.perf_counter()  # first, so that a full disk is tried again no sooner than another flush is due
+        for name, before in self._counted_before.items():
+            if count := getattr(self, name):
+                self.attributes[name] = before + count
         try:
             self._writer.flush()
         except Exception as error:
@@ -134,7 +214,6 @@ class Journal:
         if self.raise_errors:
             raise error
         self.errors += 1
-        self._count("errors")
         if self.errors == 1:
             log.warning(
                 "optiscope: recording failed at step %d (%s: %s). Training goes on; what failed is missing from this record, the next one "
@@ -150,15 +229,9 @@ class Journal:
             self._writer.release()
             return
         self._write_failures += 1
-        dropped = self._writer.trim()
-        self.dropped += dropped
-        self._count("dropped", dropped)
+        self.dropped += self._writer.trim()
         if self._write_failures == 1:
             log.warning(
                 "optiscope: %s could not be written (%s: %s). Training goes on; the newest records are kept in memory and tried again, "
                 "further failures are counted without a message.", self._writer.path.resolve(), type(error).__name__, error,
             )  # fmt: skip
-
-    def _count(self, attribute: str, more: int = 1) -> None:
-        """Add to a counter among the run's attributes."""
-        self.attributes[attribute] = self.attributes.get(attribute, 0) + more

@@ -87,3 +87,12 @@ def check_single_process(instead: str) -> None:
     distributed = torch.distributed
     if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
         raise ValueError(f"recorder: one of several processes would change its optimizer alone, and their weights would part; {instead}")
+
+
+def check_in_step(recorder: Recorder, choice: str) -> None:
+    """Raise ValueError where records are heard of when they happen to be measured: a `choice` that acts on them would make the training depend on it."""
+    if recorder._journal.worker is not None:
+        raise ValueError(
+            f"recorder: measures in the background, so that with {choice}=True the training would depend on when a record happens to be ready; "
+            f"attach with background=False, or use {choice}=False"
+        )

@@ -1,7 +1,7 @@
 """What an optimizer keeps of one matrix, as arrays: from what its adapter's readers gave of the parameter."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite, nan
 from typing import Any
 
@@ -52,6 +52,22 @@ class Kept:
             bases=(None, None) if whole is None else tuple(None if q is None else as_array(q) for q in whole.bases),
             exponent=nan if whole is None else whole.exponent,
         )
+
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> "Kept":
+        """The same of copies."""
+
+        def of(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else copy(tensor)
+
+        def sides(kept: Any) -> tuple[Tensor | None, Tensor | None]:
+            left, right = map(of, kept)
+            return left, right
+
+        whole = self.kronecker
+        return replace(
+            self, second=replace(self.second, values=copy(self.second.values), moment=of(self.second.moment)), momentum=of(self.momentum),
+            kronecker=None if whole is None else replace(whole, factors=sides(whole.factors), bases=sides(whole.bases)), clipped=of(self.clipped),
+        )  # fmt: skip
 
     def _coupled_decay(self) -> float:
         """λ where it is part of the gradient, 0 where it is decoupled, NaN without decay or where it takes another way."""

@@ -3,7 +3,6 @@
 import functools
 import logging
 import os
-from collections import OrderedDict
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -13,7 +12,6 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..diagnostics.observation import Observation
 from .cadence import Cadence
 from .capturing import REFUSED, capturing
 from .closures import observed
@@ -23,11 +21,14 @@ from .guarding import guarded
 from .journal import Journal
 from .layout import Layout, include_new_parameters
 from .lifetime import still_open
-from .matrices import Matrix, Names
+from .matrices import Names
+from .measuring import Part
 from .provenance import describe_optimizer
 from .record import Record
 from .snapshot import Snapshot
+from .under_way import UnderWay
 from .watched import Watched, watch
+from .worker import Worker
 from .writer import Writer
 
 log = logging.getLogger("optiscope")
@@ -43,8 +44,9 @@ class Recorder:
     """
 
     def __init__(
-        self, watched: list[Watched], names: Names, layout: Layout, writer: Writer, cadence: Cadence, first_step: int, *, raise_errors: bool
-    ) -> None:
+        self, watched: list[Watched], names: Names, layout: Layout, writer: Writer, cadence: Cadence, first_step: int, *,
+        raise_errors: bool, background: bool = False,
+    ) -> None:  # fmt: skip
         self.step = self.first_step = first_step
         self.store = writer.path.resolve()
         self._watched = watched
@@ -52,13 +54,10 @@ class Recorder:
         self._layout = layout
         self._curvature = CurvatureGroup(writer)
         self._cadence = cadence
-        self._journal = Journal(writer, first_step, raise_errors)
+        self._journal = Journal(writer, first_step, raise_errors, Worker() if background else None)
+        self._under_way = UnderWay(layout, cadence, self._journal)
         self._process = os.getpid()
         self._told_of_changes = False
-        self._record: Record | None = None  # the one being filled
-        self._spent_before = 0.0
-        self._listeners: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
-
         self._handles = [handle for one in watched for handle in self._hook(one)]
         still_open.add(self)
 
@@ -79,14 +78,24 @@ class Recorder:
         return self._journal.dropped
 
     @property
+    def missed(self) -> int:
+        """Records that were due while the one before was still being measured in the background."""
+        return self._journal.missed
+
+    @property
     def overhead_seconds(self) -> float:
-        """Wall time that recording has taken."""
+        """Wall time that recording has taken from the training thread."""
         return self._journal.clock.wall
 
     @property
     def overhead_cpu_seconds(self) -> float:
-        """CPU time that recording has taken, of all threads."""
-        return self._journal.clock.cpu
+        """CPU time that recording has taken: of all threads; in the background of the training thread and the worker's."""
+        return self._journal.cpu
+
+    @property
+    def background_cpu_seconds(self) -> float:
+        """CPU time of the worker's thread; 0 where recording is not in the background."""
+        return self._journal.worker_clock.finished_cpu
 
     @guarded
     def log(self, /, **scalars: Any) -> None:
@@ -97,13 +106,14 @@ class Recorder:
         """
         self._journal.log(self.step, scalars)
         if self._handles:
-            self._journal.flush_if_due()
+            self._journal.flush_if_due(self.step)
         else:
             self._finish()
 
     @guarded
     def flush(self) -> None:
         """Write and commit every complete record now. Where that fails, the newest records are kept and tried again."""
+        self._under_way.wait(self.step)
         self._journal.flush()
 
     curvature = guarded(recording.curvature)
@@ -120,7 +130,7 @@ class Recorder:
         new = watch(optimizers, self._watched) if self._handles else []  # one that is closed stays closed
         for one in new:
             one.steps = self.step if steps is None else steps
-            self._journal.optimizers.append(describe_optimizer(one))
+            self._journal.note(functools.partial(self._journal.describe, describe_optimizer(one)))
             self._handles += self._hook(one)
         self._watched += new
 
@@ -129,7 +139,8 @@ class Recorder:
 
         A record knows its `step`, its `rows` by group and, in `row_of`, which row is which matrix. They are the writer's too: look, do
         not change them. What the listener raises is counted and told of like any other error of the recorder. Its time is on
-        the recorder's clock, but records are not spaced by it.
+        the recorder's clock, but records are not spaced by it. In the background it is called behind the first step by whose end the
+        record is written, which is later and depends on chance; in the training thread as ever.
 
         Returns:
             A handle, whose `remove()` ends it.
@@ -139,9 +150,7 @@ class Recorder:
         """
         if not self._handles:
             raise ValueError("recorder: expected one that is open, got one that is closed and makes no more records; attach again")
-        handle = RemovableHandle(self._listeners)
-        self._listeners[handle.id] = listener
-        return handle
+        return self._under_way.listen(listener)
 
     def close(self) -> None:
         """Detach from the optimizers and commit what was recorded. Closing twice is harmless."""
@@ -167,7 +176,9 @@ class Recorder:
     @guarded
     def _finish(self) -> None:
         with self._journal.ending():
-            self._end_record()
+            self._under_way.end(self.step)
+            if self._journal.worker is not None:
+                self._under_way.end_worker(self._journal.worker, self.step)
 
     def _hook(self, watched: Watched) -> list[RemovableHandle]:
         before, after = functools.partial(self._before_step, watched), functools.partial(self._after_step, watched)
@@ -203,6 +214,8 @@ class Recorder:
             self._note_skip(watched)
         if watched.steps > self.step:
             self.step = watched.steps
+        if self._under_way.ended is not None:
+            self._hear_of_record()
         if watched.snapshot_steps == watched.steps - 1:
             self._observe(watched)
         if watched.identification is not None:
@@ -217,14 +230,16 @@ class Recorder:
             watched.captured = True
             log.warning(REFUSED, watched.label)
 
+    @guarded
+    def _hear_of_record(self) -> None:
+        self._under_way.hear(self.step)
+
     # In the first steps of an optimizer whose class is not in the adapter table.
 
     @guarded
     def _identify(self, watched: Watched) -> None:
         if watched.identify(after_step=True):
-            now = describe_optimizer(watched)
-            entry = next(entry for entry in self._journal.optimizers if entry["label"] == watched.label)
-            entry.update({key: now[key] for key in ("read_by", "spectrum_of")})
+            self._journal.note(functools.partial(self._journal.describe, describe_optimizer(watched)))
 
     @guarded
     def _note_skip(self, watched: Watched) -> None:
@@ -240,14 +255,16 @@ class Recorder:
     def _take_snapshots(self, watched: Watched) -> None:
         self._take_off_skipped(watched)
         step = max(self.step, watched.steps + 1)
-        if self._record is not None and step > self._record.step + self._cadence.patience:
-            self._end_record()
-        if self._record is None and step >= self._cadence.due and self._cadence.affords(step, *self._journal.spent_and_elapsed()):
-            self._begin_record(step)
-        if self._record is None or watched.label not in self._record.waits_for:
+        under_way = self._under_way
+        if under_way.record is not None and step > under_way.record.step + self._cadence.patience:
+            under_way.end(self.step)
+        if under_way.record is None and step >= self._cadence.due and under_way.may_begin(step):
+            self._include_new_parameters()
+            under_way.begin(step, {w.label for w in self._watched if w.matrices})
+        if under_way.record is None or watched.label not in under_way.record.waits_for:
             return
         self._see_changes(watched)
-        watched.take_snapshots(self._layout.row_of)
+        watched.take_snapshots(self._layout.row_of, under_way.memory)
 
     @guarded
     def _await_gradients(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -269,12 +286,9 @@ class Recorder:
         snapshot.see_gradient(grad_scale)
 
     def _see_changes(self, watched: Watched) -> None:
-        """Fill in which weights something else than the optimizer has changed since its last step, and say so once."""
-        found = watched.changed_since()
-        assert self._record is not None
-        for matrix, value in found.items():
-            self._record.fill("update", matrix, {"changed_outside": value})
-        count = sum(value == 1 for value in found.values())
+        """See which weights something else than the optimizer has changed since its last step, and say so once."""
+        watched.changed = watched.changed_since()
+        count = sum(value == 1 for value in watched.changed.values())
         if count and not self._told_of_changes:
             self._told_of_changes = True
             log.warning(
@@ -284,43 +298,12 @@ class Recorder:
 
     @guarded
     def _observe(self, watched: Watched) -> None:
-        # All of torch's work first, then all of NumPy's: alternating, their thread pools wait for each other. Every list
-        # lets go of a matrix once it is measured, so that memory holds the float64 copies of one at a time.
         snapshots, watched.snapshots = watched.snapshots, []
         if self._take_off_skipped(watched):
             return  # the scaler skipped this step; the record waits for the next
-        observations: list[tuple[Matrix, Observation]] = []
-        while snapshots:
-            self._observe_one(snapshots.pop(), observations)
-        self._measure_composites(watched, dict(observations))
-        while observations:
-            self._measure(*observations.pop())
-        if self._record is not None:
-            self._record.waits_for.discard(watched.label)
-            if not self._record.waits_for:
-                self._end_record()
-
-    @guarded
-    def _observe_one(self, snapshot: Snapshot, observations: list[tuple[Matrix, Observation]]) -> None:
-        observations.extend(snapshot.observe())
-        for error in snapshot.errors:
-            self._journal.failed(error, self.step)
-
-    def _measure_composites(self, watched: Watched, seen: dict[Matrix, Observation]) -> None:
-        for composite in watched.matrices:
-            if composite.members and all(member in seen for member in composite.members):
-                self._measure_composite(composite, [seen[member] for member in composite.members])
-
-    @guarded
-    def _measure_composite(self, composite: Matrix, seen: list[Observation]) -> None:
-        if self._record is not None:
-            self._record.measure_composite(composite, seen)
-
-    @guarded
-    def _measure(self, matrix: Matrix, seen: Observation) -> None:
-        if self._record is not None:
-            self._record.measure(matrix, seen)
-            self._record.measure_spectra(matrix, seen)
+        part = Part(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
+        part.read(snapshots, self._journal, self.step)
+        self._under_way.add(watched.label, part, self.step)
 
     def _take_off_skipped(self, watched: Watched) -> bool:
         if watched.skipped is None or not watched.take_off_skipped():
@@ -328,28 +311,6 @@ class Recorder:
         self.step = max(w.steps for w in self._watched)
         return True
 
-    def _begin_record(self, step: int) -> None:
-        self._include_new_parameters()
-        self._record = Record(step, self._layout, {w.label for w in self._watched if w.matrices}, self._journal.schedules)
-        self._spent_before = self._journal.clock.wall
-
     @guarded
     def _include_new_parameters(self) -> None:
         include_new_parameters(self._layout, self._watched, self._names)
-
-    def _end_record(self) -> None:
-        """Hand the record to the writer; what an optimizer that did not step would have filled stays missing."""
-        if self._record is None:
-            return
-        record, self._record = self._record, None
-        self._journal.append(record.rows, record.step, self.step)
-        self._journal.flush_if_due()
-        spent, elapsed = self._journal.spent_and_elapsed()
-        self._cadence.recorded(record.step, spent - self._spent_before, spent, elapsed)
-        for listener in list(self._listeners.values()):
-            self._tell(listener, record)
-
-    @guarded
-    def _tell(self, listener: Callable[[Record], None], record: Record) -> None:
-        with self._journal.asked_for():
-            listener(record)

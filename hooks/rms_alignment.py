@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from math import inf, isfinite, log
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from ..diagnostics.recorded_spectra import ns_schedules_of
 from ..diagnostics.rms_alignment import SLACK, UNDER_LIFTED, Size, update_sizes
 from .adapters import number
 from .learning_rate_factors import LearningRateFactors
-from .live_checks import check_single_process, watching
+from .live_checks import check_in_step, check_single_process, watching
 from .record import Record
 
 if TYPE_CHECKING:
@@ -108,6 +109,7 @@ class RmsAlignment:
             )
         if rescale:
             check_single_process("leave rescale=False, and correct the optimizer")
+            check_in_step(recorder, "rescale")
         self._recorder = recorder
         self._tolerance, self._target, self._patience = tolerance, target, int(patience)
         self._named = {m.name: m.parameter for m in self._watched.matrices if not m.members}
@@ -255,12 +257,16 @@ class RmsAlignment:
         )
 
     def _note(self, record: Record, index: int, event: str, size: Size, factor: float, matrices: int) -> None:
+        entry = {
+            "step": record.step, "optimizer": self._watched.label, "group": index, "matrices": matrices, "event": event, "alignment": size.a,
+            "tolerance": [size.low, size.high], "under_lifted": size.under_lifted if isfinite(size.under_lifted) else None, "factor": factor,
+        }  # fmt: skip
+        self._recorder._journal.note(partial(self._tell_run, entry))
+
+    def _tell_run(self, entry: dict[str, Any]) -> None:
         events = self._recorder._journal.attributes.setdefault("alignment_events", [])
         if len(events) < MOST_EVENTS:
-            events.append({
-                "step": record.step, "optimizer": self._watched.label, "group": index, "matrices": matrices, "event": event, "alignment": size.a,
-                "tolerance": [size.low, size.high], "under_lifted": size.under_lifted if isfinite(size.under_lifted) else None, "factor": factor,
-            })  # fmt: skip
+            events.append(entry)
 
 
 def _why_not(record: Record, group: dict[str, Any], least: float, most: float) -> str | None:

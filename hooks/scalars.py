@@ -6,8 +6,9 @@ from .writer import Writer
 
 # The recorder's own scalars.
 OWN_TEXTS = {
-    "overhead_seconds": "wall time used by the recorder",
+    "overhead_seconds": "wall time used by the recorder in the training thread",
     "overhead_cpu_seconds": "CPU time used by the recorder",
+    "background_cpu_seconds": "CPU time used by the recorder in its own thread",
     "elapsed_seconds": "wall time",
 }
 
@@ -19,6 +20,11 @@ class ScalarRow:
         self._writer = writer
         self._step = step
         self._values: dict[str, float] = {}
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether there is something in the row."""
+        return bool(self._values)
 
     def begin(self, step: int) -> None:
         """Make the row one of `step`; the row of an earlier step is handed over."""

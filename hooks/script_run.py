@@ -15,10 +15,10 @@ from torch.optim import Optimizer
 
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
-from .cadence import Stopwatch
 from .callback_session import CallbackSession
 from .lifetime import still_open
 from .model_search import Several, live, owners, parameters_of
+from .stopwatch import Stopwatch
 from .watched import hookable_layers
 
 log = logging.getLogger("optiscope")

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -13,6 +14,8 @@ from torch import Tensor
 from ..diagnostics.observation import Observation
 from ..diagnostics.rotation import Rotation
 from .adapters import Adapter, Averages, Reader, Reading, number, state_of
+from .adapters.names import tensors_in
+from .copies import Copies
 from .matrices import Matrix
 from .moments import Kept
 
@@ -28,6 +31,7 @@ class Snapshot:
 
     Attributes:
         keeps_gradient: whether what is measured needs the gradient itself, in the observation.
+        copies: None where observations are made as soon as they are read; else what they are made of is copied.
         errors: what the adapter's readers raised; what they would have read is missing from the observation.
     """
 
@@ -35,8 +39,9 @@ class Snapshot:
     adapter: Adapter
     reading: Reading
     keeps_gradient: bool = False
+    copies: Copies | None = None
     gradient_seen: bool = False
-    grad_rms: tuple[float, ...] = ()  # of every matrix
+    grad_rms: tuple[Callable[[], float], ...] = ()  # of every matrix
     errors: list[Exception] = field(default_factory=list)
 
     def see_gradient(self, grad_scale: Tensor | None = None) -> None:
@@ -49,20 +54,26 @@ class Snapshot:
             return
         gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
         self.gradient_seen = True
-        self.grad_rms = tuple(tensor_rms(matrix.of(gradient)) for matrix in self.matrices)
+        if self.copies is not None:
+            gradient = self.copies.of(gradient) if grad_scale is None else self.copies.own(gradient)
+            self.grad_rms = tuple(partial(tensor_rms, matrix.of(gradient)) for matrix in self.matrices)
+        else:
+            self.grad_rms = tuple(partial(float, tensor_rms(matrix.of(gradient))) for matrix in self.matrices)
         ns, before = self.adapter.orthogonalisation, self.adapter.before
         if self.keeps_gradient or ns is not None or before is not None or self._has_no_momentum():
             # A copy: some optimizers write into the gradient, or throw it away.
-            self.reading.gradient = gradient.clone() if grad_scale is None else gradient
+            self.reading.gradient = gradient.clone() if grad_scale is None and self.copies is None else gradient
         if before is not None:
-            self.reading.before = self._read(before)
+            self.reading.before = found = self._read(before)
+            if self.copies is not None and isinstance(found, Tensor):
+                self.copies.own(found, unless=[self.reading.parameter, *tensors_in(self.reading.state).values()])
 
-    def observe(self) -> list[tuple[Matrix, Observation]]:
-        """One observation per matrix after the step; none where it had no gradient for the parameter or its shape changed."""
-        reading, adapter, parameter = self.reading, self.adapter, self.reading.parameter
+    def read(self) -> list[tuple[Matrix, Callable[[], Observation]]]:
+        """Read what an observation of every matrix after the step is made of; none where it had no gradient for the parameter or its shape changed."""
+        reading, adapter, parameter = self.reading, self.adapter, self.reading.parameter.detach()
         if not self.gradient_seen or parameter.shape != reading.weight.shape or any(not m.fits(parameter) for m in self.matrices):
             return []
-        reading.state = state_of(reading.optimizer, parameter)
+        reading.state = state_of(reading.optimizer, reading.parameter)
         momentum = self._read_matrix("momentum", adapter.momentum)
         second_moment = self._read(adapter.second_moment)
         coarse = unit_roundoff(parameter) > _COARSE
@@ -86,17 +97,23 @@ class Snapshot:
             averages = self._read(adapter.averages) or Averages()
             kronecker, clipped = self._read(adapter.kronecker), self._read_matrix("clipped", adapter.clipped)
             kept = Kept(second_moment, momentum, averages, kronecker, clipped, weight_decay, or_nan(decay))
+        if self.copies is not None:
+            copied = self.copies.after_step
+            parameter = copied(parameter)
+            momentum, spectrum_input, intended, gradient, corrected = (
+                None if tensor is None else copied(tensor) for tensor in (momentum, spectrum_input, intended, gradient, corrected)
+            )
+            rotation = None if rotation is None else [copied(tensor) for tensor in rotation]
+            kept = None if kept is None else kept.copied(copied)
+        weight = reading.weight
 
-        def observation(matrix: Matrix, grad_rms: float) -> Observation:
-            rows, cols = matrix.rows, matrix.cols
+        def observation(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
             seen_by_ns = None if spectrum_input is None else matrix.of(spectrum_input)
-            output_scale = None if ns is None else self._read(lambda reading: ns.output_scale(reading, rows, cols))
-            target = None if ns is None else self._read(lambda reading: ns.target(reading, rows, cols))
             return Observation(
-                weight_before=as_array(matrix.of(reading.weight)),
+                weight_before=as_array(matrix.of(weight)),
                 weight_after=as_array(matrix.of(parameter)),
                 weight_roundoff=unit_roundoff(parameter),
-                grad_rms=grad_rms,
+                grad_rms=grad_rms(),
                 momentum_rms=math.nan if momentum is None else tensor_rms(matrix.of(momentum)),
                 lr=or_nan(lr),
                 weight_decay=weight_decay,
@@ -115,7 +132,14 @@ class Snapshot:
                 rotation=None if rotation is None else Rotation(*map(as_array, rotation)),
             )
 
-        return [(matrix, observation(matrix, rms)) for matrix, rms in zip(self.matrices, self.grad_rms, strict=True)]
+        def scale(of: Callable[[Reading, int, int], float], matrix: Matrix) -> float | None:
+            return self._read(lambda reading: of(reading, matrix.rows, matrix.cols))
+
+        scales = [(None, None) if ns is None else (scale(ns.output_scale, m), scale(ns.target, m)) for m in self.matrices]
+        return [
+            (matrix, partial(observation, matrix, grad_rms, *scale))
+            for matrix, grad_rms, scale in zip(self.matrices, self.grad_rms, scales, strict=True)
+        ]
 
     def _has_no_momentum(self) -> bool:
         """Whether the spectrum may have to be the gradient's; before the step, so that a failure here may be none after it."""

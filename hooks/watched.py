@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from .adapters import Adapter, Group, Reading, adapter_for, row_of, state_of
 from .adapters.identification import BY_NAMES, Identification
+from .copies import Copies, Memory
 from .matrices import Matrix
 from .snapshot import Snapshot
 
@@ -82,6 +83,7 @@ class Watched:
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
         self.snapshots: list[Snapshot] = []
         self.snapshot_steps = -1  # `steps` when the snapshots were taken; they are of this step only if it still is
+        self.changed: dict[Matrix, int] = {}  # what `changed_since` found before this step
         self._weights_left: dict[int, list[float]] = {}  # norms of the weights as the last step left them
 
     @property
@@ -129,8 +131,8 @@ class Watched:
         self._entered = max(self._entered - 1, 0)
         return not self._entered
 
-    def take_snapshots(self, groups: Collection[str]) -> None:
-        """Copy what the coming step will overwrite and `groups` of quantities need.
+    def take_snapshots(self, groups: Collection[str], memory: Memory | None = None) -> None:
+        """Copy what the coming step will overwrite and `groups` of quantities need; with `memory` all that they need, to be measured later.
 
         Parameter groups are looked up anew: settings and groups change during a training.
         """
@@ -144,8 +146,10 @@ class Watched:
         for matrices in of_parameter.values():
             parameter = matrices[0].parameter
             group = group_of[id(parameter)]
-            reading = Reading(self.optimizer, parameter, parameter.detach().clone(), dict(group), state_of(self.optimizer, parameter))
-            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading, "gradient" in groups))
+            copies = None if memory is None else Copies(memory)
+            weight = parameter.detach().clone() if copies is None else copies.of(parameter)
+            reading = Reading(self.optimizer, parameter, weight, dict(group), state_of(self.optimizer, parameter))
+            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading, "gradient" in groups, copies))
 
     def note_weights(self) -> None:
         """Keep the weights' norms as this step leaves them, to see at the next one whether something else changed them."""
@@ -184,7 +188,7 @@ class Watched:
 
     def let_go(self) -> None:
         """Drop all copies of weights and gradients, and the parameters."""
-        self.snapshots, self.matrices, self.identification, self._weights_left = [], [], None, {}
+        self.snapshots, self.matrices, self.changed, self.identification, self._weights_left = [], [], {}, None, {}
 
     def note_skip(self) -> None:
         """Add this step to the skipped ones if the scaler found infinities, without waiting for the accelerator."""

@@ -73,9 +73,10 @@ def curvature(
         return
     if capturing():
         return
+    recorder._under_way.wait(recorder.step)
     for watched in recorder._watched:
         recorder._take_off_skipped(watched)
-    if recorder._record is None:  # the rows of one that is being filled are as many as its matrices
+    if recorder._under_way.record is None:  # the rows of one that is being filled are as many as its matrices
         recorder._include_new_parameters()
     own = [m for watched in recorder._watched for m in watched.matrices]
     measured: dict[str, NDArray[Any]] = {}
@@ -99,8 +100,8 @@ def curvature(
         finally:
             # Of a call that failed a record stays too, in which everything is missing.
             group.include(own)
-            recorder._journal.append({"curvature": measured}, recorder.step, recorder.step)
-    recorder._journal.flush_if_due()
+            recorder._journal.append({"curvature": measured}, recorder.step)
+            recorder._journal.log_own_time(recorder.step)
 
 
 def _hessian(estimation: Estimation, loss: Loss, asked: str, group: CurvatureGroup, *counts: int) -> None:

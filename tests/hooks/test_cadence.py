@@ -10,8 +10,8 @@ import pytest
 from torch import nn
 from torch.optim import Optimizer
 
-import optiscope.hooks.cadence as cadence_module
 import optiscope.hooks.journal as journal_module
+import optiscope.hooks.stopwatch as stopwatch_module
 from optiscope.hooks import attach
 from optiscope.hooks.cadence import PATIENCE, Cadence
 from optiscope.hooks.watched import Watched
@@ -62,14 +62,14 @@ def test_governor_on_a_fake_clock(
 ) -> None:
     """Every step takes 10 ms and every snapshot 1 ms, by a clock that nothing else moves."""
     now = [0.0]
-    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0)
+    clock = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: 0.0, thread_time=lambda: 0.0)
     monkeypatch.setattr(journal_module, "time", clock)
-    monkeypatch.setattr(cadence_module, "time", clock)
+    monkeypatch.setattr(stopwatch_module, "time", clock)
     taken = Watched.take_snapshots
 
-    def snapshots(self: Watched, groups: Any) -> None:
+    def snapshots(self: Watched, *args: Any) -> None:
         now[0] += 0.001
-        taken(self, groups)
+        taken(self, *args)
 
     monkeypatch.setattr(Watched, "take_snapshots", snapshots)
     model, d, g = two

@@ -164,7 +164,7 @@ def test_off_steps_only_count(two: tuple[nn.Module, Optimizer, Optimizer], tmp_p
     model, d, g = two
     snapshots: list[int] = []
     taken = Watched.take_snapshots
-    monkeypatch.setattr(Watched, "take_snapshots", lambda self, groups: snapshots.append(recorder.step) or taken(self, groups))
+    monkeypatch.setattr(Watched, "take_snapshots", lambda self, *args: snapshots.append(recorder.step) or taken(self, *args))
     with attach([d, g], model, tmp_path / "run.zarr", every=5, on_error="raise") as recorder:
         for step in range(1, 13):
             spent = recorder.overhead_seconds
