@@ -80,7 +80,9 @@ def alignment(ns_input: NDArray[np.floating], output: NDArray[np.floating], nucl
     """
     if nuclear_norm == 0:
         return float("nan")
-    return float(np.vdot(np.asarray(ns_input, np.float64), np.asarray(output, np.float64)) / nuclear_norm)
+    # Rows are summed in the matrices' own format, where that holds the products, and the rows in float64.
+    wide = None if 1e-25 < nuclear_norm < 1e25 else np.float64
+    return float(np.einsum("ij,ij->i", ns_input, output, dtype=wide).sum(dtype=np.float64) / nuclear_norm)
 
 
 def ns_flops(rows: int, cols: int, *, cubic: bool = False) -> int:

@@ -18,7 +18,7 @@ from .rotation import Rotation, rotation_drift, rotation_gain
 from .second_moment import Moments, measure_maps, measure_moments
 from .spectrum import BFLOAT16_ROUNDOFF, Spectrum, largest_magnitude, precision_floor, spectrum
 from .spectrum_sketch import sketch
-from .update_size import READABLE_NOISE, reading_noise, rms, update_without_decay
+from .update_size import READABLE_NOISE, Sizes, reading_noise, rms, sizes, update_without_decay
 from .variance_reduction import cosine, variance_ratio
 
 Floats = NDArray[np.float64]
@@ -90,39 +90,25 @@ class Observation:
     corrected: NDArray[np.floating] | None = None
     rotation: Rotation | None = None
 
-    @cached_property
+    @property
     def applied(self) -> Floats:
         """W_t − W_{t+1}, everything included."""
-        difference = self.weight_before.astype(np.float64)
-        difference -= self.weight_after
-        return difference
-
-    @cached_property
-    def applied_rms(self) -> float:
-        """RMS of `applied`."""
-        return rms(self.applied)
-
-    @cached_property
-    def weight_rms(self) -> float:
-        """RMS of W_t."""
-        return rms(self.weight_before)
+        return self.weight_before.astype(np.float64) - self.weight_after
 
     @property
-    def update(self) -> Floats:
+    def update(self) -> NDArray[np.floating]:
         """The update per learning rate, decoupled decay taken out."""
-        return update_without_decay(self.applied, self.weight_before, self.lr, self.decoupled_decay)
+        return update_without_decay(self.weight_before, self.weight_after, self.lr, self.decoupled_decay)
 
-    @property
-    def update_rms(self) -> float:
-        """RMS of `update`, which without decay is `applied` but for a factor."""
-        if self.lr and not self.decoupled_decay:
-            return self.applied_rms / abs(self.lr)
-        return rms(self.update)
+    @cached_property
+    def sizes(self) -> Sizes:
+        """RMS values of W_t, `applied` and `update`."""
+        return sizes(self.weight_before, self.weight_after, self.lr, self.decoupled_decay)
 
     @cached_property
     def update_noise(self) -> float:
         """Relative rounding error of the applied update as read back."""
-        return reading_noise(self.weight_rms, self.applied_rms, self.weight_roundoff)
+        return reading_noise(self.sizes.weight, self.sizes.applied, self.weight_roundoff)
 
     @cached_property
     def spectrum(self) -> Spectrum | None:
@@ -139,10 +125,10 @@ class Observation:
         """
         if self.newton_schulz is None or not self.update_noise <= READABLE_NOISE or not np.isfinite(self.output_scale):
             return None
-        known = np.float64 if self.weight_before.dtype == np.float64 else np.float32
-        if self.lr and not self.decoupled_decay:
-            return np.asarray(self.applied * (1 / (self.lr * self.output_scale)), known)
-        return np.asarray(self.update / self.output_scale, known)
+        dtype = np.float64 if self.weight_before.dtype == np.float64 else np.float32
+        return update_without_decay(
+            self.weight_before, self.weight_after, self.lr, self.decoupled_decay, divided_by=self.output_scale, dtype=dtype
+        )
 
 
 def side_by_side(observations: Sequence[Observation]) -> Observation:
@@ -189,11 +175,11 @@ quietly = np.errstate(over="ignore", invalid="ignore", divide="ignore")
 @quietly
 def measure_update(seen: Observation) -> Measured:
     """The quantities of the group `update` (see the catalogue for each definition)."""
-    update_rms, weight_rms = seen.applied_rms, seen.weight_rms
+    update_rms, weight_rms = seen.sizes.applied, seen.sizes.weight
     return {
         "update_rms": update_rms,
-        "update_norm": update_rms * float(np.sqrt(seen.applied.size)),
-        "update_rms_per_lr": seen.update_rms,
+        "update_norm": update_rms * float(np.sqrt(seen.weight_before.size)),
+        "update_rms_per_lr": seen.sizes.update,
         "update_rms_target": seen.target_rms,
         "update_rms_intended": seen.intended_rms,
         "update_noise": seen.update_noise,

@@ -30,7 +30,7 @@ def measure_gradient(seen: Observation) -> Measured:
 def measure_block(seen: Observation) -> Measured:
     """The quantities of the group `blocks`, of the observation of a block."""
     measured = {} if seen.ns_input is None else _spectrum_of(seen.ns_input, seen.ns_roundoff, "block")
-    return {**measured, "block_update_rms_per_lr": seen.update_rms}
+    return {**measured, "block_update_rms_per_lr": seen.sizes.update}
 
 
 @quietly

@@ -97,7 +97,18 @@ def test_parts_are_read_as_they_are_used(run):
     assert not isinstance(size._data, np.ndarray)
     whole = open_run(run, 0)["update"]["size"].values
     assert whole.shape == (7, 2, 2)
-    for key in (2, -1, slice(2, 4), slice(None, None, -2), [5, 0, 3], [], slice(4, 4), (slice(1, 5), 1), ([4, 2], [1, 0]), (3, slice(None), 0)):
+    for key in (
+        2,
+        -1,
+        slice(2, 4),
+        slice(None, None, -2),
+        [5, 0, 3],
+        [],
+        slice(4, 4),
+        (slice(1, 5), 1),
+        ([4, 2], [1, 0]),
+        (3, slice(None), 0),
+    ):
         keys = key if isinstance(key, tuple) else (key,)
         expected = whole
         for axis in reversed(range(len(keys))):

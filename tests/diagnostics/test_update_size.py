@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.update_size import ADAMW_RMS, reading_noise, rms, update_without_decay
+from optiscope.diagnostics.update_size import ADAMW_RMS, reading_noise, rms, sizes, update_without_decay
 
 
 def test_rms_by_hand():
@@ -42,15 +42,34 @@ def test_decay_and_learning_rate_are_taken_out(lr, decay, seed):
     before, update = rng.standard_normal((3, 4)), rng.standard_normal((3, 4))
     after = before - lr * decay * before - lr * update
     # Rounding of W at 1e-16, divided by η.
-    assert update_without_decay(before - after, before, lr, decay) == pytest.approx(update, abs=1e-14 / lr)
+    assert update_without_decay(before, after, lr, decay) == pytest.approx(update, abs=1e-14 / lr)
 
 
 def test_a_step_of_decay_alone_is_no_update():
     before = np.random.default_rng(0).standard_normal((3, 4))
-    assert update_without_decay(before - before * (1 - 0.1 * 0.25), before, 0.1, 0.25) == pytest.approx(0, abs=1e-15)
+    assert update_without_decay(before, before * (1 - 0.1 * 0.25), 0.1, 0.25) == pytest.approx(0, abs=1e-15)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_sizes_are_those_of_whole_arrays_in_float64(kind, decay):
+    rng = np.random.default_rng(0)
+    before = rng.standard_normal((300, 170)).astype(kind)  # four panels, the last one cut short
+    after = (before - 0.01 * rng.standard_normal(before.shape)).astype(kind)
+    found = sizes(before, after, 0.02, decay)
+    w, moved = before.astype(np.float64), before.astype(np.float64) - after.astype(np.float64)
+    update = (moved - 0.02 * decay * w) / 0.02
+    for value, array in ((found.weight, w), (found.applied, moved), (found.update, update)):
+        assert value == pytest.approx(np.linalg.norm(array) / np.sqrt(array.size), rel=1e-13)
+        assert rms(array) == pytest.approx(value, rel=1e-13)
+    assert update_without_decay(before, after, 0.02, decay) == pytest.approx(update, rel=1e-12, abs=1e-14)
+    halved = update_without_decay(before, after, 0.02, decay, divided_by=2.0, dtype=np.float32)
+    assert halved.dtype == np.float32
+    assert halved == pytest.approx(update / 2, rel=1e-7, abs=1e-12)
 
 
 def test_no_learning_rate_gives_nan():
+    assert np.isnan(sizes(np.ones((2, 3)), np.ones((2, 3)), 0.0, 0.1).update)
     assert np.isnan(update_without_decay(np.ones((2, 3)), np.ones((2, 3)), 0.0, 0.1)).all()
 
 
@@ -63,7 +82,7 @@ def test_adamw_moves_by_about_a_fifth_of_its_learning_rate():
         weight.grad = torch.randn(200, 200, generator=generator)
         before = weight.detach().double().numpy()
         optimizer.step()
-    found = rms(update_without_decay(before - weight.detach().double().numpy(), before, 1e-3, 0.0))
+    found = rms(update_without_decay(before, weight.detach().double().numpy(), 1e-3, 0.0))
     assert found == pytest.approx(0.2294, abs=0.01)
     assert found == pytest.approx(ADAMW_RMS, rel=0.2)
 
