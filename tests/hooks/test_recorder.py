@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import zarr
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
@@ -17,6 +16,7 @@ import optiscope.hooks.scalars as scalars_module
 from optiscope.hooks import attach
 from optiscope.hooks.layout import Layout
 from optiscope.hooks.snapshot import Snapshot
+from optiscope.hooks.storing.files import Files
 from optiscope.hooks.watched import Watched
 
 Make = Callable[..., nn.Sequential]
@@ -361,7 +361,7 @@ def test_full_disk_loses_nothing(
     with attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
         d.step()
         with monkeypatch.context() as patched:
-            patched.setattr(zarr.Array, "__setitem__", no_space)
+            patched.setattr(Files, "replace", no_space)
             for _ in range(3):
                 d.step()
                 recorder.flush()
@@ -383,7 +383,7 @@ def test_memory_is_bounded_while_a_disk_stays_full(
 
     with attach(d, model, tmp_path / "run.zarr", every=1) as recorder:
         with monkeypatch.context() as patched:
-            patched.setattr(zarr.Array, "__setitem__", no_space)
+            patched.setattr(Files, "replace", no_space)
             for _ in range(5 * 64):
                 d.step()
         assert recorder.dropped == 64 * 3  # of each of the three groups
