@@ -1,6 +1,5 @@
 """Opening a run: only committed records, read lazily."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from ..diagnostics.nan_quantile import nan_quantile
 from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
 from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
-from ..diagnostics.run_format import newer_schema, schema_of
+from .lazy_arrays import Run
 from .lineages import of_lineage
+from .root_document import contents, read_document
 
 READ = 256  # records
 KEPT, SPECTRA_KEPT = (
@@ -41,19 +41,15 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
+    folder = path.resolve()
+    document = read_document(folder)
     try:
-        root = json.loads((path / "zarr.json").read_text(encoding="utf-8"))
-        attributes = root["attributes"]
-    except (OSError, ValueError, KeyError, TypeError):
-        attributes = None
-    if schema_of(attributes) is None:
-        raise ValueError(f"run: {path} is not an Optiscope run; give the folder that was passed to `attach`")
-    if newer := newer_schema(attributes):
-        raise ValueError(f"run: {path} {newer}")
-    if "consolidated_metadata" not in root:
-        # Its writer was killed before the first commit.
-        return of_lineage(xr.DataTree(xr.Dataset(attrs=root["attributes"])), lineage)
-    return of_lineage(xr.open_datatree(path, engine="zarr", chunks=None), lineage)
+        found = contents(document)
+        run = xr.open_datatree(folder, engine=Run, chunks=None, of=found)
+    except (OSError, ValueError) as error:
+        text = str(error)
+        raise ValueError(text if text.startswith("run: ") else f"run: {path}: {text}") from error
+    return of_lineage(run, lineage)
 
 
 def records(run: xr.DataTree, group: str) -> xr.Dataset:

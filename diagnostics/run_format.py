@@ -42,7 +42,7 @@ def chunks_written(mask: str) -> list[int]:
     bits = int(mask, 16)
     if bits < 0:
         raise ValueError(f"mask: expected hexadecimal digits, got {mask!r}")
-    return [number for number in range(bits.bit_length()) if bits >> number & 1]
+    return [number for number, bit in enumerate(reversed(f"{bits:b}")) if bit == "1"]
 
 
 def schema_of(attributes: Any) -> int | None:

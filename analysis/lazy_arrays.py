@@ -1,0 +1,103 @@
+"""Arrays of a run as xarray's: read when used, a chunk at a time."""
+
+from collections.abc import Iterable, Iterator
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xarray as xr
+from numpy.typing import NDArray
+from xarray.backends import BackendArray, BackendEntrypoint
+from xarray.core import indexing
+
+from .root_document import Contents, Node
+from .stored_array import StoredArray
+from .stored_chunk import read_chunks
+
+
+class LazyArray(BackendArray):  # type: ignore[misc, unused-ignore]
+    """An array in a folder, for xarray to index."""
+
+    def __init__(self, folder: Path, array: StoredArray) -> None:
+        self.folder, self.array = folder, array
+        self.shape = array.shape
+        self.dtype: np.dtype[Any] = np.dtypes.StringDType() if array.dtype is None else array.dtype
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(key, self.shape, indexing.IndexingSupport.OUTER, self._read)
+
+    def _read(self, key: tuple[Any, ...]) -> Any:
+        try:
+            found = read(self.folder, self.array, [np.arange(size)[k] for k, size in zip(key, self.shape, strict=True)])
+        except (OSError, ValueError) as error:
+            raise ValueError(f"run: {self.folder}: {error}; `diag verify` tells what is whole") from error
+        return found
+
+
+def read(folder: Path, array: StoredArray, positions: Iterable[Any]) -> Any:
+    """The elements at chosen positions of each dimension; a number instead of several takes the dimension away."""
+    given = list(positions)
+    chosen = [np.atleast_1d(p) for p in given]
+    out = array.empty(tuple(map(len, chosen)))
+    chunks = product(*([int(n) for n in np.unique(p // length)] for p, length in zip(chosen, array.chunk, strict=True)))
+    for numbers, held in groupby(sorted(chunks, key=lambda c: _file(array, c)), key=lambda c: _file(array, c)):
+        wanted = list(held)
+        inner = [tuple(n % (s // c) for n, s, c in zip(one, array.shard, array.chunk, strict=True)) for one in wanted]
+        for one, chunk in zip(wanted, read_chunks(folder, array, numbers, inner), strict=True):
+            if chunk is not None:
+                there, here = zip(*_places(array, chosen, one), strict=True)
+                out[_grid(there)] = chunk[_grid(here)]
+    return out[tuple(0 if np.ndim(p) == 0 else slice(None) for p in given)]
+
+
+def _file(array: StoredArray, chunk: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n * c // s for n, s, c in zip(chunk, array.shard, array.chunk, strict=True))
+
+
+def _places(array: StoredArray, chosen: list[NDArray[Any]], chunk: tuple[int, ...]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
+    """By dimension: which of the chosen positions lie in a chunk, and where in it."""
+    for positions, number, length in zip(chosen, chunk, array.chunk, strict=True):
+        there = np.flatnonzero(positions // length == number)
+        yield there, positions[there] - number * length
+
+
+def _grid(places: tuple[NDArray[Any], ...]) -> tuple[Any, ...]:
+    """An index for all combinations; slices, which are faster, where they are all runs."""
+    runs = [np.array_equal(p, np.arange(p[0], p[0] + len(p))) for p in places]
+    return tuple(slice(p[0], p[0] + len(p)) for p in places) if all(runs) else np.ix_(*places)
+
+
+class Run(BackendEntrypoint):
+    """What opens a run for xarray, its contents being known."""
+
+    supports_groups = True
+
+    def open_datatree(self, filename_or_obj: Any, *, of: Contents, drop_variables: Any = None) -> xr.DataTree:  # type: ignore[override]
+        """The tree of all groups."""
+        groups = {node.path: _dataset(Path(filename_or_obj), node) for node in of.groups}
+        return xr.DataTree.from_dict({"/": xr.Dataset(attrs=dict(of.attributes)), **groups})
+
+
+def _dataset(folder: Path, node: Node) -> xr.Dataset:
+    variables = {
+        name: xr.Variable(array.dimensions, indexing.LazilyIndexedArray(LazyArray(folder, array)), dict(array.attributes))
+        for name, array in node.arrays.items()
+    }
+    attributes = dict(node.attributes)
+    coordinates = set(str(attributes.pop("coordinates", "")).split()) | {
+        name for name, array in node.arrays.items() if array.dimensions == (name,)
+    }
+    if "step" in variables:
+        steps = variables["step"].load().values
+        if len(steps) > 1 and not (np.diff(steps) > 0).all():
+            raise ValueError(
+                f"run: {folder}: {node.path}/step: expected steps in ascending order, got others; `diag verify` tells what is whole"
+            )
+    if "name" in variables and "matrix" in variables["name"].dims:
+        variables["name"].load()  # as many as the metadata say
+    return xr.Dataset(
+        {name: variable for name, variable in variables.items() if name not in coordinates},
+        {name: variable for name, variable in variables.items() if name in coordinates},
+        attributes,
+    )

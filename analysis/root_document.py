@@ -1,0 +1,153 @@
+"""The document at a run's root, which describes all of it: read within bounds, and checked before anything it names is opened."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.run_format import chunks_written, newer_schema, schema_of, seal
+from .stored_array import StoredArray, stored_array
+from .stored_chunk import read_file
+
+MOST_NODES = 20_000  # groups and arrays
+MOST_LOGGED = 100_000  # of what a run's attributes list
+
+
+@dataclass(frozen=True)
+class Node:
+    """A group: its path within the run, its attributes, its arrays by name."""
+
+    path: str
+    attributes: Mapping[str, Any]
+    arrays: Mapping[str, StoredArray]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a run holds, as its root says: the run's attributes, and its groups."""
+
+    attributes: Mapping[str, Any]
+    groups: tuple[Node, ...]
+
+
+def read_document(folder: Path) -> dict[str, Any]:
+    """The document of a run's root, of a schema that this version reads; nothing else in it has been checked.
+
+    Raises:
+        ValueError: it is no run's, or one of a newer schema.
+    """
+    why, document = "", None
+    try:
+        document = parse_bounded(read_file(folder, "zarr.json", MOST_BYTES) or b"")
+    except (OSError, ValueError) as error:
+        why = f" ({error})"
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if schema_of(attributes) is None or not isinstance(document, dict) or not isinstance(attributes, dict):
+        raise ValueError(f"run: {folder} is not an Optiscope run{why}; give the folder that was passed to `attach`")
+    if newer := newer_schema(attributes):
+        raise ValueError(f"run: {folder} {newer}")
+    return document
+
+
+def contents(document: Mapping[str, Any]) -> Contents:
+    """What a document describes.
+
+    Raises:
+        ValueError: something that a recorder does not write; told without the run.
+    """
+    attributes = document["attributes"]
+    if "checksum" in attributes and attributes["checksum"] != seal(document):
+        raise ValueError(
+            "zarr.json: its checksum is of something else, so it was changed or damaged; `diag verify` tells what can be saved"
+        )
+    _check_attributes(attributes)
+    if "consolidated_metadata" not in document:
+        return Contents(attributes, ())  # its writer was killed before the first commit
+    try:
+        nodes = document["consolidated_metadata"]["metadata"]
+        if len(nodes) > MOST_NODES:
+            raise ValueError(f"zarr.json: expected at most {MOST_NODES:,} groups and arrays, got {len(nodes):,}")
+        maps = attributes.get("chunks", {})
+        return Contents(attributes, tuple(_groups(nodes, maps)))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"zarr.json: expected the metadata of groups and arrays, got something else ({error!r:.80})") from None
+
+
+def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]:
+    arrays: dict[str, dict[str, StoredArray]] = {path: {} for path, node in nodes.items() if node["node_type"] == "group"}
+    for path, node in nodes.items():
+        parts = path.split("/")
+        if len(parts) > 4 or any(part in ("", ".", "..") or len(part.encode()) > 255 or "\0" in part or "\\" in part for part in parts):
+            raise ValueError(f"zarr.json: expected names of groups and arrays, got {path!r:.80}")
+        parent = "/".join(parts[:-1])
+        if (parent or node["node_type"] != "group") and parent not in arrays:
+            raise ValueError(f"zarr.json: expected {path!r:.80} in a group of the run, got it without one")
+        if node["node_type"] == "group":
+            continue
+        if node["node_type"] != "array":
+            raise ValueError(f"zarr.json: expected {path!r:.80} to be a group or an array, got {node['node_type']!r:.80}")
+        mask = maps.get(path)
+        if mask is not None and (not isinstance(mask, str) or len(mask) > 100_000):
+            raise ValueError(f"zarr.json: expected a hexadecimal mask of the chunks of {path!r:.80}, got {mask!r:.40}")
+        array = arrays[parent][parts[-1]] = stored_array(path, node, None if mask is None else frozenset(chunks_written(mask)))
+        if array.written and max(array.written) >= prod(array.grid):
+            raise ValueError(
+                f"zarr.json: expected at most {prod(array.grid):,} chunks of {path!r:.80} to have been written, got number {max(array.written):,}"
+            )
+    for path, own in arrays.items():
+        sizes: dict[str, int] = {}
+        for array in own.values():
+            for name, size in zip(array.dimensions, array.shape, strict=True):
+                if sizes.setdefault(name, size) != size:
+                    raise ValueError(f"{array.path}: expected {sizes[name]:,} along {name} as elsewhere in its group, got {size:,}")
+        for name, coordinate in (("step", "step"), ("matrix", "name")):
+            if sizes.get(name) and (coordinate not in own or own[coordinate].dimensions != (name,)):
+                raise ValueError(f"{path}: expected {coordinate} along {name}, got none")
+        group = nodes[path]["attributes"]
+        _check_schedules(path, group.get("ns_schedules", []))
+        yield Node(path, group, own)
+
+
+# What the run's own attributes are lists of, and what each entry must hold.
+_LISTS: dict[str, dict[str, type]] = {
+    "optimizers": {"label": str, "class": str, "groups": list},
+    "continued": {"first_step": int, "optimizers": list},
+    "decisions": {"step": int, "optimizer": str, "kind": str},
+    "alignment_events": {"step": int, "optimizer": str},
+}
+
+
+def _check_attributes(attributes: Mapping[str, Any]) -> None:
+    for name, needed in _LISTS.items():
+        entries = attributes.get(name, [])
+        whole = isinstance(entries, list) and len(entries) <= MOST_LOGGED and all(isinstance(entry, dict) for entry in entries)
+        if not whole or not all(isinstance(entry.get(key), kind) for entry in entries for key, kind in needed.items()):
+            raise ValueError(
+                f"zarr.json: expected {name} to be a list of at most {MOST_LOGGED:,} that say {', '.join(needed)}, got something else"
+            )
+    for optimizer in [
+        *attributes.get("optimizers", []),
+        *(one for entry in attributes.get("continued", []) for one in entry["optimizers"]),
+    ]:
+        if not isinstance(optimizer, dict) or not all(isinstance(group, dict) for group in optimizer.get("groups", [])):
+            raise ValueError(f"zarr.json: expected optimizers to say their groups, got {optimizer!r:.60}")
+    for name in ("versions", "about", "chunks"):
+        if not isinstance(attributes.get(name, {}), dict):
+            raise ValueError(f"zarr.json: expected {name} to be an object, got {attributes[name]!r:.60}")
+
+
+def _check_schedules(path: str, schedules: Any) -> None:
+    """Coefficients are iterated over every spectrum: so many, of so many steps."""
+    whole = isinstance(schedules, list) and len(schedules) <= MOST_LOGGED and all(isinstance(one, dict) for one in schedules)
+    if not whole or not all(_triples(one.get("coefficients")) for one in schedules):
+        raise ValueError(f"{path}: expected ns_schedules to be a list of coefficients, each of at most 100 steps, got something else")
+
+
+def _triples(steps: Any) -> bool:
+    return (
+        isinstance(steps, list)
+        and len(steps) <= 100
+        and all(isinstance(step, list) and len(step) == 3 and all(type(c) in (int, float) for c in step) for step in steps)
+    )

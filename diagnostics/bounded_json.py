@@ -1,0 +1,56 @@
+"""JSON from a stranger: read within bounds of memory, time and depth."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+DEPTH = 32
+# A list or an object takes 56 bytes and more where its text takes two: with both bounds, reading takes less than 0.4 GB and a second or two.
+MOST_BYTES, MOST_CONTAINERS = 16_000_000, 1_000_000
+_SURROGATE = re.compile(rb"\\u[dD][89abAB]")
+
+
+def read_bounded(path: str | Path, most: int = MOST_BYTES) -> bytes:
+    """What is in a file of at most `most` bytes.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is longer.
+    """
+    with open(path, "rb") as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"{path}: expected at most {most:,} bytes, got more")
+    return content
+
+
+def parse_bounded(content: bytes, depth: int = DEPTH) -> Any:
+    """The value that a JSON text in UTF-8 stands for. Every text in it can be encoded again.
+
+    Raises:
+        ValueError: no JSON, or one nested deeper than `depth`, or one of more than a million lists and objects; told without a subject.
+
+    >>> parse_bounded(b'{"a": [1, 2]}')
+    {'a': [1, 2]}
+    >>> parse_bounded(b"[" * 100_000)
+    Traceback (most recent call last):
+    ValueError: expected JSON nested at most 32 deep, got more
+    """
+    if content.count(b"[") + content.count(b"{") > MOST_CONTAINERS:
+        raise ValueError(f"expected JSON of at most {MOST_CONTAINERS:,} lists and objects, got more")
+    try:
+        document = json.loads(content.decode())
+        if _SURROGATE.search(content):
+            json.dumps(document, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError(f"expected JSON nested at most {depth} deep, got more") from None
+    except ValueError:
+        raise ValueError(f"expected JSON in UTF-8, got {'something else' if content.strip() else 'an empty file'}") from None
+    level = [document]
+    for _ in range(depth + 1):
+        containers = [node for node in level if isinstance(node, (dict, list))]
+        if not containers:
+            return document
+        level = [child for node in containers for child in (node.values() if isinstance(node, dict) else node)]
+    raise ValueError(f"expected JSON nested at most {depth} deep, got more")
