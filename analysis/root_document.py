@@ -1,7 +1,7 @@
 """The document at a run's root, which describes all of it: read within bounds, and checked before anything it names is opened."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -91,11 +91,14 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
         mask = maps.get(path)
         if mask is not None and (not isinstance(mask, str) or len(mask) > 100_000):
             raise ValueError(f"zarr.json: expected a hexadecimal mask of the chunks of {path!r:.80}, got {mask!r:.40}")
-        array = arrays[parent][parts[-1]] = stored_array(path, node, None if mask is None else frozenset(chunks_written(mask)))
-        if array.written and max(array.written) >= prod(array.grid):
-            raise ValueError(
-                f"zarr.json: expected at most {prod(array.grid):,} chunks of {path!r:.80} to have been written, got number {max(array.written):,}"
-            )
+        written = None if mask is None else frozenset(chunks_written(mask))
+        array = stored_array(path, node, written)
+        files = prod(array.grid)
+        if max(written or (), default=0) >= max(files, 1):
+            raise ValueError(f"zarr.json: expected at most {files:,} chunks of {path!r:.80} to have been written, got more")
+        if maps and "step" not in array.dimensions:
+            array = replace(array, written=range(files))  # what does not grow was written whole
+        arrays[parent][parts[-1]] = array
     for path, own in arrays.items():
         sizes: dict[str, int] = {}
         for array in own.values():

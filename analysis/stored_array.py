@@ -1,6 +1,6 @@
 """What an array of a run may be: the kinds that the recorder writes, of sizes that a run can have. All else is refused before anything is read."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -62,7 +62,7 @@ class StoredArray:
     compression: str | None
     checksum: bool
     separator: str
-    written: frozenset[int] | None
+    written: Container[int] | None
 
     @property
     def sharded(self) -> bool:
@@ -85,7 +85,7 @@ class StoredArray:
 
     def expects(self, numbers: tuple[int, ...]) -> bool:
         """Whether the file must be there. Steps are never missing; of all else, that is known by the map of chunks alone."""
-        if self.written is None or "step" not in self.dimensions:
+        if self.written is None:
             return self.path.endswith("/step")
         return int(np.ravel_multi_index(numbers, self.grid)) in self.written
 
@@ -94,7 +94,7 @@ class StoredArray:
         return np.full(shape, self.fill, np.dtypes.StringDType() if self.dtype is None else self.dtype)
 
 
-def stored_array(path: str, node: Mapping[str, Any], written: frozenset[int] | None = None) -> StoredArray:
+def stored_array(path: str, node: Mapping[str, Any], written: Container[int] | None = None) -> StoredArray:
     """The array of which `node` is the metadata.
 
     Raises:
@@ -106,7 +106,7 @@ def stored_array(path: str, node: Mapping[str, Any], written: frozenset[int] | N
         raise ValueError(f"{path}: expected the metadata of an array, got one without a part or of another kind ({error!r:.80})") from None
 
 
-def _checked(path: str, node: Mapping[str, Any], written: frozenset[int] | None) -> StoredArray:
+def _checked(path: str, node: Mapping[str, Any], written: Container[int] | None) -> StoredArray:
     _expect(path, "keys of an array's metadata", set(node) <= _KEYS, sorted(set(node) - _KEYS))
     _expect(path, "no storage transformers", node.get("storage_transformers", []) == [], node.get("storage_transformers"))
     kind = node["data_type"]
