@@ -85,9 +85,9 @@ def _dataset(folder: Path, node: Node) -> xr.Dataset:
         for name, array in node.arrays.items()
     }
     attributes = dict(node.attributes)
-    coordinates = set(str(attributes.pop("coordinates", "")).split()) | {
-        name for name, array in node.arrays.items() if array.dimensions == (name,)
-    }
+    coordinates = {name for name, array in node.arrays.items() if array.dimensions == (name,)}
+    for said in (attributes, *(variable.attrs for variable in variables.values())):  # as CF has it; the recorder says it of the group
+        coordinates |= set(str(said.pop("coordinates", "")).split())
     if "step" in variables:
         steps = variables["step"].load().values
         if len(steps) > 1 and not (np.diff(steps) > 0).all():
