@@ -5,6 +5,8 @@ import shutil
 
 import pytest
 
+from optiscope.diagnostics.run_format import seal
+
 
 @pytest.fixture(scope="module")
 def bad(recorded, record, tmp_path_factory):
@@ -19,7 +21,7 @@ def bad(recorded, record, tmp_path_factory):
         shutil.copytree(recorded, folder / f"{name}.zarr")
     for name, change in (
         ("newer", lambda document: document["attributes"].update(optiscope_schema=99)),
-        ("killed", lambda document: document.pop("consolidated_metadata")),
+        ("killed", lambda document: (document.pop("consolidated_metadata"), document["attributes"].pop("checksum"))),
     ):
         path = folder / f"{name}.zarr" / "zarr.json"
         document = json.loads(path.read_text())
@@ -126,12 +128,15 @@ def test_a_damaged_run_ends_in_a_sentence_too(diag, bad, tmp_path):
     document = json.loads((tmp_path / "run.zarr" / "zarr.json").read_text())
     del document["consolidated_metadata"]["metadata"]["geometry/operator"]
     (tmp_path / "run.zarr" / "zarr.json").write_text(json.dumps(document))
+    assert_one_sentence(diag("check", tmp_path / "run.zarr"), "zarr.json: its checksum is of something else")
+    document["attributes"]["checksum"] = seal(document)
+    (tmp_path / "run.zarr" / "zarr.json").write_text(json.dumps(document))
     assert_one_sentence(diag("check", tmp_path / "run.zarr"), "unexpected KeyError: ")
     assert_one_sentence(diag("check", tmp_path / "run.zarr"), "the run may be damaged (diag --debug shows where)")
 
 
 def test_a_message_of_several_lines_becomes_one(diag, bad, monkeypatch):
-    def fail(path):
+    def fail(path, lineage):
         raise ValueError("first\n  second \x1b[2J")
 
     monkeypatch.setattr("optiscope.analysis.open_run", fail)
