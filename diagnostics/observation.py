@@ -57,6 +57,7 @@ class Observation:
         ns_input: the matrix whose spectrum is measured: the exact NS input, or momentum or gradient where the optimizer
             does not orthogonalise; None where geometry is not measured.
         ns_roundoff: unit roundoff of the format `ns_input` is stored in.
+        gram: as :func:`.spectrum.spectrum` takes it, of `ns_input`; None where that is to make it itself.
         newton_schulz: None where the optimizer does not orthogonalise.
         output_scale: s in ΔW = −η·s·O, decay aside; NaN where more than a scale follows the iteration.
         target_rms: RMS of ΔW/η if O were the exact polar factor, under the optimizer's own scaling.
@@ -79,6 +80,7 @@ class Observation:
     decoupled_decay: float
     ns_input: NDArray[np.floating] | None = None
     ns_roundoff: float = 0.0
+    gram: Floats | None = None
     newton_schulz: NewtonSchulz | None = None
     output_scale: float = float("nan")
     target_rms: float = float("nan")
@@ -115,7 +117,7 @@ class Observation:
         """Of the NS input; None where that is not there, zero, or not finite."""
         if self.ns_input is None or not np.isfinite(largest := largest_magnitude(self.ns_input)) or largest == 0:
             return None
-        return spectrum(self.ns_input, unit_roundoff=self.ns_roundoff)
+        return spectrum(self.ns_input, unit_roundoff=self.ns_roundoff, gram=self.gram)
 
     @cached_property
     def output(self) -> NDArray[np.floating] | None:
@@ -143,7 +145,7 @@ def side_by_side(observations: Sequence[Observation]) -> Observation:
     assert before is not None
     assert after is not None
     ns_input, gradient = joined(lambda seen: seen.ns_input), joined(lambda seen: seen.gradient)
-    return replace(first, weight_before=before, weight_after=after, ns_input=ns_input, gradient=gradient)
+    return replace(first, weight_before=before, weight_after=after, ns_input=ns_input, gram=None, gradient=gradient)
 
 
 def part_of(seen: Observation, axis: int, indices: NDArray[np.int64]) -> Observation:
@@ -160,6 +162,7 @@ def part_of(seen: Observation, axis: int, indices: NDArray[np.int64]) -> Observa
         weight_before=before,
         weight_after=after,
         ns_input=ns_input,
+        gram=None,
         newton_schulz=None,
         gradient=None,
         corrected=None,

@@ -70,7 +70,7 @@ class Spectrum:
         return int((self.normalised < self.floor).sum())
 
 
-def spectrum(matrix: NDArray[np.floating], *, unit_roundoff: float | None = None) -> Spectrum:
+def spectrum(matrix: NDArray[np.floating], *, unit_roundoff: float | None = None, gram: Floats | None = None) -> Spectrum:
     """Singular values of `matrix` in float64, κ right to 1e-4 for κ ≤ 1e6 and to 1e-2 for κ ≤ 1e7.
 
     σ² are the eigenvalues of BBᵀ, B the matrix with its short side first, in float64. Where those reach the limit of
@@ -80,6 +80,8 @@ def spectrum(matrix: NDArray[np.floating], *, unit_roundoff: float | None = None
         matrix: shape (m, n), any real floating dtype, finite and not zero.
         unit_roundoff: of the format the numbers were stored in, when they come in a wider one (bfloat16: 2⁻⁸);
             by default that of `matrix.dtype`.
+        gram: MMᵀ of the short side in float64 where something else has made it, shape (r, r), or its eigenvalues ascending,
+            shape (r,); of a matrix whose squares stay inside float64.
 
     Raises:
         ValueError: not a matrix, empty, not finite, or all zeros.
@@ -100,24 +102,32 @@ def spectrum(matrix: NDArray[np.floating], *, unit_roundoff: float | None = None
         raise ValueError("matrix: expected finite numbers, got NaN or infinity; its spectrum is undefined")
     if largest == 0:
         raise ValueError("matrix: expected a nonzero matrix, got all zeros; its condition number is undefined")
-    # Turned after the conversion, which is a view: writing the transpose costs as much as half of the product.
-    wide = np.asarray(matrix, dtype=np.float64)
-    short = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
     # A power of two near the largest entry keeps the squares of tiny or huge numbers inside float64 and rounds nothing.
     exponent = int(np.frexp(largest)[1])
-    exponent = exponent if abs(exponent) > _SAFE_EXPONENT else 0
-    if exponent:
-        short = np.ldexp(short, -exponent)
-    gram = short @ short.T  # of the two products BLAS computes one half
-    fro_norm = float(np.sqrt(np.trace(gram)))
-    floor = precision_floor(matrix.shape[0], matrix.shape[1], unit_roundoff)
+    exponent = 0 if abs(exponent) <= _SAFE_EXPONENT or gram is not None else exponent
+    if gram is None:
+        short = _short_side_first(matrix, exponent)
+        gram = short @ short.T  # BLAS computes one half of it
     # np.linalg rather than scipy: SciPy's LAPACK wrappers hold the interpreter lock.
-    sigma = np.sqrt(np.clip(np.linalg.eigvalsh(gram)[::-1], 0, None))
+    squares = gram if gram.ndim == 1 else np.linalg.eigvalsh(gram)
+    fro_norm = float(np.sqrt(squares.sum() if gram.ndim == 1 else np.trace(gram)))
+    floor = precision_floor(matrix.shape[0], matrix.shape[1], unit_roundoff)
+    sigma = np.sqrt(np.clip(squares[::-1], 0, None))
     if sigma[-1] * GRAM_CONDITION_LIMIT < sigma[0] and floor * GRAM_CONDITION_LIMIT < 1:
-        sigma = np.linalg.svd(short.T, compute_uv=False)  # the long side first: a third less than the other way
+        sigma = np.linalg.svd(
+            _short_side_first(matrix, exponent).T, compute_uv=False
+        )  # the long side first: a third less than the other way
         # The SVD's own backward error, relative to σ_1: the floor of a float64 input.
         floor = max(floor, max(matrix.shape) * 2.0**-52 * float(sigma[0]) / fro_norm)
     return Spectrum(np.ldexp(sigma, exponent), float(np.ldexp(fro_norm, exponent)), floor)
+
+
+def _short_side_first(matrix: NDArray[np.floating], exponent: int) -> Floats:
+    """B·2^−exponent in float64, B the matrix with its short side first."""
+    # Turned after the conversion, which is a view: writing the transpose costs as much as half of the product.
+    wide = np.asarray(matrix, dtype=np.float64)
+    short = wide if matrix.shape[0] <= matrix.shape[1] else wide.T
+    return np.ldexp(short, -exponent) if exponent else short
 
 
 def largest_magnitude(matrix: NDArray[np.floating]) -> float:

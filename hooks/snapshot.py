@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..diagnostics.observation import Observation
 from ..diagnostics.rotation import Rotation
+from .accelerator import Beside, arriving, gram_of
 from .adapters import Adapter, Averages, Reader, Reading, number, state_of
 from .adapters.names import tensors_in
 from .copies import Copies
@@ -31,6 +32,7 @@ class Snapshot:
 
     Attributes:
         keeps_gradient: whether what is measured needs the gradient itself, in the observation.
+        has_spectra: whether those of the NS inputs are measured.
         copies: None where observations are made as soon as they are read; else what they are made of is copied.
         errors: what the adapter's readers raised; what they would have read is missing from the observation.
     """
@@ -39,6 +41,7 @@ class Snapshot:
     adapter: Adapter
     reading: Reading
     keeps_gradient: bool = False
+    has_spectra: bool = True
     copies: Copies | None = None
     gradient_seen: bool = False
     grad_rms: tuple[Callable[[], float], ...] = ()  # of every matrix
@@ -105,31 +108,36 @@ class Snapshot:
             )
             rotation = None if rotation is None else [copied(tensor) for tensor in rotation]
             kept = None if kept is None else kept.copied(copied)
-        weight = reading.weight
+        weight, has_spectra, beside = reading.weight, self.has_spectra, Beside(parameter.device)
 
         def observation(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
+            with beside.stream():
+                return observed(matrix, grad_rms, output_scale, target)
+
+        def observed(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
             seen_by_ns = None if spectrum_input is None else matrix.of(spectrum_input)
             return Observation(
-                weight_before=as_array(matrix.of(weight)),
-                weight_after=as_array(matrix.of(parameter)),
+                weight_before=arriving(matrix.of(weight)),
+                weight_after=arriving(matrix.of(parameter)),
                 weight_roundoff=unit_roundoff(parameter),
                 grad_rms=grad_rms(),
                 momentum_rms=math.nan if momentum is None else tensor_rms(matrix.of(momentum)),
                 lr=or_nan(lr),
                 weight_decay=weight_decay,
                 decoupled_decay=or_nan(decay),
-                ns_input=None if seen_by_ns is None else as_array(seen_by_ns),
+                ns_input=None if seen_by_ns is None else arriving(seen_by_ns),
                 ns_roundoff=0.0 if seen_by_ns is None else unit_roundoff(seen_by_ns),
+                gram=gram_of(seen_by_ns) if seen_by_ns is not None and has_spectra and matrix.geometry else None,
                 newton_schulz=newton_schulz,
                 output_scale=or_nan(output_scale),
                 target_rms=or_nan(target),
-                moments=None if kept is None else kept.of(matrix, as_array, tensor_mean),
+                moments=None if kept is None else kept.of(matrix, arriving, tensor_mean),
                 intended_rms=math.nan if intended is None else tensor_rms(matrix.of(intended)),
                 trust_ratio=or_nan(trust_ratio),
-                gradient=None if gradient is None else as_array(matrix.of(gradient)),
+                gradient=None if gradient is None else arriving(matrix.of(gradient)),
                 gradient_roundoff=0.0 if gradient is None else unit_roundoff(gradient),
-                corrected=None if corrected is None else as_array(matrix.of(corrected)),
-                rotation=None if rotation is None else Rotation(*map(as_array, rotation)),
+                corrected=None if corrected is None else arriving(matrix.of(corrected)),
+                rotation=None if rotation is None else Rotation(*map(arriving, rotation)),
             )
 
         def scale(of: Callable[[Reading, int, int], float], matrix: Matrix) -> float | None:

@@ -149,7 +149,7 @@ class Watched:
             copies = None if memory is None else Copies(memory)
             weight = parameter.detach().clone() if copies is None else copies.of(parameter)
             reading = Reading(self.optimizer, parameter, weight, dict(group), state_of(self.optimizer, parameter))
-            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading, "gradient" in groups, copies))
+            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading, "gradient" in groups, "geometry" in groups, copies))
 
     def note_weights(self) -> None:
         """Keep the weights' norms as this step leaves them, to see at the next one whether something else changed them."""
