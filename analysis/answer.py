@@ -8,6 +8,8 @@ from types import ModuleType
 import xarray as xr
 from matplotlib.figure import Figure
 
+from .drawable import drawable, fewer
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -31,9 +33,12 @@ class Answer:
         """The result in a sentence."""
         return str(self.study.summary(self.dataset))
 
-    def plot(self, dataset: xr.Dataset | None = None) -> Figure:
-        """The study's picture, or that of the dataset under other labels."""
-        figure: Figure = self.study.plot(self.dataset if dataset is None else dataset)
+    def plot(self) -> Figure:
+        """The study's picture, under labels that can be drawn and no more of them than fit."""
+        chosen, note = fewer(self.dataset)
+        figure: Figure = self.study.plot(drawable(chosen))
+        if note:
+            figure.suptitle(note, fontsize=8, color="0.4")
         return figure
 
     def tables(self) -> dict[str, xr.Dataset]:

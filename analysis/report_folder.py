@@ -1,7 +1,8 @@
 """A folder with every study's figure and tables, and a summary of what they say."""
 
-import json
+import io
 import math
+import warnings
 from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ..diagnostics.evenly_spread import evenly_spread
+from ..diagnostics.inert import json_text
+from ..diagnostics.whole_file import write_whole
 from .answer import Answer, ask
+from .csv_tables import as_csv
 from .figures import settle
 from .findings import check
 
@@ -41,13 +45,17 @@ def write_answer(answer: Answer, name: str, folder: Path) -> list[str]:
     A table that would have more than 20,000 rows is of evenly spread records, as many as fit; the study itself saw all that it says.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    picture, figure = folder / f"{name}.png", answer.plot()
+    picture, figure, drawn = folder / f"{name}.png", answer.plot(), io.BytesIO()
     settle(figure)
-    figure.savefig(picture)
+    with warnings.catch_warnings():
+        # A name may be written in a script that the font lacks; it shows boxes.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure.savefig(drawn)
+    write_whole(picture, drawn.getvalue())
     written = [picture.name]
     for dimensions, table in answer.tables().items():
         path = folder / f"{name}.{dimensions}.csv"
-        _thinned(table).to_dataframe().to_csv(path, float_format="%.8g")
+        write_whole(path, as_csv(_thinned(table).to_dataframe().reset_index(), "%.8g"))
         written.append(path.name)
     return written
 
@@ -64,7 +72,7 @@ def finish_report(
         raise ValueError(next(iter(studies.values()))["summary"].removeprefix("skipped: "))
     found = findings if findings is not None else found_in(run)
     result = {"folder": str(folder), "studies": studies, "findings": found}
-    (folder / "summary.json").write_text(json.dumps(result, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(folder / "summary.json", json_text(result) + "\n")
     return result
 
 

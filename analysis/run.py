@@ -17,6 +17,7 @@ from .lineages import of_lineage
 from .root_document import contents, read_document
 
 READ = 256  # records
+LONG = 1_000  # characters of a name
 KEPT, SPECTRA_KEPT = (
     20_000_000,
     130_000_000,
@@ -63,12 +64,13 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
         raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
     _keep(dataset[[name for name, variable in dataset.data_vars.items() if variable.ndim < 3]], KEPT)
     # Zarr gives NumPy's variable-width strings, which few functions take.
-    texts = {
-        name: ("matrix", np.array(dataset[name].values.tolist(), dtype=str))
-        for name in ("name", "operator", "optimizer", "of")
-        if name in dataset
-    }
+    texts = {name: ("matrix", _texts(dataset[name].values.tolist())) for name in ("name", "operator", "optimizer", "of") if name in dataset}
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+
+
+def _texts(values: list[str]) -> NDArray[Any]:
+    """Strings of one width, or objects where one endless name would make them all as wide."""
+    return np.array(values, dtype=object if max(map(len, values), default=0) > LONG else str)
 
 
 def _keep(dataset: xr.Dataset, most: int) -> None:

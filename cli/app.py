@@ -1,15 +1,12 @@
 """The application: its commands, and how errors are told."""
 
 import functools
-import json
 import sys
 import traceback
 from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec
 
 import typer
-
-from ..analysis.inert import inert
 
 P = ParamSpec("P")
 
@@ -52,13 +49,15 @@ def reporting_errors(function: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, KeyboardInterrupt, BrokenPipeError):
             raise
         except Exception as error:
+            from ..diagnostics.inert import inert, shortened  # loads NumPy, which no help needs
+
             if _debug:
-                traceback.print_exc()
+                print(*map(inert, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
             text = str(error)
             if not isinstance(error, (ValueError, TypeError, OSError, RuntimeError)):
                 # Not one of ours: a damaged run, or a mistake in this program.
                 text = f"unexpected {type(error).__name__}: {text}; the run may be damaged (diag --debug shows where)"
-            print(f"diag: {inert(' '.join(text.split()))}", file=sys.stderr)
+            print(f"diag: {shortened(inert(' '.join(text.split())), 1_000)}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     return reporting
@@ -66,7 +65,9 @@ def reporting_errors(function: Callable[P, None]) -> Callable[P, None]:
 
 def print_json(result: Any) -> None:
     """One JSON document on standard output."""
-    print(json.dumps(result, indent=2, ensure_ascii=False, default=str))
+    from ..diagnostics.inert import json_text
+
+    print(json_text(result))
 
 
 # Importing a module of commands registers them.

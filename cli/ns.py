@@ -1,5 +1,6 @@
 """`diag ns`: the known Newton–Schulz families, and whether a list of coefficients is one to use."""
 
+import io
 import sys
 from math import isfinite
 from pathlib import Path
@@ -148,5 +149,8 @@ def _draw(schedules: dict[str, Any], path: Path) -> None:
         raise ValueError(f"--output: the folder {path.parent} does not exist; make it, or write elsewhere")
 
     from ..analysis.family_maps import plot
+    from ..diagnostics.whole_file import write_whole
 
-    plot(schedules).savefig(path)
+    drawn = io.BytesIO()
+    plot(schedules).savefig(drawn, format=path.suffix[1:])
+    write_whole(path, drawn.getvalue())

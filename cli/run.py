@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..analysis.inert import inert
 from .app import CLEAN, FINDINGS, JsonOption, command, print_json
 
 if TYPE_CHECKING:
     import xarray as xr
+
+ROWS = 1_000  # of a table on the terminal
 
 RunArgument = Annotated[Path, typer.Argument(help="The run's folder, as passed to attach.", metavar="RUN.zarr", show_default=False)]
 LineageOption = Annotated[
@@ -161,7 +162,13 @@ def say(topic: object, text: str) -> None:
     """One line: a topic in bold, and a sentence. Names and texts of a run are printed as they are, never as markup."""
     from rich.text import Text
 
-    console().print(Text.assemble((inert(topic), "bold"), ": ", inert(text)))
+    console().print(Text.assemble((_shown(topic), "bold"), ": ", _shown(text)))
+
+
+def _shown(text: object) -> str:
+    from ..diagnostics.inert import inert, shortened
+
+    return shortened(inert(text), 1_000)
 
 
 def console(stderr: bool = False) -> Any:
@@ -187,7 +194,9 @@ def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
     table = Table(box=None, header_style="bold")
     for name in header:
         table.add_column(name, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(inert(cell)) for cell in row))
+    for row in rows[:ROWS]:
+        table.add_row(*(Text(_shown(cell)) for cell in row))
     # What is too wide goes on below, where soft wrapping would cut it.
     console().print(table, soft_wrap=False)
+    if len(rows) > ROWS:
+        say("rows", f"{ROWS} of {len(rows)}; --json has all")

@@ -1,6 +1,7 @@
 """`diag schedule --what-if`: every family and number of steps side by side, from logged spectra."""
 
 import csv
+import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,9 @@ def answer_what_if(
     run: "xr.DataTree", families: list[str] | None, window: slice | None, output: Path | None, *, by_operator: bool, as_json: bool
 ) -> None:
     """Compute, print, and write the table to `output` as CSV."""
+    from ..analysis.csv_tables import cell
     from ..analysis.what_if import DEFAULT_FAMILIES, hazardous, summary, table, what_if
+    from ..diagnostics.whole_file import write_whole
 
     chosen = list(dict.fromkeys(families or DEFAULT_FAMILIES))
     if by_operator and not families:
@@ -27,11 +30,11 @@ def answer_what_if(
     found = what_if(run, window, chosen)
     rows = table(found)
     if output is not None:
-        with output.open("w", encoding="utf-8", newline="") as file:
-            names = list(dict.fromkeys(name for row in rows for name in row))
-            writer = csv.DictWriter(file, names)
-            writer.writeheader()
-            writer.writerows(rows)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(dict.fromkeys(name for row in rows for name in row)))
+        writer.writeheader()
+        writer.writerows({name: cell(value) for name, value in row.items()} for row in rows)
+        write_whole(output, text.getvalue())
     if as_json:
         print_json(
             {"summary": summary(found), "window": _window(found), "in_force": _in_force(found), "rows": [_plain(row) for row in rows]}

@@ -18,6 +18,8 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
+MOST_GROUPS = 400  # the time of an exact solution grows with their square: 5 s for 300
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -82,12 +84,16 @@ def problem(
     """Check and normalise the parts of an allocation problem. Residuals are rounded to 1e-9, so that ties are ties.
 
     Raises:
-        ValueError: shapes that do not match, residuals that are not finite, costs below 1, steps out of order, or a baseline not on offer.
+        ValueError: more groups than :data:`MOST_GROUPS`, shapes that do not match, residuals that are not finite, costs below 1, steps out of order, or a baseline not on offer.
     """
     r, c, w = np.asarray(residual, np.float64), np.asarray(cost, np.int64), np.asarray(weight, np.float64)
     if r.shape != (len(c), len(steps)) or w.shape != c.shape or not len(c):
         raise ValueError(
             f"residual: expected one row per group and one column per step count, got shape {r.shape} for {len(c)} groups, {len(steps)} counts"
+        )
+    if len(c) > MOST_GROUPS:
+        raise ValueError(
+            f"operators: expected at most {MOST_GROUPS} to give steps to, got {len(c)}; give matrices of one kind one name (attach with operators=…)"
         )
     if not np.isfinite(r).all():
         raise ValueError("residual: expected finite residuals; leave out groups that were not recorded")

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from .depth_halves import entry_for
+from .inert import json_text
 from .ns_families import Coefficients
+from .whole_file import write_whole
 
 FORMAT = "optiscope-schedule"
 VERSION = 1
@@ -72,11 +74,11 @@ class Schedule:
             "format": FORMAT, "version": VERSION, "provenance": dict(self.provenance),
             "budget": dict(self.budget), "objective": dict(self.objective), "operators": operators,
         }  # fmt: skip
-        return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
+        return json_text(document) + "\n"
 
     def save(self, path: str | Path) -> None:
         """Write the schedule as JSON."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        write_whole(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> "Schedule":

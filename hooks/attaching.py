@@ -20,12 +20,14 @@ from .layout import Layout, belongs
 from .lifetime import writing_to
 from .matrices import Names, find_matrices
 from .provenance import describe_optimizer, describe_software
+from .readable_log import readable
 from .recorder import Recorder
 from .storing.opening import nothing_or_a_run
 from .watched import watch
 from .writer import Writer
 
 log = logging.getLogger("optiscope")
+log.addFilter(readable)  # names of a model stand in what all modules log
 
 
 def attach(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..diagnostics.adam_mini import UNKNOWN_HEADS, Heads
 from ..diagnostics.attention_blocks import Block
+from ..diagnostics.inert import storable
 from ..diagnostics.operators import OperatorRule, classify, clean_name, layer_index
 from ..diagnostics.spectrum_sketch import sketch_levels
 from .heads import find_heads, heads_of
@@ -70,7 +71,7 @@ class Names:
         """Names by `id` of the parameter, and the ids of convolutions' weights. Looked up anew: models change."""
         if self.model is None:
             return {}, set()
-        raw = {id(p): name for name, p in self.model.named_parameters()}
+        raw = {id(p): storable(name) for name, p in self.model.named_parameters()}
         count = Counter(map(clean_name, raw.values()))
         # A part of a name that a wrapper would have added may be the model's own.
         names = {key: clean_name(name) if count[clean_name(name)] == 1 else name for key, name in raw.items()}
@@ -105,7 +106,7 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
                     raise ValueError(
                         f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
                     )
-                operator = classify(name, names.rule)
+                operator = storable(classify(name, names.rule))
                 geometry = (ns is not None or operator not in NO_GEOMETRY) and id(p) not in stacked_ids
                 whole = Matrix(
                     p, one.label, name, operator, layer_index(name), p.shape[0], p.numel() // p.shape[0], geometry,

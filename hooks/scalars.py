@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from ..diagnostics.inert import storable
 from .writer import Writer
 
 # The recorder's own scalars.
@@ -55,13 +56,19 @@ class ScalarRow:
 
 
 def _stored_name(name: str) -> str:
-    """The name under which a logged scalar is stored: a slash, which in the store would mean a group, becomes a dot.
+    """The name under which a logged scalar is stored: a slash of either kind, which in the store would mean a group, becomes a dot.
 
     Raises:
         ValueError: a name that the store cannot hold, or that the recorder uses itself.
     """
-    stored = name.replace("/", ".")
-    if not stored.strip(".") or len(stored.encode()) > 200 or stored in {"step", "zarr.json", *OWN_TEXTS} or stored.startswith("__"):
+    stored = storable(name).replace("/", ".").replace("\\", ".")
+    if (
+        not stored.strip(".")
+        or "\0" in stored
+        or len(stored.encode()) > 200
+        or stored in {"step", "zarr.json", *OWN_TEXTS}
+        or stored.startswith("__")
+    ):
         raise ValueError(f"log: {name[:50]!r} cannot be a scalar's name; use another")
     return stored
 

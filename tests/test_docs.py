@@ -5,7 +5,12 @@ import re
 from importlib import import_module
 from pathlib import Path
 
+import pytest
+
 from optiscope.analysis import STUDIES
+from optiscope.analysis.drawable import LONGEST, MOST
+from optiscope.cli.run import ROWS
+from optiscope.diagnostics.allocation import MOST_GROUPS
 from optiscope.diagnostics.ns_families import FAMILIES
 from optiscope.diagnostics.ns_validation import of_family
 
@@ -46,3 +51,20 @@ def test_every_family_is_listed_with_its_hazards():
         assert int(steps) == family.steps
         assert hazards == (", ".join(h.rule for h in found if h.severity != "info") or "–")
         assert notes.rstrip(" |") == (", ".join(h.rule for h in found if h.severity == "info") or "–")
+
+
+@pytest.mark.parametrize("page", sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"))))
+def test_links_lead_somewhere(page):
+    text = (ROOT / page).read_text(encoding="utf-8")
+    targets = [link.partition("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http:", "https:", "#"))]
+    assert [link for link in targets if not (ROOT / page).parent.joinpath(link).exists()] == []
+
+
+def test_the_security_page_names_what_exists_and_invents_no_address():
+    text = (ROOT / "SECURITY.md").read_text(encoding="utf-8")
+    assert all((ROOT / path).exists() for path in re.findall(r"`((?:tests|docs)/[\w/.]+)`", text))
+    assert "@" not in text.replace("`@`", "")
+    # Its numbers are those in force.
+    for value, words in ((1_000, "words of more than {:,} characters"), (ROWS, "tables end after {:,} rows"), (LONGEST, "cut at {} characters"),
+                         (MOST, "{} operators are drawn"), (MOST_GROUPS, "refused beyond {} operators")):  # fmt: skip
+        assert words.format(value) in text

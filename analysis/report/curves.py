@@ -14,14 +14,15 @@ from bokeh.plotting import figure as bokeh_figure
 from bokeh.resources import Resources
 from matplotlib.colors import to_hex
 
+from ...diagnostics.inert import inert
 from ..figures import operator_palette
-from ..inert import inert
 from ..run import operators_of, records
 
 POINTS = 20_000  # in a plot; where there are more, records are left out evenly
 CURVE = 1_000  # of a loss curve
 DOTS = 200  # on a curve
 SPARSE = 50  # values of a curve up to which each is marked
+LABELS = 40  # operators in the legend, and so in the plot
 COLOURS = ("#1f77b4", "#d6600a", "#2a7f2a", "#b3261e", "#7a4fb0", "#7a5647", "#c0499c", "#5f6368")
 
 
@@ -84,7 +85,7 @@ def kappa_plot(run: xr.DataTree, target: str) -> dict[str, Any] | None:
     kept = _evenly(len(kappa), max(POINTS // len(shown), 2))
     steps, kappa = geometry["step"].values[kept], kappa[kept]
     plot = _plot("condition number κ of the NS input", log=True)
-    operators = operators_of(geometry.isel(matrix=shown))
+    operators = operators_of(geometry.isel(matrix=shown))[:LABELS]
     palette = operator_palette(operators)
     items: list[tuple[str, list[Any]]] = []
     for operator in operators:

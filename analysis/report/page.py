@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +12,17 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from ...diagnostics.inert import inert, shortened
+from ...diagnostics.whole_file import write_whole
 from .. import STUDIES, THEMES, compare
 from ..answer import Answer, ask
+from ..csv_tables import as_csv
 from ..describe import describe
 from ..findings import check
-from ..inert import inert
 from .curves import kappa_plot, loss_plot, script
 from .identity import identity
 from .matrices import matrices
-from .pictures import drawable, svg_uri
+from .pictures import svg_uri
 from .verdict import counts, verdict
 
 HERE = Path(__file__).parent
@@ -30,7 +31,6 @@ WORDS = {  # of the studies' names, as they are read
     "kappa": "κ", "vs": "against", "ns": "Newton–Schulz", "rms": "RMS", "rank1": "of rank 1", "lr": "learning-rate",
     "precond": "preconditioning", "hdiag": "Hessian-diagonal", "hessian": "Hessian", "soap": "SOAP", "sophia": "Sophia",
 }  # fmt: skip
-WORD = 160  # characters of a word that is shown whole
 
 Progress = Callable[[Sequence[str]], Iterable[str]]
 
@@ -46,7 +46,7 @@ def write_report(runs: Mapping[str, xr.DataTree], path: Path, progress: Progress
     """
     found = {name: [finding.as_dict() for finding in check(run)] for name, run in runs.items()}
     html = _page(runs, found, progress)
-    path.write_text(html, encoding="utf-8", newline="\n")
+    write_whole(path, html)
     return {"report": str(path), "size": len(html.encode()), "findings": counts([f for one in found.values() for f in one])}
 
 
@@ -83,17 +83,12 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else _shortened(inert(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else shortened(inert(value)),
     )
     environment.filters["number"] = number
     # The plotting library reads a reference only behind the object that it refers to.
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment
-
-
-def _shortened(text: str) -> str:
-    """Without the middle of endless words, which would fill pages."""
-    return re.sub(rf"\S{{{WORD},}}", lambda word: f"{word[0][: WORD // 2]}…{word[0][-WORD // 4 :]}", text)
 
 
 def number(value: float) -> str:
@@ -127,7 +122,7 @@ def _compared(runs: Mapping[str, xr.DataTree]) -> tuple[dict[str, Any] | None, d
 
 
 def _shown(name: str, answer: Answer) -> dict[str, Any]:
-    figure = answer.plot(drawable(answer.dataset))
+    figure = answer.plot()
     width, height = figure.get_size_inches() * 96
     return {
         "name": name,
@@ -159,7 +154,7 @@ def _table(name: str, dataset: xr.Dataset) -> dict[str, Any]:
     table: dict[str, Any] = {"name": name, "rows": rows, "header": [], "cells": [], "csv": None}
     if size <= DOWNLOAD:
         flat = dataset.to_dataframe().reset_index()
-        csv = flat.to_csv(index=False, float_format="%.6g", lineterminator="\n")
+        csv = as_csv(flat, "%.6g")
         table["csv"] = Markup("data:text/csv;charset=utf-8," + quote(csv, safe=" ,"))
         if size <= SHOWN:
             table["header"] = list(map(str, flat.columns))

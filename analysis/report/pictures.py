@@ -7,29 +7,10 @@ from urllib.parse import quote
 
 import matplotlib as mpl
 import numpy as np
-import xarray as xr
 from matplotlib.figure import Figure
-
-from ..inert import inert
 
 # Over so many marks, or bytes of SVG, marks are drawn as pixels; texts and axes stay sharp.
 CROWDED, HEAVY = 4_000, 160_000
-LONGEST = 40  # characters of a label; longer ones would leave no room for the picture
-
-
-def drawable(dataset: xr.Dataset) -> xr.Dataset:
-    r"""The dataset with labels that can be drawn: one line, not endless, and never read as a formula.
-
-    Matplotlib reads what stands between two dollar signs as a formula, and refuses to draw one that it cannot parse; `\$` is a plain one.
-
-    >>> drawable(xr.Dataset(coords={"operator": ["attn_q", "a\n$b$"]}))["operator"].values.tolist()
-    ['attn_q', 'a\\n\\$b\\$']
-    """
-    texts = {name: values for name, values in dataset.variables.items() if values.dtype.kind in "UOT" and values.size}
-    shown = {name: (values.dims, _labels(values.values)) for name, values in texts.items()}
-    return dataset.assign_coords({k: v for k, v in shown.items() if k in dataset.coords}).assign(
-        {k: v for k, v in shown.items() if k not in dataset.coords}
-    )
 
 
 def svg_uri(figure: Figure, salt: str) -> str:
@@ -58,21 +39,6 @@ def _as_pixels(figure: Figure) -> None:
     for axes in figure.axes:
         for artist in (*axes.collections, *axes.lines, *axes.patches):
             artist.set_rasterized(True)
-
-
-def _labels(values: np.ndarray) -> np.ndarray:
-    """Labels for drawing; where cutting makes two the same, they are numbered."""
-    cut = {text: _cut(inert(text)) for text in dict.fromkeys(map(str, values.ravel()))}
-    seen: dict[str, int] = {}
-    for text, label in cut.items():
-        seen[label] = seen.get(label, 0) + 1
-        if seen[label] > 1:
-            cut[text] = f"{label} ({seen[label]})"
-    return np.array([cut[str(text)].replace("$", r"\$") for text in values.ravel()], dtype=str).reshape(values.shape)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LONGEST else f"{text[: LONGEST - 13]}…{text[-12:]}"
 
 
 def _svg(figure: Figure, salt: str) -> str:

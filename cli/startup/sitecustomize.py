@@ -121,8 +121,10 @@ class Start:
 
 def tell(sentence: str) -> None:
     """One line on standard error, if there is one."""
-    try:  # noqa: SIM105 (contextlib is not loaded at this time)
-        os.write(2, f"diag run: {' '.join(sentence.split())}\n".encode())
+    try:
+        # As `diagnostics.inert` does, of which nothing is loaded yet.
+        inert = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(sentence.split()))
+        os.write(2, f"diag run: {inert}\n".encode())
     except OSError:
         pass
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import xarray as xr
+from hostile_names import HOSTILE as CORPUS
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 
@@ -214,6 +215,39 @@ def test_nothing_of_a_run_acts(visit, hostile, settings):
     tab.locator("article img").evaluate_all("all => Promise.all(all.map((image) => image.decode()))")
     assert tab.locator("main img, main svg").count() == tab.locator("article").count()
     assert tab.evaluate("document.documentElement.scrollWidth") <= (360 if settings else 1280)
+
+
+def test_nothing_of_a_recorded_run_acts(hostile_run, visit, parse, tmp_path):
+    """Of a run that hooks wrote, under every name of the corpus; `visit` fails on any request, error, dialog or refusal by the policy."""
+    from optiscope.analysis import open_run
+    from optiscope.analysis.report.page import write_report
+
+    page = tmp_path / "report.html"
+    write_report(
+        {hostile_run.name: open_run(hostile_run)}, page, lambda studies: ("kappa_by_operator", "rms_alignment", "efficiency_table")
+    )
+    assert page.stat().st_size < 4_000_000  # of which 1.3 MB are the plotting library
+    elements = parse(page)
+    assert len([e for e in elements if e.tag == "img"]) == len([e for e in elements if e.tag == "article"]) == 3
+    assert not {"svg", "iframe", "object", "embed", "link", "base", "form"} & {e.tag for e in elements}
+    assert len([e for e in elements if e.tag in ("style", "script") and "type" not in e.attributes]) == 3
+    assert not any(name.startswith("on") for e in elements for name in e.attributes)
+    text = page.read_text(encoding="utf-8")
+    assert all(c == "\n" or c.isprintable() for c in text.partition("<main")[2].partition("<script")[0])
+    tab = visit(page)
+    tab.on("dialog", lambda dialog: pytest.fail(dialog.message))
+    tab.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true; })")
+    assert "mark" not in tab.title().split()
+    assert tab.locator("#matrix-table tbody tr").count() == len(CORPUS)
+    assert tab.evaluate("document.documentElement.scrollWidth") <= 1280
+    for select in tab.locator("#filter-operator option").all()[1:4]:
+        tab.locator("#filter-operator").select_option(select.get_attribute("value") or select.text_content())
+    for plot in ("#plot-loss", "#plot-kappa"):
+        box = tab.locator(f"{plot} canvas").first.bounding_box()
+        tab.locator(f"{plot} canvas").first.scroll_into_view_if_needed()
+        for fraction in np.linspace(0.1, 0.5, 6):
+            tab.mouse.move(box["x"] + box["width"] / 2, box["y"] + box["height"] * fraction)
+    tab.wait_for_timeout(200)
 
 
 def test_the_browser_would_have_refused_what_was_injected(browser, page, tmp_path):
