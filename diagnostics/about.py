@@ -8,6 +8,8 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import TypeAlias
 
+from .inert import storable
+
 Value: TypeAlias = str | int | float | bool
 
 READ = {
@@ -72,14 +74,14 @@ def _read(text: str) -> Value:
 def _name(name: object) -> str:
     if not isinstance(name, str) or not name.strip() or len(name) > NAME_LENGTH:
         raise ValueError(f"about: expected names of 1 to {NAME_LENGTH} characters, got {str(name)[:NAME_LENGTH]!r}")
-    return name
+    return storable(name)
 
 
 def _plain(name: str, value: object) -> Value:
     if isinstance(value, str):
         if len(value) > TEXT_LENGTH:
             raise ValueError(f"about: expected texts of at most {TEXT_LENGTH} characters, {name!r} has {len(value)}; give a hash or a path")
-        return value
+        return storable(value)
     if isinstance(value, bool):
         return value
     if isinstance(value, Integral) and abs(int(value)) < 2**63:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..diagnostics.inert import storable
 from .adapters import class_name
 from .watched import Watched
 
@@ -32,7 +33,8 @@ def describe_optimizer(watched: Watched) -> dict[str, Any]:
         "read_by": [adapter.read_by for adapter in adapters],
         "spectrum_of": [adapter.spectrum_of for adapter in adapters],
         "groups": [
-            {str(key): _plain(value) for key, value in group.items() if key != "params"} for group in watched.optimizer.param_groups
+            {storable(str(key)): _plain(value) for key, value in group.items() if key != "params"}
+            for group in watched.optimizer.param_groups
         ],
     }
 
@@ -45,4 +47,4 @@ def _plain(value: Any) -> Any:
     # Infinity and NaN are no JSON; a reader is better served by their names than by a file it cannot parse.
     if isinstance(value, float) and not abs(value) < float("inf"):
         return str(value)
-    return value if isinstance(value, (bool, int, float, str, type(None))) else repr(value)
+    return value if isinstance(value, (bool, int, float, type(None))) else storable(value if isinstance(value, str) else repr(value))
