@@ -23,6 +23,7 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from optiscope.diagnostics import FAMILIES, Coefficients, classify, gram_residual, matched_coefficients, ns_map, repeat_last, spectrum
+from optiscope.diagnostics.rounding import rounded
 from optiscope.diagnostics.spectrum_sketch import POINTS, sketch, unsketch
 from optiscope.examples.byte_llama import ByteLlama, Config, train
 from optiscope.hooks.adapters import adapter_for
@@ -74,7 +75,7 @@ def relative_error(value: Floats, exact: Floats) -> Floats:
 
 def print_errors(spectra: dict[str, Floats]) -> None:
     """One row per family and number of steps, over operators of one kind of rank."""
-    stored = {operator: np.stack([sketch(x) for x in full]).astype(np.float32) for operator, full in spectra.items()}
+    stored = {operator: np.stack([rounded(sketch(x)) for x in full]).astype(np.float32) for operator, full in spectra.items()}
     restored = {operator: unsketch(values, spectra[operator].shape[1]) for operator, values in stored.items()}
     print("                             relative error of one snapshot      absolute   relative, of an operator's mean")
     print("family        steps residual   median     95 %     99 %      max      99 %     median      max")

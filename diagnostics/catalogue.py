@@ -145,7 +145,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity(
         "second_moment_quantile", "second_moment", "gradient units²", "quantiles of the second moment",
         "of v̂ over the numbers that the form has, at the levels `level`: v̂ = v/(1 − β₂ᵗ) where the optimizer corrects its bias, else v; factored v multiplied out, "
-        "h of Sophia with its sign; right to the width of a bin, 2⁻⁴ of the value, extremes and zeros exact; missing where the correction is not known, and of Kronecker factors",
+        "h of Sophia with its sign; right to the width of a bin, 2⁻⁴ of the value, extremes to 2⁻¹³, zeros exact; missing where the correction is not known, and of Kronecker factors",
         extra="level",
     ),
     Quantity("second_moment_eps", "second_moment", "gradient units", "ε of the optimizer", "the denominator of the update at v = 0, in units of √v̂: ε of √v̂ + ε and of max(√v̂, ε), √ε of √(v̂ + ε); missing where there is none, or it is within v", dtype="float64"),
@@ -273,6 +273,9 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("exact_gauss_newton_mean", "curvature", "gradient units/parameter unit", "Gauss–Newton mean on the rows with an exact Hessian", "as gauss_newton_mean, over the coordinates of exact_mean", dtype="float64"),
     Quantity("exact_gauss_newton_error", "curvature", "gradient units/parameter unit", "standard error of exact_gauss_newton_mean", "as gauss_newton_mean_error", dtype="float64"),
 )  # fmt: skip
+
+# Distributions, which are recorded with 12 bits of mantissa (see :mod:`.rounding`).
+ROUNDED = frozenset(q.name for q in QUANTITIES if q.extra in ("quantile", "level", "tile") and q.dtype == "float32")
 
 DEFAULT_GROUPS = ("geometry", "update", "second_moment")
 # Recorded when asked for: each costs about as much as the geometry, the map in storage.

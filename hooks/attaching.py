@@ -94,7 +94,7 @@ def attach(
     cadence = Cadence(every, overhead)
     stated: dict[str, Any] = {"about": checked(about)} if about else {}
     for recorder in writing_to(Path(store)):
-        recorder.close()  # a cell that is run again: what the first recorder holds is committed before the second goes on
+        recorder.close(compact=False)  # a cell that is run again: what the first recorder holds is committed before the second goes on
     watched = watch(_as_list(optimizers))
     names = Names(model, operators, check_heads(heads))
     matrices = find_matrices(watched, names)

@@ -18,7 +18,9 @@ from .writer import Row, TakenOver, Writer
 
 log = logging.getLogger("optiscope")
 
+# Chunks that are not full are written so often, and no more often than takes this share of the time: a kill loses at most that much.
 FLUSH_SECONDS = 30.0
+FLUSH_SHARE = 0.001
 # Notes that wait for a worker: of what is logged, the oldest beyond these are lost, as when a store cannot be written.
 MOST_NOTES = 4096
 _COUNTERS = ("errors", "dropped", "missed")  # attributes here, and of the run, where they add up
@@ -54,6 +56,7 @@ class Journal:
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
         self._notes: deque[Callable[[], None]] = deque()
+        self._flush_cost = 0.0  # seconds of CPU of the last one
         self._begun = self._flushed = time.perf_counter()
         self._asked_for = 0.0
 
@@ -158,8 +161,11 @@ class Journal:
             self.flush()
 
     @contextmanager
-    def ending(self) -> Iterator[None]:
-        """Behind the block, whatever becomes of it: flush, the scalars of the present step included, and let another recorder write."""
+    def ending(self, compact: bool) -> Iterator[None]:
+        """Behind the block, whatever becomes of it: flush, the scalars of the present step included, and let another recorder write.
+
+        With `compact`, a run of many records is laid out for reading first.
+        """
         try:
             try:
                 yield
@@ -168,14 +174,16 @@ class Journal:
                 if self._scalars.is_begun:
                     self._scalars.set_own(**self._own_time())
                 self._scalars.hand_over()
-                self.flush()
+                self._write(self._writer.close)
+                if compact and not self.taken_over:
+                    self._compact()
         finally:
             self._writer.release()
 
     @property
     def flush_is_due(self) -> bool:
         """Whether the last flush is some time ago."""
-        return time.perf_counter() - self._flushed > FLUSH_SECONDS
+        return time.perf_counter() - self._flushed > max(FLUSH_SECONDS, self._flush_cost / FLUSH_SHARE)
 
     def flush_if_due(self, step: int) -> None:
         """Flush if the last one is some time ago: at once, or in the background, where the training thread never waits for it."""
@@ -197,6 +205,9 @@ class Journal:
 
     def flush(self) -> None:
         """Write and commit. Where that fails, the newest records are kept and tried again."""
+        self._write(self._writer.flush)
+
+    def _write(self, write: Callable[[], None]) -> None:
         if self.taken_over:
             return
         self.take_notes()
@@ -204,10 +215,23 @@ class Journal:
         for name, before in self._counted_before.items():
             if count := getattr(self, name):
                 self.attributes[name] = before + count
+        begun = time.thread_time()
         try:
-            self._writer.flush()
+            write()
         except Exception as error:
             self._cannot_write(error)
+        self._flush_cost = time.thread_time() - begun
+
+    def _compact(self) -> None:
+        try:
+            self._writer.lay_out_for_reading()
+        except Exception as error:
+            if self.raise_errors:
+                raise
+            log.warning(
+                "optiscope: %s could not be laid out for reading (%s: %s). It is whole, and read more slowly.",
+                self._writer.path.resolve(), type(error).__name__, error,
+            )  # fmt: skip
 
     def failed(self, error: Exception, step: int) -> None:
         """Count a failure, and tell of the first."""

@@ -22,7 +22,7 @@ def _close_all() -> None:
     for recorder in list(still_open):
         # One that fails (it may have been told to raise) keeps neither the others from closing nor the interpreter from ending.
         try:
-            recorder.close()
+            recorder.close(compact=False)
         except Exception:
             log.exception("optiscope: %s could not be closed", recorder.store)
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..diagnostics.catalogue import SECOND_MOMENT_FORMS
+from ..diagnostics.catalogue import ROUNDED, SECOND_MOMENT_FORMS
 from ..diagnostics.observation import (
     Measured,
     NewtonSchulz,
@@ -19,6 +19,7 @@ from ..diagnostics.observation import (
     side_by_side,
 )
 from ..diagnostics.on_request import measure_block, measure_gradient, measure_pair, measure_precision
+from ..diagnostics.rounding import rounded
 from .layout import Layout
 from .matrices import Matrix
 
@@ -82,7 +83,7 @@ class Record:
         row = self.row_of[group][matrix]
         with np.errstate(over="ignore"):  # what does not fit into float32 is inf, which is data
             for name, value in measured.items():
-                self.rows[group][name][row] = value
+                self.rows[group][name][row] = rounded(value) if name in ROUNDED else value
 
     def _ns_schedule(self, newton_schulz: NewtonSchulz) -> int:
         """Index of the schedule in the run's list, added when new."""

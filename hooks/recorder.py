@@ -65,7 +65,7 @@ class Recorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+        self.close(compact=kind is None)
 
     @property
     def errors(self) -> int:
@@ -108,7 +108,7 @@ class Recorder:
         if self._handles:
             self._journal.flush_if_due(self.step)
         else:
-            self._finish()
+            self._finish(compact=False)
 
     @guarded
     def flush(self) -> None:
@@ -152,13 +152,16 @@ class Recorder:
             raise ValueError("recorder: expected one that is open, got one that is closed and makes no more records; attach again")
         return self._under_way.listen(listener)
 
-    def close(self) -> None:
-        """Detach from the optimizers and commit what was recorded. Closing twice is harmless."""
+    def close(self, *, compact: bool = True) -> None:
+        """Detach from the optimizers and commit what was recorded. Closing twice is harmless.
+
+        With `compact`, a run of more than 1,024 records is then laid out for reading, which may take seconds; it is not when the process is being ended.
+        """
         # A forked child (a data loader's worker) shares the files but not the right to write them.
         if not self._handles or os.getpid() != self._process:
             return
         self._detach()
-        self._finish()
+        self._finish(compact)
         if not any(watched.seen for watched in self._watched):
             log.warning(
                 "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
@@ -174,8 +177,8 @@ class Recorder:
         still_open.discard(self)
 
     @guarded
-    def _finish(self) -> None:
-        with self._journal.ending():
+    def _finish(self, compact: bool) -> None:
+        with self._journal.ending(compact):
             self._under_way.end(self.step)
             if self._journal.worker is not None:
                 self._under_way.end_worker(self._journal.worker, self.step)

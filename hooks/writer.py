@@ -6,23 +6,22 @@ of a flush or none; what a killed process wrote after the last commit lies outsi
 writer removes it or writes over it.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import zarr
 from numpy.typing import NDArray
-from zarr.storage import LocalStore, StorePath
 
 from ..diagnostics.catalogue import SCHEMA
-from ..diagnostics.run_format import chunk_map, chunks_written, seal
 from ..diagnostics.run_lock import RunLock
+from .storing.commit import group_document, nodes_of, root_document
 from .storing.encoding import array_document
 from .storing.files import Files
-from .storing.opening import clear, committed_nodes, nothing_or_a_run, sweep
+from .storing.laying_out import SHARD_STEPS, copy, for_reading, for_writing
+from .storing.opening import clear, committed, nothing_or_a_run, remove_chunks
+from .storing.reading import reader_of
 from .storing.record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row
 from .storing.stored_array import StoredArray
 
@@ -47,45 +46,75 @@ class Writer:
         self.is_new = nothing_or_a_run(self.path)
         own = uuid4().hex
         self._files = Files(self.path, own)
+        self._read = reader_of(self.path)
         self._groups: dict[str, RecordGroup] = {}
         self._coordinates: dict[str, NDArray[Any]] = {}  # values of static coordinates, by path
         self._nodes: dict[str, dict[str, Any]] = {}  # metadata of all nodes but the root, as last committed
         self._documents: dict[str, dict[str, Any]] = {}  # the same, as last written to their own files
         self._full_chunks = False  # in the last commit
+        self._last_seen: tuple[int, int, int] | None = None  # what tells the root's document as this writer left it
         # Attributes by group, "" the run's own: changed in memory, written by the next commit.
         self.attributes: dict[str, dict[str, Any]] = {}
         if self.is_new:
             self._begin(attributes)
         else:
-            self._adopt(committed_nodes(self.path))
+            self._adopt()
         self._writers = (self.attributes[""].get("writer"), own)  # whoever wrote last, and this one
         self.attributes[""]["writer"] = own
-        self._last_seen: tuple[int, int, int] | None = None
 
     def _begin(self, attributes: Mapping[str, Any]) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         clear(self._files)
         self.attributes[""] = {"optiscope_schema": SCHEMA, **attributes}
-        self._files.replace_document("", _group_document(self.attributes[""]))
+        self._files.replace_document("", group_document(self.attributes[""]))
 
-    def _adopt(self, nodes: dict[str, dict[str, Any]]) -> None:
-        self.attributes[""] = nodes[""]["attributes"]
-        masks = self.attributes[""].pop("chunks")
-        self.attributes[""].pop("checksum")
-        for partial in self.path.glob(".*.partial"):
-            partial.unlink()
-        for path, node in nodes.items():
-            if path and node["node_type"] == "group":
-                self.attributes[path] = node["attributes"]
-                arrays: dict[str, StoredArray] = {}
-                for child, document in nodes.items():
-                    group, _, name = child.rpartition("/")
-                    if document["node_type"] == "array" and group == path:
-                        arrays[name] = StoredArray(child, document, chunks_written(masks.get(child, "0")))
-                        sweep(self._files, arrays[name])
-                if "step" in arrays:
-                    steps = self._read(arrays["step"], 0, arrays["step"].shape[0]).tolist()
-                    self._groups[path] = RecordGroup(path, arrays, steps, self._read)
+    def _adopt(self) -> None:
+        """Take over what is committed, and lay it out for writing."""
+        self.attributes, self._groups = committed(self._files, self._read)
+        if self.attributes[""]["optiscope_schema"] != SCHEMA:
+            self._rewrite_earlier_schema()
+        else:
+            self._lay_out_for_writing(self._groups)
+
+    def _rewrite_earlier_schema(self) -> None:
+        """Every array anew, as this version has them, and one commit that changes over."""
+        old = [array for group in self._groups.values() for array in (group.static | group.arrays).values()]
+        for group in self._groups.values():
+            for arrays in (group.static, group.arrays):
+                for name, array in arrays.items():
+                    steps = SCALAR_CHUNK_STEPS if name == "step" else group.chunk_steps
+                    arrays[name] = for_writing(array, steps)
+                    copy(self._files, array, arrays[name], self._read)
+        self.attributes[""]["optiscope_schema"] = SCHEMA
+        self._commit_as_it_is()
+        self._let_go(old)
+
+    def _lay_out_for_writing(self, groups: Iterable[str]) -> None:
+        """Arrays of these groups that were compacted, each by a commit of its own."""
+        for group in map(self._groups.__getitem__, groups):
+            for name, array in group.arrays.items():
+                if array.inner is not None:
+                    self._change_layout(group, name, for_writing(array, group.chunk_steps))
+
+    def _change_layout(self, group: RecordGroup, name: str, new: StoredArray) -> None:
+        old = group.arrays[name]
+        copy(self._files, old, new, self._read)
+        group.arrays[name] = new
+        try:
+            self._commit_as_it_is()
+        except BaseException:
+            group.arrays[name] = old
+            raise
+        self._let_go([old])
+
+    def _commit_as_it_is(self) -> None:
+        self._commit({name: group.committed for name, group in self._groups.items()})
+
+    def _let_go(self, arrays: Iterable[StoredArray]) -> None:
+        """Remove the chunks of arrays that have been laid out anew, after their own documents say so."""
+        self._write_documents(self._nodes)
+        for array in arrays:
+            remove_chunks(self._files, array.path, array.separator)
 
     def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
         """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional).
@@ -181,7 +210,11 @@ class Writer:
 
         A further row of the group's last step is merged with the one there, so that steps stay unique.
         """
-        return self._groups[group].append(step, row)
+        records = self._groups[group]
+        if any(array.inner for array in records.arrays.values()):  # one that comes after `close`
+            self._check_ours()
+            self._lay_out_for_writing([group])
+        return records.append(step, row)
 
     def trim(self) -> int:
         """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; how many records."""
@@ -208,23 +241,26 @@ class Writer:
         self.flush()
         self._write_documents(self._nodes)
 
+    def lay_out_for_reading(self) -> None:
+        """Compact what has many records, each array by a commit of its own: where that is cut off, it is whole in one form or the other.
+
+        Raises:
+            ValueError: an array is damaged; it stays as it is.
+        """
+        for group in self._groups.values():
+            if group.committed > SHARD_STEPS:
+                for name, array in group.arrays.items():
+                    if len(array.shape) > 1 and array.inner is None:
+                        self._change_layout(group, name, for_reading(array))
+
     def _commit(self, counts: Mapping[str, int]) -> None:
         """Replace the root's document by one with so many records in each group."""
-        nodes: dict[str, dict[str, Any]] = {}
-        chunks: dict[str, str] = {}
-        for name in sorted(name for name in self.attributes if name):
-            nodes[name] = _group_document(self.attributes[name])
-            if (group := self._groups.get(name)) is None:
-                continue  # one that holds groups alone
-            group.declare(counts[name])
-            nodes |= {array.path: array.document for _, array in sorted((group.static | group.arrays).items())}
-            chunks |= {array.path: chunk_map(array.committed()) for array in group.arrays.values()}
+        for name, count in counts.items():
+            self._groups[name].declare(count)
+        nodes = nodes_of(self.attributes, self._groups)
         # Of nodes that are new; those of others follow now and then, for nothing but the root's document is needed to read.
         self._write_documents({path: node for path, node in nodes.items() if path not in self._documents})
-        inner = {path: {**node, **_consolidated({})} if node["node_type"] == "group" else node for path, node in nodes.items()}
-        root = {**_group_document({**self.attributes[""], "chunks": chunks}), **_consolidated(inner)}
-        root["attributes"]["checksum"] = seal(root)
-        self._files.replace_document("", root)
+        self._files.replace_document("", root_document(self.attributes[""], nodes, self._groups))
         self._last_seen = self._files.signature()
         self._nodes = nodes
 
@@ -261,20 +297,3 @@ class Writer:
         array.write_whole(self._files, values)
         self._coordinates[path] = values
         return array
-
-    def _read(self, array: StoredArray, start: int, stop: int) -> NDArray[Any]:
-        """Records (or elements) of an array from `start` to `stop`."""
-        place = StorePath(LocalStore(self.path, read_only=True), array.path)
-        stored: zarr.Array[Any] = zarr.Array(zarr.AsyncArray(array.document, place))  # type: ignore[call-overload]
-        return np.asarray(stored[start:stop])
-
-
-def _group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
-    # As it reads back: a key that is no text becomes one, and the seal is of that.
-    return {"attributes": json.loads(json.dumps(attributes)), "zarr_format": 3, "node_type": "group"}
-
-
-def _consolidated(nodes: dict[str, Any]) -> dict[str, Any]:
-    """What `zarr.consolidate_metadata` writes, without its warning that the format may change: silencing that would reset the
-    warning filters of the training process at every flush."""
-    return {"consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes}}

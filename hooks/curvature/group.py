@@ -6,6 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...diagnostics.catalogue import ROUNDED
+from ...diagnostics.rounding import rounded
 from ..layout import Layout
 from ..matrices import Matrix
 from ..writer import Writer
@@ -37,5 +39,5 @@ class CurvatureGroup:
         with np.errstate(over="ignore"):  # what does not fit into float32 is inf, which is data
             for matrix, values in found.items():
                 for name, value in values.items():
-                    rows[name][row_of[matrix]] = value
+                    rows[name][row_of[matrix]] = rounded(value) if name in ROUNDED else value
         return rows

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
@@ -25,12 +26,13 @@ class Files:
         self.bytes_written = 0
         self._partial = (root / f".{writer}.{number}.partial" for number in count())
 
-    def replace(self, path: str, content: bytes) -> None:
-        """Make `path` (below the root) a file of this content. Whoever looks sees all of the one before, or all of this one."""
+    def replace(self, path: str, content: Iterable[bytes]) -> None:
+        """Make `path` (below the root) a file of these pieces. Whoever looks sees all of the one before, or all of this one."""
         target, partial = self.root / path, next(self._partial)
         try:
             with partial.open("wb") as file:
-                file.write(content)
+                file.writelines(content)
+                size = file.tell()
             try:
                 os.replace(partial, target)
             except FileNotFoundError:
@@ -40,11 +42,11 @@ class Files:
             with suppress(OSError):
                 partial.unlink()  # on a full disk its bytes are what another file needs
             raise
-        self.bytes_written += len(content)
+        self.bytes_written += size
 
     def replace_document(self, path: str, document: dict[str, Any]) -> None:
         """Make `path` a metadata document."""
-        self.replace(f"{path}/{METADATA}" if path else METADATA, json.dumps(document, separators=(",", ":")).encode())
+        self.replace(f"{path}/{METADATA}" if path else METADATA, [json.dumps(document, separators=(",", ":")).encode()])
 
     def document(self, path: str) -> dict[str, Any]:
         """The metadata document of a node."""

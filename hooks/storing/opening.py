@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ...diagnostics.catalogue import SCHEMA
-from ...diagnostics.run_format import newer_schema, schema_of
+from ...diagnostics.run_format import chunks_written, newer_schema, schema_of
 from ...diagnostics.run_lock import LOCK_FILES
 from .files import METADATA, Files
+from .record_group import Read, RecordGroup
 from .stored_array import StoredArray
 
 
@@ -29,8 +29,6 @@ def nothing_or_a_run(path: Path) -> bool:
         raise ValueError(f"store: {path} exists and is not an Optiscope run; choose another path")
     if newer := newer_schema(attributes):
         raise ValueError(f"store: {path} {newer}, or choose another path")
-    if schema != SCHEMA:
-        raise ValueError(f"store: {path} has schema {schema!r}, this version appends to schema {SCHEMA}; choose another path")
     return "consolidated_metadata" not in document
 
 
@@ -41,34 +39,56 @@ def clear(files: Files) -> None:
             files.remove(entry.name)
 
 
-def committed_nodes(path: Path) -> dict[str, dict[str, Any]]:
-    """Metadata of all nodes of a run as last committed, by path; "" is the root.
+def committed(files: Files, read: Read) -> tuple[dict[str, dict[str, Any]], dict[str, RecordGroup]]:
+    """What was committed last, all else being removed: attributes by group, "" the run's own, and the groups of records.
 
     Raises:
-        ValueError: a node lies outside the run.
+        ValueError: a node lies outside the run, or is damaged.
     """
-    root = json.loads((path / METADATA).read_text(encoding="utf-8"))
+    root = files.document("")
     nodes: dict[str, dict[str, Any]] = root["consolidated_metadata"]["metadata"]
-    for node in nodes:
-        if not all(part and part.strip(".") and "\\" not in part and ":" not in part for part in node.split("/")):
-            raise ValueError(f"store: {path} holds {node[:100]!r}, which is no path within it; choose another path")
-    return {"": root, **nodes}
+    for path in nodes:
+        if not all(part and part.strip(".") and "\\" not in part and ":" not in part for part in path.split("/")):
+            raise ValueError(f"store: {files.root} holds {path[:100]!r}, which is no path within it; choose another path")
+    attributes: dict[str, dict[str, Any]] = {"": root["attributes"]}
+    groups: dict[str, RecordGroup] = {}
+    masks = attributes[""].pop("chunks", None)
+    attributes[""].pop("checksum", None)
+    for partial in list(files.root.rglob("*.partial") if masks is None else files.root.glob("*.partial")):
+        partial.unlink()
+    for path, node in nodes.items():
+        if node["node_type"] == "group":
+            attributes[path] = node["attributes"]
+            arrays: dict[str, StoredArray] = {}
+            for child, document in nodes.items():
+                parent, _, name = child.rpartition("/")
+                if document["node_type"] == "array" and parent == path:
+                    array = arrays[name] = StoredArray(child, document)
+                    # A run of schema 1 does not say.
+                    array.on_disk = array.files_there(files) if masks is None else set(chunks_written(masks.get(child, "0")))
+                    _sweep(files, array)
+            if "step" in arrays:
+                steps = read(arrays["step"], 0, arrays["step"].shape[0]).tolist()
+                groups[path] = RecordGroup(path, arrays, steps, read)
+    return attributes, groups
 
 
-def sweep(files: Files, array: StoredArray) -> None:
+def _sweep(files: Files, array: StoredArray) -> None:
     """Remove chunks that belong to no commit: the next records may be missing throughout, and then nothing is written over them."""
-    folder = files.root / array.path
-    separator = array.document["chunk_key_encoding"]["configuration"]["separator"]
-    for entry in [*folder.glob("c.*"), *folder.glob("c")]:
-        if (entry.name == "c") != (separator == "/"):
-            files.remove(f"{array.path}/{entry.name}")
+    remove_chunks(files, array.path, "/" if array.separator == "." else ".")
     if array.has_steps:
         kept = set(array.committed())
         rows = {number // array.width for number in kept}
-        for entry in folder.glob("c.*" if separator == "." else "c/*"):
+        for entry in (files.root / array.path).glob("c.*" if array.separator == "." else "c/*"):
             index = entry.name.removeprefix("c.").split(".")[0]
             if not index.isdecimal() or int(index) not in rows:
                 files.remove(str(entry.relative_to(files.root)))
         for number in {row * array.width + column for row in rows for column in range(array.width)} - kept:
             files.remove(array.file(number))
         array.on_disk = kept
+
+
+def remove_chunks(files: Files, path: str, separator: str) -> None:
+    """Remove all chunks of an array that lie there with this separator in their keys."""
+    for entry in (files.root / path).glob("c" if separator == "/" else "c.*"):
+        files.remove(f"{path}/{entry.name}")

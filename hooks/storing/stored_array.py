@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .encoding import encode
+from .encoding import all_missing, encode, encode_shard
 from .files import Files
 
 
@@ -37,6 +37,17 @@ class StoredArray:
         return tuple(self.document["chunk_grid"]["configuration"]["chunk_shape"])
 
     @property
+    def inner(self) -> tuple[int, ...] | None:
+        """Shape of the chunks within a shard, None where chunks are files."""
+        first = self.document["codecs"][0]
+        return tuple(first["configuration"]["chunk_shape"]) if first["name"] == "sharding_indexed" else None
+
+    @property
+    def separator(self) -> str:
+        """Between the parts of a chunk's key."""
+        return str(self.document["chunk_key_encoding"]["configuration"]["separator"])
+
+    @property
     def has_steps(self) -> bool:
         return "step" in self.document["dimension_names"]
 
@@ -57,13 +68,17 @@ class StoredArray:
         count = ceil(self.shape[0] / self.chunk[0]) * self.width
         return [number for number in self.on_disk if number < count]
 
+    def files_there(self, files: Files) -> set[int]:
+        """Numbers of the chunks within the shape that have a file, by looking."""
+        count = ceil(self.shape[0] / self.chunk[0]) * self.width
+        return {number for number in range(count) if (files.root / self.file(number)).exists()}
+
     def file(self, number: int) -> str:
         """Where a chunk's file is, below the run."""
         beside = [ceil(size / chunk) for size, chunk in zip(self.shape[1:], self.chunk[1:], strict=True)]
         row, column = divmod(number, self.width)
         index = (row, *np.unravel_index(column, beside)) if beside else (row,)
-        separator = self.document["chunk_key_encoding"]["configuration"]["separator"]
-        return f"{self.path}/{separator.join(('c', *map(str, index)))}"
+        return f"{self.path}/{self.separator.join(('c', *map(str, index)))}"
 
     def empty(self, rows: int) -> NDArray[Any]:
         """Missing values, so many along the first dimension."""
@@ -75,14 +90,14 @@ class StoredArray:
             number = row * self.width + column
             part = block[(slice(None), *(slice(i * c, (i + 1) * c) for i, c in zip(place, self.chunk[1:], strict=True)))]
             # A file that is there is written over even so: a writer that was killed, or whose disk was full, may have left it.
-            if not always and number not in self.on_disk and self._all_missing(part):
+            if not always and number not in self.on_disk and all_missing(part, self.missing):
                 continue
             if part.shape != self.chunk:
                 padded = np.full(self.chunk, self.missing, dtype=self.dtype)
                 padded[tuple(slice(size) for size in part.shape)] = part
                 part = padded
             self.on_disk.add(number)
-            files.replace(self.file(number), encode(part))
+            files.replace(self.file(number), encode_shard(part, self.inner, self.missing) if self.inner else [encode(part)])
 
     def write_whole(self, files: Files, values: NDArray[Any]) -> None:
         """Write all chunks of an array that has one dimension, or one chunk."""
@@ -92,8 +107,3 @@ class StoredArray:
             part = values[start : start + length]
             block[: len(part)] = part
             self.write(files, start // length, block, always=True)
-
-    def _all_missing(self, part: NDArray[Any]) -> bool:
-        if self.dtype.kind == "f" and self.missing != self.missing:
-            return bool(np.isnan(part.flat[0])) and bool(np.isnan(part).all())
-        return bool((part == self.missing).all())

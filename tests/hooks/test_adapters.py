@@ -301,8 +301,8 @@ def test_momentum_and_gradient_rms(name: str, mlp: Make, tmp_path: Path, read: C
     np.testing.assert_allclose(run["update"]["grad_rms"].values, gradients, rtol=1e-12)  # seen: 2.6e-16
     np.testing.assert_allclose(run["update"]["momentum_rms"].values, expected, rtol=1e-6)  # float32 state; seen: 5.5e-8
     if name != "Muon":
-        # The spectrum of what does not orthogonalise is that of its momentum; stored as float32, seen: 4.6e-8.
-        np.testing.assert_allclose(run["geometry"]["sigma_quantile"].values[..., -1], spectra, rtol=1e-6)
+        # The spectrum of what does not orthogonalise is that of its momentum; recorded with 12 bits.
+        np.testing.assert_allclose(run["geometry"]["sigma_quantile"].values[..., -1], spectra, rtol=2**-13 + 1e-6)
         assert np.isnan(run["geometry"]["ns_residual"].values).all()
         assert (run["geometry"]["ns_schedule"].values == -1).all()
 

@@ -85,7 +85,7 @@ def test_adamws_first_step_moves_every_weight_by_the_learning_rate(tmp_path: Pat
     )
     np.testing.assert_allclose(np.abs(float64(weight) - float64(model.matrix)), 2.0**-10, rtol=2e-4)  # float32 weights of about 1
     np.testing.assert_allclose(last(run, "snr_quantile"), 1.0, rtol=2**-4)  # |m̂| = √v̂
-    assert last(run, "snr_quantile")[[0, -1]] == pytest.approx([1.0, 1.0], rel=1e-6)
+    assert last(run, "snr_quantile")[[0, -1]] == pytest.approx([1.0, 1.0], rel=2**-13)  # of 12 bits
 
 
 def test_weights_of_adamw_settle_at_the_rms_of_theory(tmp_path: Path) -> None:
@@ -243,10 +243,10 @@ def test_maps_are_recorded_when_asked_for(tmp_path: Path) -> None:
     assert set(run.children) == {"second_moment_map", "scalars"}
     v = float64(optimizer.state[model.matrix]["exp_avg_sq"])
     tiles = last(run, "second_moment_map", "second_moment_map")
-    np.testing.assert_allclose(tiles[:32], np.log10(v).ravel(), rtol=1e-6)
+    np.testing.assert_allclose(tiles[:32], np.log10(v).ravel(), rtol=2**-13)
     assert np.isnan(tiles[32:]).all()
     rank1 = np.log10(np.outer(v.sum(1), v.sum(0)) / v.sum())
-    np.testing.assert_allclose(last(run, "rank1_map", "second_moment_map")[:32], rank1.ravel(), rtol=1e-6)
+    np.testing.assert_allclose(last(run, "rank1_map", "second_moment_map")[:32], rank1.ravel(), rtol=2**-13)  # of 12 bits
 
 
 def _caspr(p: Sequence[Any]) -> Any:

@@ -1,0 +1,207 @@
+"""A long run is laid out for reading when it is closed, and for writing when it is continued; whatever cuts that off, it stays whole."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import zarr
+from torch import nn
+
+from optiscope.diagnostics.run_format import chunks_written
+from optiscope.hooks import attach
+from optiscope.hooks.storing import laying_out
+from optiscope.hooks.storing.files import Files
+from optiscope.hooks.writer import CHUNK_STEPS, Writer
+
+Read = Callable[[str | Path], Any]
+
+MATRICES = 11  # two inner chunks of eight, the second not full
+RECORDS = 1024 + 70
+ARRAYS: dict[str, tuple[tuple[int, ...], str]] = {
+    "size": ((MATRICES,), "float64"), "curve": ((MATRICES, 3), "float32"), "flag": ((MATRICES,), "bool"), "never": ((MATRICES,), "float64"),
+}  # fmt: skip
+
+
+_rng = np.random.default_rng(0)
+VALUES: dict[str, Any] = {
+    "size": _rng.normal(size=(RECORDS + 9, MATRICES)), "curve": _rng.normal(size=(RECORDS + 9, MATRICES, 3)).astype("float32"),
+    "flag": _rng.random((RECORDS + 9, MATRICES)) < 0.5, "never": np.full((RECORDS + 9, MATRICES), np.nan),
+}  # fmt: skip
+
+
+def append(writer: Writer, first: int, last: int) -> None:
+    for step in range(first, last + 1):
+        if writer.append("update", step, {name: values[step - 1] for name, values in VALUES.items()}):
+            writer.flush()
+
+
+def long_run(path: Path) -> Writer:
+    writer = Writer(path, {})
+    writer.create_group("update", {"name": np.array([f"m{i}" for i in range(MATRICES)], dtype=np.dtypes.StringDType())}, {})
+    for name, (shape, dtype) in ARRAYS.items():
+        dimensions = ("matrix", "ns_step")[: len(shape)]
+        writer.create_array("update", name, shape, dimensions, dtype, {"units": "1"}, False if dtype == "bool" else np.nan)
+    append(writer, 1, RECORDS)
+    writer.close()
+    return writer
+
+
+def assert_holds(run: Any, records: int) -> None:
+    assert run["update"]["step"].values.tolist() == list(range(1, records + 1))
+    for name, expected in VALUES.items():
+        assert run["update"][name].dtype == expected.dtype
+        np.testing.assert_array_equal(run["update"][name].values, expected[:records])
+
+
+def files(path: Path) -> set[str]:
+    return {f.relative_to(path).as_posix() for f in path.rglob("*") if f.is_file()}
+
+
+def root(path: Path) -> Any:
+    return zarr.open_group(path, mode="r").metadata.to_dict()
+
+
+def test_compacted_and_expanded(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "run.zarr"
+    writer = long_run(path)
+    before = files(path)
+    assert f"update/size/c/{RECORDS // CHUNK_STEPS}/0" in before
+    writer.lay_out_for_reading()
+    assert_holds(read(path), RECORDS)
+    assert {f for f in files(path) if f.startswith(("update/size/", "update/curve/", "update/never/"))} == {
+        "update/size/zarr.json", "update/size/c.0.0", "update/size/c.1.0",
+        "update/curve/zarr.json", "update/curve/c.0.0.0", "update/curve/c.1.0.0", "update/never/zarr.json",
+    }  # fmt: skip
+    array = zarr.open_array(path / "update" / "curve", mode="r")
+    assert (array.shards, array.chunks) == ((1024, 16, 3), (1024, 8, 3))
+    attributes = root(path)["attributes"]
+    assert {name: chunks_written(mask) for name, mask in attributes["chunks"].items()} == {
+        "update/step": [0, 1], "update/size": [0, 1], "update/curve": [0, 1], "update/flag": [0, 1], "update/never": [],
+    }  # fmt: skip
+    compacted = files(path)
+    writer.lay_out_for_reading()  # again: nothing to do
+    assert files(path) == compacted
+
+    writer = Writer(path, {})
+    assert_holds(read(path), RECORDS)
+    assert files(path) == before
+    append(writer, RECORDS + 1, RECORDS + 3)
+    writer.close()
+    assert_holds(read(path), RECORDS + 3)
+    writer.lay_out_for_reading()
+    assert_holds(read(path), RECORDS + 3)
+    # And one that comes after that, by the same writer.
+    append(writer, RECORDS + 4, RECORDS + 4)
+    writer.close()
+    assert_holds(read(path), RECORDS + 4)
+
+
+def test_every_bit_of_a_shard_counts(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "run.zarr"
+    long_run(path).lay_out_for_reading()
+    shard = path / "update" / "size" / "c.1.0"
+    whole = shard.read_bytes()
+    for position in range(0, len(whole), len(whole) // 9):
+        shard.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        with pytest.raises((ValueError, RuntimeError)):
+            read(path)
+
+
+class Killed(BaseException):
+    """No handler for `Exception` runs."""
+
+
+def broken_at(limit: int, patch: pytest.MonkeyPatch, error: BaseException) -> list[int]:
+    """Make the writer's operations from a number on fail: files put into place, and removed."""
+    count = [0]
+
+    def counted(original: Callable[..., None]) -> Callable[..., None]:
+        def operation(*args: Any) -> None:
+            count[0] += 1
+            if 0 <= limit < count[0]:
+                raise error
+            original(*args)
+
+        return operation
+
+    patch.setattr(Files, "replace", counted(Files.replace))
+    patch.setattr(Files, "remove", counted(Files.remove))
+    return count
+
+
+@pytest.mark.parametrize("compacting", [True, False])
+def test_cut_off_anywhere(compacting: bool, tmp_path: Path, read: Read) -> None:
+    path, copy = tmp_path / "run.zarr", tmp_path / "copy.zarr"
+    writer = long_run(path)
+    plain = files(path)
+    if not compacting:
+        writer.lay_out_for_reading()
+    limit = 0
+    while True:
+        shutil.copytree(path, copy)
+        with pytest.MonkeyPatch.context() as patch:
+            change = Writer(copy, {}).lay_out_for_reading if compacting else lambda: Writer(copy, {})
+            count = broken_at(limit, patch, Killed())
+            with suppress(Killed):
+                change()
+        if limit % 3 == 0:
+            assert_holds(read(copy), RECORDS)
+        Writer(copy, {}).close()
+        assert_holds(read(copy), RECORDS)
+        assert files(copy) == plain
+        shutil.rmtree(copy)
+        if count[0] <= limit:
+            break
+        limit += 2 if compacting else 9
+    # Shards, or chunks; and for each of four arrays the root's document, its own, and the removal of what was there.
+    assert limit >= (3 * 2 if compacting else 3 * 18) + 3 * 4
+
+
+def test_a_full_disk_leaves_it_as_it_is_and_says_so(
+    tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(laying_out, "SHARD_STEPS", 4)
+    monkeypatch.setattr("optiscope.hooks.writer.SHARD_STEPS", 4)
+
+    def train(store: Path, fails: bool, error: BaseException | None = None) -> None:
+        model = nn.Linear(3, 2, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.weight.grad = torch.ones(2, 3)
+        with attach(optimizer, model, store, every=1, measure=["update"]):
+            for _ in range(5):
+                optimizer.step()
+            if fails:
+                monkeypatch.setattr(Writer, "_commit_as_it_is", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            if error is not None:
+                raise error
+
+    train(tmp_path / "closed.zarr", fails=False)
+    with pytest.raises(SystemExit):
+        train(tmp_path / "ended.zarr", fails=False, error=SystemExit(0))
+    assert not caplog.records
+    train(tmp_path / "full.zarr", fails=True)
+    [message] = [record.getMessage() for record in caplog.records]
+    assert "could not be laid out for reading (OSError: [Errno 28] No space left on device). It is whole, and read more slowly." in message
+    for name, compacted in (("closed", True), ("ended", False), ("full", False)):
+        run = tmp_path / f"{name}.zarr"
+        assert ((run / "update" / "lr" / "c.0.0").exists(), (run / "update" / "lr" / "c").exists()) == (compacted, not compacted)
+        update = read(run)["update"]
+        assert update["step"].values.tolist() == [1, 2, 3, 4, 5]
+        assert update["update_norm"].values == pytest.approx(np.full((5, 1), 0.1 * 6**0.5), rel=1e-6)
+
+
+def test_damage_is_not_made_good_by_compacting(tmp_path: Path) -> None:
+    """A chunk that has gone would read as missing values; the run then stays as it is, for `diag verify` to tell."""
+    path = tmp_path / "run.zarr"
+    writer = long_run(path)
+    (path / "update" / "size" / "c" / "3" / "0").unlink()
+    with pytest.raises(ValueError, match=r"^store: update/size in .* is damaged \(.*c/3/0'\); `diag verify` tells where, and repairs$"):
+        writer.lay_out_for_reading()
+    root_document = root(path)
+    assert chunks_written(root_document["attributes"]["chunks"]["update/size"]) == list(range(RECORDS // CHUNK_STEPS + 1))
+    assert (path / "update" / "size" / "c").exists()
