@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/record_cost.py --model demo
 
 Two trainings with Muon on the hidden matrices and AdamW on the rest: a Llama of 26 M parameters (width 512, 8 layers) and the demo. Every
-step is recorded in the default groups, and behind it stands a pass of svdvals in float32 over the matrices whose spectra the record holds, so
+step (or every `--apart`th) is recorded in the default groups, and behind it stands a pass of svdvals in float32 over the matrices whose spectra the record holds, so
 that both alternate. Two passes: over each matrix as it is, and turned tall off the clock, which is quicker for wide ones. The whole is what the
 recorder's own clock says of that step in CPU time (`time.process_time`, all threads), writing included; every part is the CPU time within its
 functions, less that of the parts that they call; what is left over is the recorder's own. Medians over the recorded steps, ratios within each.
@@ -29,7 +29,7 @@ from optiscope.diagnostics import observation, second_moment
 from optiscope.diagnostics.catalogue import LEVELS
 from optiscope.diagnostics.log_bins import log_quantiles
 from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference
-from optiscope.hooks import attach, moments, record, snapshot, watched
+from optiscope.hooks import attach, measuring, moments, record, snapshot, under_way, watched
 
 MODELS = {
     "26M": Config(d=512, layers=8, heads=8, kv_heads=8, inner=1408, batch=8),
@@ -40,7 +40,8 @@ MODELS = {
 PARTS: dict[str, Sequence[tuple[Any, str]]] = {
     "copies before the step": [(watched.Watched, "take_snapshots"), (snapshot.Snapshot, "see_gradient")],
     "changes from outside": [(watched.Watched, "note_weights"), (watched.Watched, "changed_since")],
-    "reading the state": [(snapshot.Snapshot, "observe")],
+    "reading the state": [(snapshot.Snapshot, "read"), (measuring.Part, "measure")],
+    "writing": [(under_way, "write")],
     "update sizes": [(record, "measure_update")],
     "spectrum": [(observation, "spectrum")],
     "residual curves, sketch": [(observation, "residual_curves"), (observation, "sketch")],
@@ -96,7 +97,7 @@ def svdvals_pass(matrices: Sequence[Tensor]) -> float:
     return cpu_seconds(lambda: [torch.linalg.svdvals(matrix) for matrix in matrices])
 
 
-def report(name: str, warm: int, repeats: int, clock: Clock, inputs: list[Tensor]) -> None:
+def report(name: str, warm: int, apart: int, repeats: int, clock: Clock, inputs: list[Tensor]) -> None:
     """The table of one training; `inputs` is filled with the matrices of each record as it is made."""
     config = MODELS[name]
     torch.manual_seed(config.seed)
@@ -118,13 +119,14 @@ def report(name: str, warm: int, repeats: int, clock: Clock, inputs: list[Tensor
     rows: list[dict[str, float]] = []
     with (
         tempfile.TemporaryDirectory() as folder,
-        attach(optimizers, model, Path(folder) / "run.zarr", every=1, first_step=warm) as recorder,
+        attach(optimizers, model, Path(folder) / "run.zarr", every=apart, first_step=warm) as recorder,
     ):
         for _ in range(2 + repeats):  # the first two make the arrays and fill the caches
             inputs.clear()
             clock.read()
             before = recorder.overhead_cpu_seconds
-            step()
+            for _ in range(apart):
+                step()
             whole = recorder.overhead_cpu_seconds - before
             tall = [m if m.shape[0] >= m.shape[1] else m.T.contiguous() for m in inputs]
             passes = {"svdvals": svdvals_pass(inputs), "svdvals, turned tall": svdvals_pass(tall)}
@@ -132,11 +134,17 @@ def report(name: str, warm: int, repeats: int, clock: Clock, inputs: list[Tensor
             rows.append({**parts, "the recorder's own": whole - sum(parts.values()), "whole": whole, **passes})
     rows = rows[2:]
     parameters = sum(p.numel() for p in model.parameters()) / 1e6
-    print(f"\n{name}: {parameters:.1f} M parameters, {len(inputs)} spectra, after {warm} steps, {repeats} records")
+    print(f"\n{name}: {parameters:.1f} M parameters, {len(inputs)} spectra, after {warm} steps, {repeats} records, {apart} step(s) apart")
     print(f"{'':28} {'ms CPU':>9} {'/svdvals':>9} {'/tall':>9}")
     for part in rows[0]:
         values = np.array([[row[part] * 1e3, row[part] / row["svdvals"], row[part] / row["svdvals, turned tall"]] for row in rows])
         print("{:28} {:9.2f} {:9.3f} {:9.3f}".format(part, *np.median(values, axis=0)), flush=True)
+    double = svdvals_pass([matrix.double() for matrix in tall])  # what it takes to have κ as right
+    print(
+        "{:28} {:9.2f}: whole/this {:.3f}".format(
+            "svdvals in float64, tall", double * 1e3, np.median([row["whole"] for row in rows]) / double
+        )
+    )
 
 
 def kept(inputs: list[Tensor], function: Callable[..., Any]) -> Callable[..., Any]:
@@ -168,6 +176,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=[*MODELS, "all"], default="all")
     parser.add_argument("--warm", type=int, nargs="+", default=[0, 20], help="steps before the recorded ones")
+    parser.add_argument("--apart", type=int, default=1, help="steps from record to record; rare ones find caches cold")
     parser.add_argument("--repeats", type=int, default=7, help="records whose median is taken")
     arguments = parser.parse_args()
     print(machine())
@@ -176,5 +185,5 @@ if __name__ == "__main__":
     record.measure_geometry = kept(inputs, record.measure_geometry)
     for name in MODELS if arguments.model == "all" else [arguments.model]:
         for warm in arguments.warm:
-            report(name, warm, arguments.repeats, clock, inputs)
+            report(name, warm, arguments.apart, arguments.repeats, clock, inputs)
     quantiles(3)

@@ -49,8 +49,9 @@ def log_quantiles(values: NDArray[np.floating], levels: Sequence[float]) -> Floa
         lower, upper = _edges(flat.dtype, ordered[places] % half)
         magnitude = np.where(np.isinf(lower), lower, lower + (upper - lower) * np.where(negative, 1 - within, within))
     found = np.where(negative, -magnitude, magnitude)
-    below_zero = int(np.count_nonzero(flat < 0)) if smallest < 0 else 0
-    found[(ranks >= below_zero) & (ranks < below_zero + flat.size - np.count_nonzero(flat))] = 0.0
+    if counts[0] or counts[half]:  # where zeros are, of either sign, among what is nearly zero
+        below_zero = int(np.count_nonzero(flat < 0)) if smallest < 0 else 0
+        found[(ranks >= below_zero) & (ranks < below_zero + flat.size - np.count_nonzero(flat))] = 0.0
     found[ranks == 0], found[ranks == flat.size - 1] = smallest, largest
     return np.clip(found, smallest, largest)
 

@@ -365,3 +365,29 @@ def test_bitwise_neutral_with_every_group(system: str, tmp_path: Path) -> None:
 
 def test_every_group_is_one_that_attach_knows() -> None:
     assert set(NEW) < set(ON_REQUEST)
+
+
+def test_no_measurement_sorts_a_large_tensor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quantiles are counted, not sorted: whatever orders more numbers than a matrix has rows or columns fails here."""
+
+    def refusing(function: Callable[..., Any]) -> Callable[..., Any]:
+        def unless_large(values: Any, *args: Any, **kwargs: Any) -> Any:
+            assert np.size(values) < 96 * 160, function
+            return function(values, *args, **kwargs)
+
+        return unless_large
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(160, 96), nn.Tanh(), nn.Linear(96, 160))
+    optimizers = [Muon([model[0].weight], lr=0.01), AdamW([model[2].weight], lr=0.01)]
+    for name in ("sort", "argsort", "partition", "argpartition", "quantile", "percentile", "median", "unique"):
+        monkeypatch.setattr(np, name, refusing(getattr(np, name)))
+    for name in ("sort", "argsort", "quantile", "nanquantile", "median", "kthvalue", "topk", "unique"):
+        monkeypatch.setattr(torch, name, refusing(getattr(torch, name)))
+    with pytest.raises(AssertionError):
+        np.quantile(np.ones((96, 160)), 0.5)
+    with attach(optimizers, model, tmp_path / "run.zarr", every=1, measure=MEASURES, on_error="raise"):
+        for _ in range(2):
+            model(torch.randn(8, 160)).square().mean().backward()
+            for optimizer in optimizers:
+                optimizer.step()
