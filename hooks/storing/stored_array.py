@@ -1,6 +1,7 @@
 """One array of a run on the writing side: its metadata document, and its chunks as files."""
 
 from collections.abc import Iterable
+from itertools import product
 from math import ceil, prod
 from typing import Any
 
@@ -86,7 +87,7 @@ class StoredArray:
 
     def write(self, files: Files, row: int, block: NDArray[Any], *, always: bool = False) -> None:
         """Write the chunks of one row of the grid, from a block of a chunk's length. Those of missing values alone have no file, but `always`."""
-        for column, place in enumerate(np.ndindex(*(ceil(s / c) for s, c in zip(self.shape[1:], self.chunk[1:], strict=True)))):
+        for column, place in enumerate(product(*(range(ceil(s / c)) for s, c in zip(self.shape[1:], self.chunk[1:], strict=True)))):
             number = row * self.width + column
             part = block[(slice(None), *(slice(i * c, (i + 1) * c) for i, c in zip(place, self.chunk[1:], strict=True)))]
             # A file that is there is written over even so: a writer that was killed, or whose disk was full, may have left it.
