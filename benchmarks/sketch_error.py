@@ -5,10 +5,10 @@
     python benchmarks/sketch_error.py --spectra spectra     # reads them: one OPERATOR.npy of shape (snapshots, rank) each
 
 Trains the demo model and captures the NS input of its 28 Muon matrices before every 10th step. Each spectrum x = σ/‖M‖_F
-goes through `sketch`, float32 as in the store, and `unsketch`; the Gram residual after k steps of a family is computed from
+goes through `sketch`, 12 bits of mantissa as in the store, and `unsketch`; the Gram residual after k steps of a family is computed from
 both. Printed is |sketched − full|/full over single snapshots (and the 99th percentile of |sketched − full|), and of the mean
 over all snapshots of an operator, which is what schedules are derived from. Spectra of up to 64 values are stored whole, and
-only rounded to float32. Under a residual of 1e-12, which is float64's own rounding, errors are relative to 1e-12.
+only rounded. Under a residual of 1e-12, which is float64's own rounding, errors are relative to 1e-12.
 """
 
 import argparse
