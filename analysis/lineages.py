@@ -17,6 +17,14 @@ from xarray.core import indexing
 LEFT = "lineages"  # the group that holds them
 
 
+def is_of_lineage(path: str, number: int | None) -> bool:
+    """Whether a group on disk holds records of a lineage, or tells of lineages."""
+    parts = path.split("/")
+    if parts[0] != LEFT or len(parts) < 3:
+        return True
+    return number is not None and parts[1].isdecimal() and int(parts[1]) >= number
+
+
 def of_lineage(run: xr.DataTree, number: int | None = None) -> xr.DataTree:
     """A run as it lies on disk → one lineage of it, by default the newest, its arrays read when used.
 

@@ -109,6 +109,8 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
             if sizes.get(name) and (coordinate not in own or own[coordinate].dimensions != (name,)):
                 raise ValueError(f"{path}: expected {coordinate} along {name}, got none")
         group = nodes[path]["attributes"]
+        if path.startswith("lineages/") and path.count("/") == 1:
+            _check_attributes(group)  # those of the run when it was left
         _check_schedules(path, group.get("ns_schedules", []))
         yield Node(path, group, own)
 

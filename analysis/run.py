@@ -1,6 +1,7 @@
 """Opening a run: only committed records, read lazily."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
 from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
 from .lazy_arrays import Run
-from .lineages import of_lineage
+from .lineages import is_of_lineage, of_lineage
 from .root_document import contents, read_document
 
 READ = 256  # records
@@ -46,7 +47,8 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
     document = read_document(folder)
     try:
         found = contents(document)
-        run = xr.open_datatree(folder, engine=Run, chunks=None, of=found)
+        groups = tuple(node for node in found.groups if is_of_lineage(node.path, lineage))
+        run = xr.open_datatree(folder, engine=Run, chunks=None, of=replace(found, groups=groups))
     except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith("run: ") else f"run: {path}: {text}") from error

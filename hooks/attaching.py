@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from numbers import Integral
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from ..diagnostics.operators import OperatorRule
 from ..diagnostics.run_lock import RunLock
 from .cadence import Cadence
 from .composites import compose
+from .forking import fork
 from .heads import HeadsGiven, check_heads
 from .layout import Layout, belongs
 from .lifetime import writing_to
@@ -22,6 +24,7 @@ from .matrices import Names, find_matrices
 from .provenance import describe_optimizer, describe_software
 from .readable_log import readable
 from .recorder import Recorder
+from .resuming import own_steps, steps_taken
 from .storing.opening import nothing_or_a_run
 from .watched import watch
 from .writer import Writer
@@ -54,7 +57,8 @@ def attach(
         optimizers: one `torch.optim.Optimizer` or several. They share one step counter: the number of steps of the one
             that has stepped most.
         model: where parameter names come from; without it they are numbered by optimizer and group.
-        store: a path for the run. An existing run of the same matrices is continued.
+        store: a path for the run. An existing run of the same matrices is continued. One that holds later records, the training having been restarted
+            from a checkpoint, goes back: they are kept as a lineage of their own, which `open_run(store, lineage=n)` shows.
         every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
         overhead: share of training time that recording may take, with `every=None`.
         measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", and, each at
@@ -63,7 +67,8 @@ def attach(
             would stack them) and "precision" (the Newton–Schulz iteration in bfloat16, at two to three times that cost).
         operators: your own naming: a mapping from regular expressions to operator types, or a function of the name.
         heads: attention heads, or (query heads, key/value heads), of all layers; None: found on the model's modules and configuration.
-        first_step: steps already taken, when training resumes; by default the last recorded step of an existing run.
+        first_step: steps already taken, when training resumes. By default of an existing run what the optimizers' own state tells (Adam's counts
+            steps, Muon's and SGD's do not; load a checkpoint before you attach), else the last recorded step.
         background: measure and write in a thread of the recorder's own: the training waits only while what a record needs is copied. A record that is
             due while the one before is still being measured is left out and counted in `missed`. What is recorded is the same.
         about: what you state about this training, kept with the run: texts, numbers and truth values. `data`, `tokens_per_step`, `seed`
@@ -91,6 +96,8 @@ def attach(
         raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
+    if first_step is not None and (isinstance(first_step, bool) or not isinstance(first_step, Integral) or first_step < 0):
+        raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
     cadence = Cadence(every, overhead)
     stated: dict[str, Any] = {"about": checked(about)} if about else {}
     for recorder in writing_to(Path(store)):
@@ -108,28 +115,14 @@ def attach(
     lock = _locked(Path(store))
     with ExitStack() as undoing:
         undoing.callback(lock.release)
-        optimizers_now = [describe_optimizer(w) for w in watched]
-        writer = Writer(store, {**describe_software(), "optimizers": optimizers_now, **stated}, lock)
+        session = {**describe_software(), "optimizers": [{**describe_optimizer(w), "own_steps": own_steps(w)} for w in watched], **stated}
+        writer = Writer(store, {"first_step": int(first_step or 0), **session}, lock)
         layout = Layout(writer, [group for group in MEASURES if group in measure])
         if not layout.describes(matrices):
             raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
-        first_step = writer.last_step if first_step is None else first_step
-        if first_step < writer.last_step:
-            raise ValueError(
-                f"first_step: {store} already holds records up to step {writer.last_step}, got {first_step}; record to another store"
-            )
+        given = None if first_step is None else int(first_step)
+        first_step = (given or 0) if writer.is_new else _continue(writer, given, session)
         layout.include(matrices)
-        if not writer.is_new:
-            continued: list[dict[str, Any]] = writer.attributes[""].setdefault("continued", [])
-            # One that recorded nothing leaves no trace: the next takes its place.
-            continued[:] = [entry for entry in continued if entry["first_step"] < first_step]
-            continued.append({"first_step": first_step, **describe_software(), "optimizers": optimizers_now, **stated})
-            log.warning(
-                "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on",
-                store,
-                writer.last_step,
-                first_step + 1,
-            )
         cadence.start(first_step)
         for one in watched:
             one.steps = first_step
@@ -137,6 +130,36 @@ def attach(
         recorder = Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise", background=background)
         undoing.pop_all()
     return recorder
+
+
+def _continue(writer: Writer, given: int | None, session: dict[str, Any]) -> int:
+    """Make the run ready for a further recording, which `session` describes; the steps that its training has taken."""
+    held, attributes = writer.last_step, writer.attributes[""]
+    told = steps_taken(attributes, {one["label"]: one["own_steps"] for one in session["optimizers"]})
+    first_step = next(step for step in (given, told, held) if step is not None)
+    why = "" if given is not None or told in (None, held) else ", as its optimizers' own state counts"
+    if first_step < held:
+        number = fork(writer, first_step)
+        log.warning(
+            "optiscope: %s holds records up to step %d, and this training goes on from step %d%s: the later ones are kept as lineage %d, which "
+            "`diag info` lists, and it is recorded from step %d on", writer.path, held, first_step, why, number, first_step + 1,
+        )  # fmt: skip
+    else:
+        why = why or ("; if it was restarted from an earlier checkpoint, pass first_step" if given is told is None else "")
+        log.warning(
+            "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on%s",
+            writer.path, held, first_step + 1, why,
+        )  # fmt: skip
+    entry = {"first_step": first_step, **session}
+    if any(writer.committed.values()):
+        # One that recorded nothing leaves no trace: the next takes its place.
+        continued = [other for other in attributes.get("continued", []) if other["first_step"] < first_step]
+        attributes["continued"] = [*continued, entry]
+    else:
+        for key in ("about", "continued"):
+            attributes.pop(key, None)
+        attributes.update(entry)
+    return first_step
 
 
 def _locked(store: Path) -> RunLock:

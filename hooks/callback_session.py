@@ -24,8 +24,8 @@ class CallbackSession:
     """Attaches for a callback, and keeps every trouble with that out of the training.
 
     A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open and
-    goes on behind it. A `store` that cannot be continued (a training resumed from before its last record, another model) is
-    left as it is, and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
+    goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
+    and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
 
     Attributes:
         recorder: the present recorder, or the last one; None before the first training, and after `let_go`.

@@ -7,6 +7,7 @@ from typing import Any
 from ...diagnostics.run_format import chunks_written, newer_schema, schema_of
 from ...diagnostics.run_lock import LOCK_FILES
 from .files import METADATA, Files
+from .lineages import is_left
 from .record_group import Read, RecordGroup
 from .stored_array import StoredArray
 
@@ -57,7 +58,7 @@ def committed(files: Files, read: Read) -> tuple[dict[str, dict[str, Any]], dict
     for partial in list(files.root.rglob("*.partial") if masks is None else files.root.glob("*.partial")):
         partial.unlink()
     for path, node in nodes.items():
-        if node["node_type"] == "group":
+        if node["node_type"] == "group" and not is_left(path):
             attributes[path] = node["attributes"]
             arrays: dict[str, StoredArray] = {}
             for child, document in nodes.items():

@@ -79,6 +79,12 @@ class RecordGroup:
             self._start = full
         return let_go > 0
 
+    def cut(self, count: int) -> None:
+        """Have so many records only, all of which are committed; chunks of others stay until they are written over."""
+        del self.steps[count:]
+        self.committed = self._changed = self._start = count
+        self._rows = []
+
     def declare(self, count: int) -> None:
         """Give all arrays the length of so many records."""
         for array in self.arrays.values():

@@ -179,7 +179,7 @@ def test_resuming_from_a_checkpoint_continues_the_run(tmp_path: Path, read: Read
     assert fingerprint(again) == fingerprint(plain)
 
 
-def test_resuming_before_later_records_records_to_another_store(tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture) -> None:
+def test_resuming_before_later_records_keeps_them_as_a_lineage(tmp_path: Path, read: Read, caplog: pytest.LogCaptureFixture) -> None:
     saving = {"save_strategy": "steps", "save_steps": 3}
     store = tmp_path / "run.zarr"
     crashed = OptiscopeCallback(store, every=1)
@@ -188,9 +188,11 @@ def test_resuming_before_later_records_records_to_another_store(tmp_path: Path, 
     crashed.close()
     caplog.clear()
     trainer(tmp_path / "out", OptiscopeCallback(store, every=1), **saving).train(resume_from_checkpoint=True)
-    assert (steps_in(read(store)), steps_in(read(tmp_path / "run-2.zarr"))) == ([1, 2, 3, 4, 5], [4, 5, 6])
-    assert "recording to" in caplog.text
-    assert "run-2.zarr, because" in caplog.text
+    run = read(store)
+    assert (steps_in(run), steps_in(run["lineages/0"])) == ([1, 2, 3, 4, 5, 6], [4, 5])
+    assert run["lineages/0"].attrs["after"] == 3
+    assert "this training goes on from step 3: the later ones are kept as lineage 0" in caplog.text
+    assert not (tmp_path / "run-2.zarr").exists()
 
 
 def test_early_stopping(tmp_path: Path, read: Read) -> None:

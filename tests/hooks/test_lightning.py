@@ -224,8 +224,11 @@ def test_several_optimizers_and_resuming_before_later_records(tmp_path: Path, re
     with caplog.at_level(logging.WARNING, "optiscope"):
         callback = OptiscopeCallback(store, every=1)
         trainer(tmp_path, callback, max_epochs=2).fit(Manual(), loader(2), ckpt_path=tmp_path / "two.ckpt", weights_only=False)
-    assert (steps_in(read(store)), steps_in(read(tmp_path / "run-2.zarr"))) == ([1, 2, 3, 4, 5], [3, 4])
-    assert f"recording to {tmp_path / 'run-2.zarr'}, because {store} cannot be continued (first_step: " in caplog.text
+    run = read(store)
+    assert (steps_in(run), steps_in(run["lineages/0"])) == ([1, 2, 3, 4], [3, 4, 5])
+    assert run["lineages/0"].attrs["after"] == 2
+    assert f"{store} holds records up to step 5, and this training goes on from step 2: the later ones are kept as lineage 0" in caplog.text
+    assert not (tmp_path / "run-2.zarr").exists()
 
 
 def test_early_stopping(tmp_path: Path, read: Read) -> None:
