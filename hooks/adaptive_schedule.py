@@ -16,6 +16,7 @@ from ..diagnostics.schedule import Schedule
 from .applying import apply_schedule, layers_that_take_a_schedule
 from .decisions import Decision, Kind, decision
 from .group_splitting import schedulers_of
+from .guarding import raised_by_signal_handler
 from .live_checks import (
     check_geometry,
     check_in_step,
@@ -341,6 +342,6 @@ class AdaptiveSchedule:
         try:
             action()
         except Exception as error:
-            if self._recorder._journal.raise_errors:
+            if self._recorder._journal.raise_errors or raised_by_signal_handler(error):
                 raise
             self._end(f"it could not be derived or put into force at step {step} ({type(error).__name__}: {error})", step)

@@ -15,6 +15,7 @@ from ..diagnostics.about import Value, checked
 from ..diagnostics.operators import OperatorRule
 from .attaching import attach
 from .cadence import Cadence
+from .guarding import raised_by_signal_handler
 from .recorder import Recorder
 
 log = logging.getLogger("optiscope")
@@ -91,7 +92,7 @@ class CallbackSession:
         try:
             yield
         except Exception as error:
-            if self._options["on_error"] == "raise":
+            if self._options["on_error"] == "raise" or raised_by_signal_handler(error):
                 raise
             if trouble not in self._told:
                 self._told.add(trouble)

@@ -1,9 +1,13 @@
-"""Keeping what fails in a recorder's method out of the training."""
+"""Keeping what fails in a recorder's method out of the training, and what is the training's own from being kept."""
 
 import functools
 import os
+import signal
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from types import CodeType
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from .lifetime import still_open
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -25,6 +29,28 @@ def guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Concat
             result = method(self, *args, **kwargs)
         if self._journal.taken_over:
             self._detach()
+            still_open.discard(self)
         return result
 
     return kept_out
+
+
+def raised_by_signal_handler(error: BaseException) -> bool:
+    """Whether a signal handler of the training raised it, and the recorder was only what it interrupted: then it is not the recorder's to keep.
+
+    Launchers and time limits do so, with exceptions of any class.
+    """
+    handlers = {_code(signal.getsignal(number)) for number in signal.valid_signals()} - {None}
+    trace = error.__traceback__
+    while trace is not None:
+        if trace.tb_frame.f_code in handlers:
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def _code(handler: Any) -> CodeType | None:
+    while isinstance(handler, functools.partial):
+        handler = handler.func
+    # A function or a method has one, an object that can be called has it at its class.
+    return getattr(handler, "__code__", None) or getattr(getattr(type(handler), "__call__", None), "__code__", None)  # noqa: B004

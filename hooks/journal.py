@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .guarding import raised_by_signal_handler
 from .scalars import ScalarRow
 from .stopwatch import Stopwatch
 from .worker import Worker
@@ -68,6 +69,8 @@ class Journal:
             try:
                 yield
             except Exception as error:
+                if raised_by_signal_handler(error):
+                    raise
                 self.failed(error, step)
 
     def note(self, action: Callable[[], None]) -> None:
@@ -219,6 +222,8 @@ class Journal:
         try:
             write()
         except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
             self._cannot_write(error)
         self._flush_cost = time.thread_time() - begun
 

@@ -119,8 +119,9 @@ def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: 
     """Give parameters that were added to an optimizer, or came with a new one, their rows in the run."""
     held = {one.label: {id(p) for group in one.optimizer.param_groups for p in group["params"] if p.ndim >= 2} for one in watched}
     for one in watched:
-        # What has left the optimizer is let go of; its row is found again by name should it come back.
-        gone = {m for m in one.matrices if any(id(part.parameter) not in held[one.label] for part in (m, *m.members))}
+        # What has left the optimizer is let go of; its row is found again by name should it come back. What has another shape is another matrix.
+        parts = {m: [part for part in (m, *m.members) if not part.members] for m in one.matrices}
+        gone = {m for m, of in parts.items() if any(id(p.parameter) not in held[one.label] or not p.fits(p.parameter) for p in of)}
         if gone:
             one.matrices = [m for m in one.matrices if m not in gone]
     layout.keep(m for one in watched for m in one.matrices)

@@ -158,10 +158,11 @@ class Recorder:
         With `compact`, a run of more than 1,024 records is then laid out for reading, which may take seconds; it is not when the process is being ended.
         """
         # A forked child (a data loader's worker) shares the files but not the right to write them.
-        if not self._handles or os.getpid() != self._process:
+        if self not in still_open or os.getpid() != self._process:
             return
         self._detach()
         self._finish(compact)
+        still_open.discard(self)  # only now: what an interrupt left unwritten is for the interpreter's end
         if not any(watched.seen for watched in self._watched):
             log.warning(
                 "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
@@ -174,7 +175,6 @@ class Recorder:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        still_open.discard(self)
 
     @guarded
     def _finish(self, compact: bool) -> None:

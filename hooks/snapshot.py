@@ -17,6 +17,7 @@ from .accelerator import Beside, arriving, gram_of
 from .adapters import Adapter, Averages, Reader, Reading, number, state_of
 from .adapters.names import tensors_in
 from .copies import Copies
+from .guarding import raised_by_signal_handler
 from .matrices import Matrix
 from .moments import Kept
 
@@ -153,7 +154,9 @@ class Snapshot:
         """Whether the spectrum may have to be the gradient's; before the step, so that a failure here may be none after it."""
         try:
             return not self._is_matrix(self.adapter.momentum(self.reading))
-        except Exception:
+        except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
             return True
 
     def _is_matrix(self, value: Any) -> bool:
@@ -174,6 +177,8 @@ class Snapshot:
         try:
             return reader(self.reading)
         except Exception as error:
+            if raised_by_signal_handler(error):
+                raise
             # Without its traceback, whose frames hold this snapshot and its copies.
             self.errors.append(error.with_traceback(None))
             return None
