@@ -52,6 +52,7 @@ class Journal:
         self.errors = self.dropped = self.missed = 0
         self._counted_before = {name: writer.attributes[""].get(name, 0) for name in _COUNTERS}
         self._write_failures = 0
+        self._lost: set[int] = set()  # steps of records that were dropped
         self.raise_errors = raise_errors
         self.taken_over = False
         self._writer = writer
@@ -178,10 +179,20 @@ class Journal:
                     self._scalars.set_own(**self._own_time())
                 self._scalars.hand_over()
                 self._write(self._writer.close)
+                self._tell_what_is_lost()
                 if compact and not self.taken_over:
                     self._compact()
         finally:
             self._writer.release()
+
+    def _tell_what_is_lost(self) -> None:
+        lost = self._lost | (set() if self.taken_over else self._writer.unwritten)
+        if lost:
+            log.warning(
+                "optiscope: %d records, of steps %d to %d, could not be written to %s and are lost.",
+                len(lost), min(lost), max(lost), self._writer.path.resolve(),
+            )  # fmt: skip
+            self._lost.clear()
 
     @property
     def flush_is_due(self) -> bool:
@@ -219,13 +230,21 @@ class Journal:
             if count := getattr(self, name):
                 self.attributes[name] = before + count
         begun = time.thread_time()
-        try:
+        with self.writing(Exception):
+            for error in self._scalars.make_arrays():
+                self.failed(error, self._scalars.step)
             write()
-        except Exception as error:
+        self._flush_cost = time.thread_time() - begun
+
+    @contextmanager
+    def writing(self, *kinds: type[Exception]) -> Iterator[None]:
+        """What fails in the block is that the store cannot be written now: for these kinds of errors, and where another recorder has taken it over."""
+        try:
+            yield
+        except (*kinds, TakenOver) as error:
             if raised_by_signal_handler(error):
                 raise
             self._cannot_write(error)
-        self._flush_cost = time.thread_time() - begun
 
     def _compact(self) -> None:
         try:
@@ -258,7 +277,9 @@ class Journal:
             self._writer.release()
             return
         self._write_failures += 1
-        self.dropped += self._writer.trim()
+        dropped = self._writer.trim()
+        self.dropped += len(dropped)
+        self._lost |= set(dropped)
         if self._write_failures == 1:
             log.warning(
                 "optiscope: %s could not be written (%s: %s). Training goes on; the newest records are kept in memory and tried again, "

@@ -316,4 +316,5 @@ class Recorder:
 
     @guarded
     def _include_new_parameters(self) -> None:
-        include_new_parameters(self._layout, self._watched, self._names)
+        with self._journal.writing(OSError):
+            include_new_parameters(self._layout, self._watched, self._names)

@@ -15,12 +15,17 @@ OWN_TEXTS = {
 
 
 class ScalarRow:
-    """The row of the present step, not yet handed to the writer."""
+    """The row of the present step, not yet handed to the writer.
+
+    Attributes:
+        step: that step.
+    """
 
     def __init__(self, writer: Writer, step: int) -> None:
         self._writer = writer
-        self._step = step
+        self.step = step
         self._values: dict[str, float] = {}
+        self._new: dict[str, None] = {}  # names that were handed over and have no array yet, in their order
 
     @property
     def is_begun(self) -> bool:
@@ -29,9 +34,9 @@ class ScalarRow:
 
     def begin(self, step: int) -> None:
         """Make the row one of `step`; the row of an earlier step is handed over."""
-        if step != self._step:
+        if step != self.step:
             self.hand_over()
-            self._step = step
+            self.step = step
 
     def set_own(self, **values: float) -> None:
         """Set the recorder's own scalars."""
@@ -46,13 +51,28 @@ class ScalarRow:
         self._values[_stored_name(name)] = value
 
     def hand_over(self) -> None:
-        """Give the row to the writer, and make the arrays of names that are new."""
+        """Give the row to the writer."""
         values, self._values = self._values, {}
         if values:
-            self._writer.append("scalars", self._step, {name: np.float64(value) for name, value in values.items()})
-        for name in values:
-            if not self._writer.has("scalars", name):
+            self._writer.append("scalars", self.step, {name: np.float64(value) for name, value in values.items()})
+        self._new.update(dict.fromkeys(name for name in values if not self._writer.has("scalars", name)))
+
+    def make_arrays(self) -> list[Exception]:
+        """Make the arrays of names that are new, and give what kept one from being made; such a name is forgotten.
+
+        Raises:
+            OSError: the store cannot be written now; it is tried again by the next call.
+        """
+        errors: list[Exception] = []
+        for name in list(self._new):
+            try:
                 _create_array(self._writer, name)
+            except OSError:
+                raise
+            except Exception as error:
+                errors.append(error)
+            del self._new[name]
+        return errors
 
 
 def _stored_name(name: str) -> str:

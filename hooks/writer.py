@@ -219,9 +219,14 @@ class Writer:
             self._lay_out_for_writing([group])
         return records.append(step, row)
 
-    def trim(self) -> int:
-        """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; how many records."""
-        return sum(group.trim() for group in self._groups.values())
+    def trim(self) -> list[int]:
+        """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; the step of each record."""
+        return [step for group in self._groups.values() for step in group.trim()]
+
+    @property
+    def unwritten(self) -> set[int]:
+        """Steps of the records that are not committed; those of scalars alone do not count."""
+        return {step for name, group in self._groups.items() if name != "scalars" for step in group.steps[group.committed :]}
 
     def flush(self) -> None:
         """Write what is buffered and commit it. Where that fails, nothing is committed and the buffer is kept.

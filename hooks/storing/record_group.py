@@ -50,14 +50,15 @@ class RecordGroup:
             self._rows.append(row)
         return len(self.steps) % self.chunk_steps == 0
 
-    def trim(self) -> int:
-        """Drop the oldest records that are not committed beyond 4 chunks of them; how many."""
+    def trim(self) -> list[int]:
+        """Drop the oldest records that are not committed beyond 4 chunks of them; their steps."""
         excess = max(0, len(self.steps) - self.committed - 4 * self.chunk_steps)
-        if excess:
-            self._reach_back(self.committed)
-            del self._rows[self.committed - self._start :][:excess]
+        dropped = self.steps[self.committed : self.committed + excess]
+        if dropped:
+            first = self.committed - self._start
+            del self._rows[first : first + excess]
             del self.steps[self.committed : self.committed + excess]
-        return excess
+        return dropped
 
     def write(self, files: Files, count: int) -> None:
         """Write the chunks that hold records from the first changed one up to `count`."""

@@ -59,9 +59,13 @@ def full(store: Path) -> Iterator[None]:
 
 @contextmanager
 def read_only(store: Path) -> Iterator[None]:
-    subprocess.run(["mount", "-o", "remount,ro", store.parent], check=True)
+    """By another mount of the same folder in its place; a file system with an open file is not remounted."""
+    subprocess.run(["mount", "--bind", store.parent, store.parent], check=True)
+    subprocess.run(["mount", "-o", "remount,bind,ro", store.parent], check=True)
+    with pytest.raises(OSError, match="Read-only"):
+        (store.parent / "probe").touch()
     yield
-    subprocess.run(["mount", "-o", "remount,rw", store.parent], check=True)
+    subprocess.run(["umount", store.parent], check=True)
 
 
 @pytest.fixture
