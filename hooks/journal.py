@@ -239,9 +239,10 @@ class Journal:
     @contextmanager
     def writing(self, *kinds: type[Exception]) -> Iterator[None]:
         """What fails in the block is that the store cannot be written now: for these kinds of errors, and where another recorder has taken it over."""
+        caught: tuple[type[Exception], ...] = (*kinds, TakenOver)
         try:
             yield
-        except (*kinds, TakenOver) as error:
+        except caught as error:
             if raised_by_signal_handler(error):
                 raise
             self._cannot_write(error)

@@ -12,9 +12,9 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import optiscope.hooks.record as record_module
-import optiscope.hooks.scalars as scalars_module
 from optiscope.hooks import attach
 from optiscope.hooks.layout import Layout
+from optiscope.hooks.scalars import ScalarRow
 from optiscope.hooks.snapshot import Snapshot
 from optiscope.hooks.storing.files import Files
 from optiscope.hooks.watched import Watched
@@ -284,7 +284,7 @@ def test_values_that_are_no_numbers_do_not_raise(
         (record_module, "measure_update"),
         (record_module, "measure_geometry"),
         (Layout, "empty_rows"),
-        (scalars_module, "_create_array"),
+        (ScalarRow, "set"),
     ],
 )
 def test_failing_measurement_leaves_training_alone(

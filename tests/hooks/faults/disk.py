@@ -75,7 +75,9 @@ def on(disk: Disk) -> Iterator[Disk]:
     def counted(function: Callable[..., Any]) -> Callable[..., Any]:
         def operation(target: Any, *args: Any, **kwargs: Any) -> Any:
             if disk.inside(target):
-                disk.operation(lambda: function(target, args[0][: len(args[0]) // 2], *args[1:]) if isinstance(args[0], bytes) else None)
+                disk.operation(
+                    lambda: function(target, args[0][: len(args[0]) // 2], *args[1:]) if args and isinstance(args[0], bytes) else None
+                )
             return function(target, *args, **kwargs)
 
         return operation
