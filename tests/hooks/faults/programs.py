@@ -13,14 +13,15 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+import numpy as np
 import torch
+import zarr
 from torch.utils.data import DataLoader
 
 import optiscope.hooks.journal as journal_module
@@ -143,6 +144,50 @@ def train_and_flush(training: Training) -> Callable[[], None]:
     return child
 
 
+FLUSH_EVERY = 3
+
+
+def is_killed(store: Path, until: int | None = None, more: int | None = None, **options: Any) -> None:
+    """A training from where its run ends; the number of records after every commit is noted beside it."""
+    done = last_step(store)
+    training = Training()
+    training.go(done)  # what a checkpoint would restore is computed again
+    end = until or (done + more if more else FOREVER)
+    file = os.open(store.with_suffix(".reports"), os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    with attach(training.optimizers, training.model, store, every=1, on_error="raise", **options) as training.recorder:
+        assert training.recorder.step == done
+        while training.recorder.step < end:
+            training.go()
+            if training.recorder.step > 40:
+                training.recorder.log(late=training.recorder.step)
+            if training.recorder.step % FLUSH_EVERY == 0:
+                training.flush()
+                os.write(file, b"%d\n" % (committed(store) or 0))
+
+
+def committed(store: Path) -> int | None:
+    """The number of records, read from the root's document, which needs no library; None before the first commit."""
+    if not (store / "zarr.json").exists():
+        return None
+    consolidated = json.loads((store / "zarr.json").read_text()).get("consolidated_metadata")
+    count: int | None = consolidated and consolidated["metadata"]["update/step"]["shape"][0]
+    return count
+
+
+def last_step(store: Path) -> int:
+    """Of records and scalars."""
+    if committed(store) is None:
+        return 0
+    steps = [np.asarray(zarr.open_array(store / group / "step", mode="r")[:]) for group in ("update", "scalars")]
+    return max((int(of[-1]) for of in steps if of.size), default=0)
+
+
+def reported(store: Path) -> int:
+    """How many records were noted as committed."""
+    reports = store.with_suffix(".reports")
+    return max(map(int, reports.read_text().split()), default=0) if reports.exists() else 0
+
+
 class Numbers(torch.utils.data.Dataset[torch.Tensor]):
     def __len__(self) -> int:
         return 8
@@ -241,13 +286,6 @@ def server() -> Iterator[Server]:
             yield Server(process)
         finally:
             process.kill()
-
-
-def wait_for(path: Path, seconds: float = 60) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 if __name__ == "__main__":

@@ -140,4 +140,7 @@ def assert_same_records(run: xr.DataTree, reference: xr.DataTree, *, missing: tu
             if name in OWN_TEXTS or name in missing:
                 continue
             expected = array.values[at] if "step" in array.dims else array.values
+            if name not in run[group]:
+                assert np.isnan(expected).all()  # of a number that was logged first behind these steps
+                continue
             assert run[group][name].values.tobytes() == expected.tobytes(), (group, name)
