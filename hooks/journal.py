@@ -180,7 +180,7 @@ class Journal:
                 self._scalars.hand_over()
                 self._write(self._writer.close)
                 self._tell_what_is_lost()
-                if compact and not self.taken_over:
+                if compact and not self.taken_over and not self._writer.unwritten:
                     self._compact()
         finally:
             self._writer.release()
@@ -251,7 +251,7 @@ class Journal:
         try:
             self._writer.lay_out_for_reading()
         except Exception as error:
-            if self.raise_errors:
+            if self.raise_errors or raised_by_signal_handler(error):
                 raise
             log.warning(
                 "optiscope: %s could not be laid out for reading (%s: %s). It is whole, and read more slowly.",

@@ -186,7 +186,7 @@ def test_growth_cut_off_by_a_full_disk_leaves_nothing_half_done(
             run = read(store)
             assert run["update"].sizes["matrix"] == run["update"]["name"].size
             optimizer.step()
-        assert recorder.errors == 1
+        assert recorder.errors == 0  # it is the disk that failed, and no measurement
         assert rows_with_values(read(store), 3) == {"0.weight": True, "3.weight": True}
 
 

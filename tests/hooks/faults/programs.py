@@ -178,7 +178,8 @@ def last_step(store: Path) -> int:
     """Of records and scalars."""
     if committed(store) is None:
         return 0
-    steps = [np.asarray(zarr.open_array(store / group / "step", mode="r")[:]) for group in ("update", "scalars")]
+    root = zarr.open_group(store, mode="r")  # through its document: those of the arrays themselves may be older
+    steps = [np.asarray(root[f"{group}/step"][:]) for group in ("update", "scalars")]  # type: ignore[index]
     return max((int(of[-1]) for of in steps if of.size), default=0)
 
 
