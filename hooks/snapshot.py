@@ -62,7 +62,10 @@ class Snapshot:
             gradient = self.copies.of(gradient) if grad_scale is None else self.copies.own(gradient)
             self.grad_rms = tuple(partial(tensor_rms, matrix.of(gradient)) for matrix in self.matrices)
         else:
-            self.grad_rms = tuple(partial(float, tensor_rms(matrix.of(gradient))) for matrix in self.matrices)
+            # Begun before the step, and looked at behind it: an accelerator is not waited for.
+            self.grad_rms = tuple(
+                partial(rms_of_norm, tensor_norm(matrix.of(gradient)), matrix.rows * matrix.cols) for matrix in self.matrices
+            )
         ns, before = self.adapter.orthogonalisation, self.adapter.before
         if self.keeps_gradient or ns is not None or before is not None or self._has_no_momentum():
             # A copy: some optimizers write into the gradient, or throw it away.
@@ -197,13 +200,23 @@ def as_array(tensor: Tensor) -> NDArray[np.floating[Any]]:
 
 
 def tensor_rms(tensor: Tensor) -> float:
-    """RMS of a tensor, summed in float64 where the tensor is.
+    """RMS of a tensor, summed in float64 where the tensor is."""
+    return rms_of_norm(tensor_norm(tensor), tensor.numel())
 
-    Not NumPy's: its threads and torch's spin for each other's cores when calls alternate (a record took three times as long).
+
+def tensor_norm(tensor: Tensor) -> Tensor:
+    """‖A‖_F, summed in float64 where the tensor is.
+
+    Not NumPy's: its threads and torch's spin for each other's cores when calls alternate (a record took three times as long). Nor
+    torch._foreach_norm: in float64 it takes 3 to 17 % less for 28 matrices (16 to 512 wide), 0.2 % of a record.
     """
-    tensor = _with_float64(tensor)
-    norm = torch.linalg.vector_norm(tensor, dtype=torch.float64)
-    return float(norm) / math.sqrt(max(tensor.numel(), 1))
+    norm: Tensor = torch.linalg.vector_norm(_with_float64(tensor), dtype=torch.float64)
+    return norm
+
+
+def rms_of_norm(norm: Tensor, count: int) -> float:
+    """‖A‖_F/√(mn)."""
+    return float(norm) / math.sqrt(max(count, 1))
 
 
 def tensor_mean(tensor: Tensor) -> float:
