@@ -36,8 +36,8 @@ class Lineages:
         self.nodes: dict[str, dict[str, Any]] = {path: node for path, node in found.items() if is_left(path)}
         self.chunks: dict[str, str] = {path: mask for path, mask in root["attributes"].get("chunks", {}).items() if is_left(path)}
         folder = files.root / LEFT
-        for entry in list(folder.iterdir()) if folder.is_dir() else ():
-            if entry.is_dir() and f"{LEFT}/{entry.name}" not in self.nodes:
+        for entry in list(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
+            if entry.name.isdecimal() and f"{LEFT}/{entry.name}" not in self.nodes:
                 files.remove(f"{LEFT}/{entry.name}")
 
     def __len__(self) -> int:
