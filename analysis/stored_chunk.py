@@ -3,6 +3,7 @@
 import os
 import stat
 import struct
+from collections.abc import Iterable, Iterator
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -71,20 +72,30 @@ def read_chunks(folder: Path, array: StoredArray, numbers: tuple[int, ...], want
             )
         return [None] * len(wanted)
     with file:
-        size = os.fstat(file.fileno()).st_size
-        if not array.sharded:
-            return [decode(key, array, _within(file, key, 0, size, size, array))]
-        per_shard = tuple(outer // inner for outer, inner in zip(array.shard, array.chunk, strict=True))
-        index = _index(file, key, size, per_shard)
-        chunks: list[NDArray[Any] | None] = []
-        for place in wanted:
-            start, length = map(int, index[place])
-            if start == length == _NONE:
-                chunks.append(None)
-            else:
-                inner = f"{key} (chunk {', '.join(map(str, place))})"
-                chunks.append(decode(inner, array, _within(file, inner, start, length, size, array)))
-        return chunks
+        return list(decode_file(file, key, array, wanted))
+
+
+def decode_file(
+    file: BinaryIO, key: str, array: StoredArray, wanted: Iterable[tuple[int, ...]] | None = None
+) -> Iterator[NDArray[Any] | None]:
+    """Chunks of an open file, by default all, one after the other.
+
+    Raises:
+        ValueError: the file or one of them is damaged.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if not array.sharded:
+        yield decode(key, array, _within(file, key, 0, size, size, array))
+        return
+    per_shard = tuple(outer // inner for outer, inner in zip(array.shard, array.chunk, strict=True))
+    index = _index(file, key, size, per_shard)
+    for place in np.ndindex(*per_shard) if wanted is None else wanted:
+        start, length = map(int, index[place])
+        if start == length == _NONE:
+            yield None
+        else:
+            inner = f"{key} (chunk {', '.join(map(str, place))})"
+            yield decode(inner, array, _within(file, inner, start, length, size, array))
 
 
 def _index(file: BinaryIO, key: str, size: int, per_shard: tuple[int, ...]) -> NDArray[np.uint64]:

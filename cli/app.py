@@ -71,4 +71,4 @@ def print_json(result: Any) -> None:
 
 
 # Importing a module of commands registers them.
-from . import compare, demo, ns, report, run, schedule, script  # noqa: E402, F401
+from . import compare, demo, ns, report, run, schedule, script, verify  # noqa: E402, F401

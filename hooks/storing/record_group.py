@@ -65,7 +65,8 @@ class RecordGroup:
         if self._changed >= count:
             return
         self._reach_back(self._changed)
-        for name, array in self.arrays.items():
+        # Steps last: where they are, all else of their records is, which is what a lost root is made again from.
+        for name, array in sorted(self.arrays.items(), key=lambda item: item[0] == "step"):
             length = array.chunk[0]
             for chunk in range(self._changed // length, -(-count // length)):
                 array.write(files, chunk, self._block(name, array, chunk * length, min(count, (chunk + 1) * length)))

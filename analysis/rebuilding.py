@@ -1,0 +1,126 @@
+"""The root's document made again, where it is lost, from the documents of groups and arrays and from what lies beside them."""
+
+import json
+import os
+import re
+from itertools import count, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.run_format import chunk_map, schema_of
+from .root_document import MOST_NODES
+from .stored_array import StoredArray, stored_array
+from .stored_chunk import decode_file, open_inside, read_file
+
+
+def rebuilt(folder: Path, root: bytes) -> dict[str, Any]:
+    """A document of the run in `folder`. `root` is what is left of the lost one, of which the run's attributes are taken if they can be read.
+
+    A group has as many records as its steps say and, without checksums, as all of its arrays have: what was being written when a training was
+    killed is left out. A chunk that is not there cannot be told from one that never was.
+
+    Raises:
+        ValueError: nothing of a run is there.
+    """
+    nodes = _own_documents(folder)
+    if not any(node["node_type"] == "array" for node in nodes.values()):
+        raise ValueError(f"run: {folder} is not an Optiscope run; give the folder that was passed to `attach`")
+    sealed = any(codec["name"] == "crc32c" for node in nodes.values() for codec in node.get("codecs", []))
+    attributes = _attributes(root)
+    if schema_of(attributes) is None:
+        attributes = {"optiscope_schema": 2 if sealed else 1, "optimizers": []}
+    attributes.pop("checksum", None)
+    for path in [path for path, node in nodes.items() if node["node_type"] == "group"]:
+        _settle(
+            folder, {name: node for name, node in nodes.items() if name.rpartition("/")[0] == path and node["node_type"] == "array"}, sealed
+        )
+        nodes[path] = {**nodes[path], "consolidated_metadata": _consolidated({})}
+    if sealed:
+        attributes["chunks"] = {
+            path: chunk_map(_there(folder, stored_array(path, node)))
+            for path, node in nodes.items()
+            if "step" in node.get("dimension_names", ())
+        }
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group", "consolidated_metadata": _consolidated(nodes)}
+
+
+def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
+    nodes: dict[str, dict[str, Any]] = {}
+    for place, folders, files in os.walk(folder):
+        path = os.path.relpath(place, folder).replace(os.sep, "/")
+        folders[:] = sorted(
+            name for name in folders if name[0] != "." and not (name == "c" and nodes.get(path, {}).get("node_type") == "array")
+        )
+        if path == "." or "zarr.json" not in files:
+            continue
+        try:
+            node = parse_bounded(read_file(folder, f"{path}/zarr.json", MOST_BYTES) or b"")
+            if node["node_type"] == "array":
+                stored_array(path, node)
+                nodes[path] = node
+            elif isinstance(node["attributes"], dict):
+                nodes[path] = {"attributes": node["attributes"], "zarr_format": 3, "node_type": "group"}
+        except (ValueError, KeyError, TypeError):
+            continue
+        if len(nodes) > MOST_NODES:
+            raise ValueError(f"run: {folder}: expected at most {MOST_NODES:,} groups and arrays, got more")
+    # An array whose group's own document is lost has one without attributes.
+    for path in list(nodes):
+        parent = path.rpartition("/")[0]
+        while parent and parent not in nodes:
+            nodes[parent] = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+            parent = parent.rpartition("/")[0]
+    return dict(sorted(nodes.items()))
+
+
+def _attributes(root: bytes) -> dict[str, Any]:
+    """Those at the start of a document that is damaged further on."""
+    text = root.decode(errors="replace")
+    if found := re.search(r'"attributes":\s*', text):
+        try:
+            attributes, _ = json.JSONDecoder().raw_decode(text, found.end())
+        except (ValueError, RecursionError):
+            return {}
+        return attributes if isinstance(attributes, dict) else {}
+    return {}
+
+
+def _settle(folder: Path, arrays: dict[str, dict[str, Any]], sealed: bool) -> None:
+    """Give the arrays of a group the same lengths."""
+    lengths: dict[str, int] = {}
+    recorded = 0
+    for path, node in arrays.items():
+        for name, size in zip(node["dimension_names"], node["shape"], strict=True):
+            lengths[name] = min(lengths.get(name, size), size)
+        if path.endswith("/step"):
+            recorded = _recorded(folder, stored_array(path, node))
+    # With checksums, steps are written last, and an array's own document may be of an earlier commit.
+    lengths["step"] = recorded if sealed else min(recorded, lengths.get("step", 0))
+    for node in arrays.values():
+        node["shape"] = [lengths[name] for name in node["dimension_names"]]
+
+
+def _recorded(folder: Path, steps: StoredArray) -> int:
+    """How many steps there are; those of a chunk that is damaged count as full if another follows."""
+    found = 0
+    for number in count():
+        file = open_inside(folder, steps.key((number,)))
+        if file is None:
+            return found
+        with file:
+            try:
+                chunk = next(decode_file(file, steps.key((number,)), steps))
+                found = number * steps.shard[0] + int(np.count_nonzero(chunk >= 0)) if chunk is not None else found
+            except ValueError:
+                found = max(found, min(steps.shape[0], (number + 1) * steps.shard[0]))
+
+
+def _there(folder: Path, array: StoredArray) -> list[int]:
+    return [i for i, numbers in enumerate(product(*map(range, array.grid))) if (folder / array.key(numbers)).is_file()]
+
+
+def _consolidated(nodes: dict[str, Any]) -> dict[str, Any]:
+    return {"kind": "inline", "must_understand": False, "metadata": nodes}

@@ -1,0 +1,227 @@
+"""Whether a run is whole: every file that its last commit names, against its checksum, and what else lies in its folder."""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.run_format import newer_schema, schema_of
+from ..diagnostics.run_lock import LOCK_FILES
+from .lazy_arrays import read
+from .rebuilding import rebuilt
+from .root_document import Contents, Node, contents
+from .run import open_run
+from .stored_array import StoredArray
+from .stored_chunk import decode_file, open_inside, read_file
+
+DAMAGED = ".damaged"  # the folder that repairing moves things into
+
+
+@dataclass(frozen=True)
+class Damage:
+    """One thing that is not whole.
+
+    Attributes:
+        kind: "flipped bit", "truncated chunk", "damaged chunk", "missing chunk", "missing metadata", "damaged metadata" or "disorder".
+        file: within the run.
+        why: a sentence's end.
+        array: path of the array it belongs to, None for metadata.
+        steps: first and last optimizer step of the records affected, None where it is none or unknown.
+        number: of the chunk.
+    """
+
+    kind: str
+    file: str
+    why: str
+    array: str | None = None
+    steps: tuple[int, int] | None = None
+    number: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found.
+
+    Attributes:
+        damage: what is not whole.
+        harmless: of which files that belong to no commit there are how many: a writer that was killed leaves them.
+        arrays, chunks: how many were checked.
+        checksums: whether chunks carry one; without, a flipped bit that still decodes is not seen.
+        document: of the root, as far as it could be read or made again.
+        contents: what it describes.
+    """
+
+    damage: list[Damage]
+    harmless: dict[str, int]
+    arrays: int
+    chunks: int
+    checksums: bool
+    document: dict[str, Any] = field(repr=False)
+    contents: Contents = field(repr=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return {
+            "whole": not self.damage, "damage": [asdict(one) for one in self.damage], "harmless": self.harmless, "arrays": self.arrays,
+            "chunks": self.chunks, "checksums": self.checksums,
+        }  # fmt: skip
+
+
+def verify(path: str | Path) -> Verification:
+    """Check a run, reading all of it. One that is written to meanwhile is checked as of its last commit.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+        ValueError: it is no Optiscope run, one of a newer schema, or holds what no recorder writes.
+    """
+    folder = Path(path).resolve()
+    if not folder.exists():
+        raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
+    for _ in range(3):
+        before = _signature(folder)
+        found = _verified(folder)
+        if not found.damage or _signature(folder) == before:
+            break  # else a writer has changed it, and what seemed missing may be elsewhere
+    return found
+
+
+def _signature(folder: Path) -> tuple[int, int] | None:
+    try:
+        status = (folder / "zarr.json").stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _verified(folder: Path) -> Verification:
+    document, found, damage = _root(folder)
+    arrays = {array.path: array for node in found.groups for array in node.arrays.values()}
+    damage += _own_documents(folder, document)
+    chunks = 0
+    for node in found.groups:
+        steps = _steps(folder, node)
+        if steps is not None and not (np.diff(steps) > 0).all():
+            damage.append(Damage("disorder", f"{node.path}/step", "steps are not in ascending order", f"{node.path}/step"))
+        for array in node.arrays.values():
+            for numbers in product(*map(range, array.grid)):
+                chunks += 1
+                if (one := _chunk(folder, array, numbers)) is not None:
+                    damage.append(replace(one, steps=_affected(array, numbers, steps)))
+    if not damage:
+        try:
+            open_run(folder)
+        except ValueError as error:
+            damage.append(Damage("disorder", "zarr.json", str(error).removeprefix(f"run: {folder}: ")))
+    checksums = all(array.checksum for array in arrays.values())
+    return Verification(damage, _others(folder, arrays), len(arrays), chunks, checksums, document, found)
+
+
+def _root(folder: Path) -> tuple[dict[str, Any], Contents, list[Damage]]:
+    """The root's document, or one made from the others where it is lost."""
+    content = read_file(folder, "zarr.json", MOST_BYTES)
+    try:
+        if content is None:
+            raise ValueError("there is no such file")
+        document = parse_bounded(content)
+        attributes = document.get("attributes") if isinstance(document, dict) else None
+        if schema_of(attributes) is None:
+            raise ValueError("it is not that of a run")
+        if newer := newer_schema(attributes):
+            raise PermissionError(f"run: {folder} {newer}")
+        return document, contents(document), []
+    except PermissionError as error:
+        raise ValueError(str(error)) from None
+    except ValueError as error:
+        damage = Damage("missing metadata" if content is None else "damaged metadata", "zarr.json", str(error).removeprefix("zarr.json: "))
+        document = rebuilt(folder, content or b"")
+        return document, contents(document), [damage]
+
+
+def _own_documents(folder: Path, document: Mapping[str, Any]) -> Iterator[Damage]:
+    """Each array's and group's own metadata, which may be of an earlier commit, or of one that was not finished."""
+    for path, node in document.get("consolidated_metadata", {}).get("metadata", {}).items():
+        file = f"{path}/zarr.json"
+        try:
+            content = read_file(folder, file, MOST_BYTES)
+            if content is None:
+                yield Damage("missing metadata", file, "there is no such file; the root's has the same")
+                continue
+            own = parse_bounded(content)
+            same = isinstance(own, dict) and all(
+                own.get(key) == node.get(key) for key in ("node_type", "data_type", "dimension_names", "fill_value")
+            )
+            if not same:
+                yield Damage("damaged metadata", file, "it says something else than the root's")
+        except ValueError as error:
+            yield Damage("damaged metadata", file, str(error).removeprefix(f"{file}: "))
+
+
+def _steps(folder: Path, node: Node) -> Any:
+    try:
+        return read(folder, node.arrays["step"], [np.arange(node.arrays["step"].shape[0])]) if "step" in node.arrays else None
+    except ValueError:
+        return None
+
+
+def _chunk(folder: Path, array: StoredArray, numbers: tuple[int, ...]) -> Damage | None:
+    key = array.key(numbers)
+    try:
+        with open_inside(folder, key) or open(os.devnull, "rb") as file:
+            if file.name == os.devnull:
+                missing = array.expects(numbers)
+                return Damage("missing chunk", key, "there is no such file", array.path, number=numbers) if missing else None
+            for _ in decode_file(file, key, array):
+                pass
+    except ValueError as error:
+        return Damage(_kind(folder, key, array), key, str(error).removeprefix(f"{key}: "), array.path, number=numbers)
+    return None
+
+
+def _kind(folder: Path, key: str, array: StoredArray) -> str:
+    """A Blosc buffer says its length, by which one that is cut short is told from one that was changed."""
+    path = folder / key
+    if array.sharded or array.compression != "blosc" or path.is_symlink() or not path.is_file():
+        return "damaged chunk"
+    with path.open("rb") as file:
+        header = file.read(16)
+    size = path.stat().st_size - (4 if array.checksum else 0)
+    return "truncated chunk" if len(header) < 16 or int.from_bytes(header[12:], "little") > size else "flipped bit"
+
+
+def _affected(array: StoredArray, numbers: tuple[int, ...], steps: Any) -> tuple[int, int] | None:
+    if "step" not in array.dimensions or steps is None:
+        return None
+    own = steps[numbers[0] * array.shard[0] : (numbers[0] + 1) * array.shard[0]]
+    return (int(own[0]), int(own[-1])) if len(own) else None
+
+
+def _others(folder: Path, arrays: Mapping[str, StoredArray]) -> dict[str, int]:
+    """How many files there are that belong to no commit, by what they are."""
+    counts = {"half-written file": 0, "chunk after the last commit": 0, "other file": 0}
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != DAMAGED]
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        array = arrays.get(inside.partition("/c/")[0].removesuffix("/c"))
+        for name in files:
+            if name.endswith(".partial"):
+                counts["half-written file"] += 1
+            elif name == "zarr.json" or (inside == "." and name in LOCK_FILES):
+                continue
+            elif array is None:
+                counts["other file"] += 1
+            elif not _belongs(array, f"{inside}/{name}"):
+                counts["chunk after the last commit"] += 1
+    return {kind: count for kind, count in counts.items() if count}
+
+
+def _belongs(array: StoredArray, file: str) -> bool:
+    numbers = file.removeprefix(f"{array.path}/c").replace(".", "/").strip("/").split("/")
+    if len(numbers) != len(array.shape) or not all(number.isdecimal() and len(number) < 10 for number in numbers):
+        return False
+    found = tuple(map(int, numbers))
+    return array.key(found) == file and all(n < size for n, size in zip(found, array.grid, strict=True))
