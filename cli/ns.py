@@ -67,11 +67,14 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Judge coefficients: exit code 0 clean, 1 hazards, 2 unreadable."""
+    from ..diagnostics.bounded_json import MOST_BYTES, read_bounded
     from ..diagnostics.coefficients_file import read_coefficients
     from ..diagnostics.ns_validation import validate as measure
 
     standard = str(file) == "-"
-    lists = read_coefficients(sys.stdin.buffer.read() if standard else file.read_bytes(), "standard input" if standard else str(file))
+    lists = read_coefficients(
+        sys.stdin.buffer.read(MOST_BYTES + 1) if standard else read_bounded(file), "standard input" if standard else str(file)
+    )
     found: dict[str, Validation] = {}
     for one in lists:
         try:

@@ -37,6 +37,8 @@ def parse_bounded(content: bytes, depth: int = DEPTH) -> Any:
     Traceback (most recent call last):
     ValueError: expected JSON nested at most 32 deep, got more
     """
+    if len(content) > MOST_BYTES:
+        raise ValueError(f"expected at most {MOST_BYTES:,} bytes, got more")
     if content.count(b"[") + content.count(b"{") > MOST_CONTAINERS:
         raise ValueError(f"expected JSON of at most {MOST_CONTAINERS:,} lists and objects, got more")
     try:

@@ -1,8 +1,8 @@
 """Coefficients as JSON: a list of triples, one with what follows its end, or a schedule file with one list per operator."""
 
-import json
 from typing import Any, NamedTuple
 
+from .bounded_json import parse_bounded
 from .ns_families import AfterLast
 from .schedule import FORMAT
 
@@ -28,8 +28,10 @@ def read_coefficients(content: bytes, name: str) -> list[CoefficientList]:
     [CoefficientList(name='mine.json', coefficients=[[1.5, -0.5, 0]], steps=None, after_last='repeat')]
     """
     try:
-        document = json.loads(content)
-    except (ValueError, RecursionError):
+        document = parse_bounded(content)
+    except ValueError as error:
+        if "deep" in str(error) or "lists" in str(error):
+            raise ValueError(f"{name}: {error}") from None
         raise ValueError(
             f"{name}: expected JSON, {_EXPECTED}; got {'an empty file' if not content.strip() else 'something else'}"
         ) from None

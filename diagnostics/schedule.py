@@ -7,6 +7,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from .bounded_json import parse_bounded, read_bounded
 from .depth_halves import entry_for
 from .inert import json_text
 from .ns_families import Coefficients
@@ -88,13 +89,13 @@ class Schedule:
             FileNotFoundError: no such file.
             ValueError: not a schedule file, a newer version of it, or one that contradicts itself.
         """
-        return cls.from_json(Path(path).read_bytes(), str(path))
+        return cls.from_json(read_bounded(path), str(path))
 
     @classmethod
     def from_json(cls, text: str | bytes, source: str = "schedule") -> "Schedule":
         """Read the text of a schedule file; `source` is what errors, those of :meth:`load`, call it."""
         try:
-            document = json.loads(text)
+            document = parse_bounded(text.encode() if isinstance(text, str) else text)
             if document["format"] != FORMAT:
                 raise KeyError("format")
             version = int(document["version"])
