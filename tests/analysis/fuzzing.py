@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections import Counter
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 
 import google_crc32c
@@ -96,11 +97,11 @@ def edit(rng, node):
     if action == 0:
         del holder[key]
     elif action == 1 and isinstance(holder, dict):
-        holder[rng.choice(["..", "x", "geometry", "shape", "a/b", "step", "\\"])] = holder[key]
+        holder[rng.choice(["..", "x", "geometry", "shape", "a/b", "step", "\\"])] = deepcopy(holder[key])
     elif action == 2 and isinstance(holder, list):
-        holder.insert(key, holder[key])
+        holder.insert(key, deepcopy(holder[key]))
     else:
-        holder[key] = rng.choice(NASTY)
+        holder[key] = deepcopy(rng.choice(NASTY))
 
 
 def garble(rng, content):

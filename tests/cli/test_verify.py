@@ -1,0 +1,50 @@
+"""`diag verify`: what it says and its exit codes; and files of strangers, which end in a sentence."""
+
+import json
+import shutil
+
+
+def flip(file):
+    content = bytearray(file.read_bytes())
+    content[20] ^= 4
+    file.write_bytes(content)
+
+
+def test_whole_damaged_repaired_unreadable(diag, recorded, tmp_path):
+    run = tmp_path / "run.zarr"
+    shutil.copytree(recorded, run)
+    result = diag("verify", run)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert "whole; " in result.stdout
+    flip(run / "geometry/fro_norm/c/0/0")
+    result = diag("verify", run)
+    assert result.exit_code == 1
+    assert "flipped bit: geometry/fro_norm/c/0/0; records of steps 1 to 12; " in result.stdout
+    said = json.loads(diag("verify", run, "--json").stdout)
+    assert (said["whole"], said["damage"][0]["kind"], said["damage"][0]["steps"]) == (False, "flipped bit", [1, 12])
+    result = diag("verify", run, "--repair")
+    assert result.exit_code == 0
+    assert "repaired: geometry/fro_norm/c/0/0: geometry/fro_norm is missing in the records of steps 1 to 12" in result.stdout
+    assert diag("verify", run).exit_code == 0
+    assert diag("info", run).exit_code == 0
+    result = diag("verify", tmp_path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr.startswith("diag: run: ")
+
+
+def test_json_of_a_stranger_ends_in_a_sentence(diag, recorded, tmp_path):
+    run, file = tmp_path / "run.zarr", tmp_path / "x.json"
+    shutil.copytree(recorded, run)
+    for content in (
+        b"[" * 100_000,
+        b"[[1e999, NaN, 0]]",
+        b'["\\ud800"]',
+        b"[[1" + b"0" * 5000 + b", 0, 0]]",
+        b"[" + b"[1,1,1]," * 400_000 + b"0]",
+    ):
+        file.write_bytes(content)
+        (run / "zarr.json").write_bytes(content)
+        for command in (("ns", "validate", file), ("info", run)):
+            result = diag(*command)
+            assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
+            assert result.stderr.startswith("diag: ")
