@@ -10,10 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.catalogue import GROUPS
 from ..diagnostics.run_format import chunk_map, schema_of
+from .lineages import LEFT
 from .root_document import MOST_NODES
 from .stored_array import StoredArray, stored_array
 from .stored_chunk import decode_file, open_inside, read_file
+
+_TOP = {*GROUPS, "scalars", LEFT}
 
 
 def rebuilt(folder: Path, root: bytes) -> dict[str, Any]:
@@ -54,6 +58,8 @@ def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
         folders[:] = sorted(
             name for name in folders if name[0] != "." and not (name == "c" and nodes.get(path, {}).get("node_type") == "array")
         )
+        if path == ".":
+            folders[:] = [name for name in folders if name in _TOP]  # not another run's, nor anything else that lies in a folder
         if path == "." or "zarr.json" not in files:
             continue
         try:

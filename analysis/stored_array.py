@@ -44,7 +44,8 @@ class StoredArray:
         fill: what stands where no chunk is.
         attributes: texts for readers.
         chunk: shape of what is decoded at once.
-        shard: shape of what one file holds; that of the chunk where it holds one.
+        shard: shape of what one file holds.
+        sharded: whether a file holds an index behind its chunks, be it one chunk; else it is one chunk.
         compression: "blosc", "zstd" or None.
         checksum: CRC-32C after each chunk.
         separator: of the numbers in a chunk's key.
@@ -59,15 +60,11 @@ class StoredArray:
     attributes: Mapping[str, Any]
     chunk: tuple[int, ...]
     shard: tuple[int, ...]
+    sharded: bool
     compression: str | None
     checksum: bool
     separator: str
     written: Container[int] | None
-
-    @property
-    def sharded(self) -> bool:
-        """Whether a file holds an index and several chunks."""
-        return self.shard != self.chunk
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -128,7 +125,8 @@ def _checked(path: str, node: Mapping[str, Any], written: Container[int] | None)
     separator = encoding.get("configuration", {}).get("separator", "/")
     _expect(path, "the default key encoding", encoding["name"] == "default" and separator in ("/", "."), encoding)
     chunk, codecs = shard, node["codecs"]
-    if codecs[0]["name"] == "sharding_indexed":
+    sharded = codecs[0]["name"] == "sharding_indexed"
+    if sharded:
         inside = codecs[0]["configuration"]
         chunk, index, where = (
             _sizes(path, "chunk shape", inside["chunk_shape"], len(shape)),
@@ -150,7 +148,7 @@ def _checked(path: str, node: Mapping[str, Any], written: Container[int] | None)
     attributes = node["attributes"]
     _expect(path, "texts as attributes", all(isinstance(value, (str, int, float)) for value in attributes.values()), attributes)
     return StoredArray(
-        path, shape, dimensions, dtype, _fill(path, node["fill_value"], dtype), attributes, chunk, shard, compression, checksum, separator,
+        path, shape, dimensions, dtype, _fill(path, node["fill_value"], dtype), attributes, chunk, shard, sharded, compression, checksum, separator,
         written,
     )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """The schedule file: Newton–Schulz steps and coefficients per operator, with where they come from."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from math import isfinite

@@ -40,6 +40,8 @@ def write(folder):
             writer.append("scalars", step, {"loss": step / 2})
             if step % (1 + step % 5) == 0:
                 writer.flush()
+        writer.flush()
+        writer.lay_out_for_reading()  # files go to another place while they are read
         writer.close()
         (folder / f"{number}.done").touch()
 
@@ -58,7 +60,7 @@ def check(tree):
 
 def read(reads, plain_every):
     """Read so often, every so many times through plain xarray; how many reads of each kind there were, of how many states of the run."""
-    done = {"open_run": 0, "xarray": 0, "states": 0, "opened again": 0, "runs": 1}
+    done = {"open_run": 0, "xarray": 0, "states": 0, "opened again": 0, "xarray, laid out anew meanwhile": 0, "runs": 1}
     with tempfile.TemporaryDirectory() as folder:
         writer = subprocess.Popen([sys.executable, __file__, "--write", folder])
         number, seen = 0, -1
@@ -71,6 +73,13 @@ def read(reads, plain_every):
                     if not {"geometry", "scalars"} <= set(tree.children) or "loss" not in tree["scalars"]:
                         continue  # not yet committed
                     records = check(tree)
+                except AssertionError:
+                    # Zarr takes a chunk that is not there for missing values, so that a reader of its own cannot tell when a run that it has
+                    # opened before was laid out anew, once, at its end; `open_run` does.
+                    if not plain or not np.isnan(tree["geometry"]["b"].values).any() or check(open_run(path)) < RECORDS:
+                        raise
+                    done["xarray, laid out anew meanwhile"] += 1
+                    continue
                 except (FileNotFoundError, ValueError) as error:
                     if seen >= 0 and "open it again" not in str(error):
                         raise

@@ -202,12 +202,12 @@ def test_an_attack_is_refused_in_a_sentence(attack, outcomes):
 
 
 def test_whatever_chance_makes_of_a_run_is_read_or_refused(recorded):
-    """100 of the mutations that `fuzzing.py` makes more of; it fails where one takes 5 s or 1.2 GB, or reading raises what is no sentence."""
-    done = subprocess.run([sys.executable, FUZZING, "--run", recorded, "--rounds", "100"], capture_output=True, text=True, check=False)
+    """60 of the mutations that `fuzzing.py` makes more of; it fails where one takes 5 s or 1.2 GB, or reading raises what is no sentence."""
+    done = subprocess.run([sys.executable, FUZZING, "--run", recorded, "--rounds", "60"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout)["outcomes"]
     # Some do harm and some do none, else nothing was tried.
-    assert outcomes["refused"] > 20
+    assert outcomes["refused"] > 15
     assert outcomes["read"] > 5
 
 
