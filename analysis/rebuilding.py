@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -111,17 +111,16 @@ def _settle(folder: Path, arrays: dict[str, dict[str, Any]], sealed: bool) -> No
 
 def _recorded(folder: Path, steps: StoredArray) -> int:
     """How many steps there are; those of a chunk that is damaged count as full if another follows."""
-    found = 0
-    for number in count():
-        file = open_inside(folder, steps.key((number,)))
-        if file is None:
-            return found
+    found = number = 0
+    while (file := open_inside(folder, steps.key((number,)))) is not None:
         with file:
             try:
                 chunk = next(decode_file(file, steps.key((number,)), steps))
-                found = number * steps.shard[0] + int(np.count_nonzero(chunk >= 0)) if chunk is not None else found
+                found = found if chunk is None else number * steps.shard[0] + int(np.count_nonzero(chunk >= 0))
             except ValueError:
                 found = max(found, min(steps.shape[0], (number + 1) * steps.shard[0]))
+        number += 1
+    return found
 
 
 def _there(folder: Path, array: StoredArray) -> list[int]:

@@ -38,7 +38,8 @@ def repair(path: str | Path) -> dict[str, Any]:
     verify(folder)  # of something else no lock is made
     lock = RunLock(folder)
     try:
-        aside, done = None, []
+        aside: str | None = None
+        done: list[str] = []
         while (found := verify(folder)).damage:
             one = _Repair(folder, found)
             one.carry_out()
@@ -103,7 +104,7 @@ class _Repair:
             self.moves.append(path)
             self.done.append(f"{path}: moved aside, for {name} is lost and no other group has it")
         else:
-            self._forget(damage.array)
+            self._forget(array.path)
             self.moves.append(str(damage.array))
             self.done.append(f"{damage.array}: moved aside")
 
@@ -188,7 +189,7 @@ class _Repair:
             self.moves += [f"{array.path}/c"] if array.separator == "/" else sorted(old_keys)
         return True
 
-    def _forget(self, path: str | None) -> None:
+    def _forget(self, path: str) -> None:
         self.nodes.pop(path, None)
         self.attributes.get("chunks", {}).pop(path, None)
 

@@ -129,7 +129,7 @@ def _root(folder: Path) -> tuple[dict[str, Any], Contents, list[Damage]]:
             raise ValueError("there is no such file")
         document = parse_bounded(content)
         attributes = document.get("attributes") if isinstance(document, dict) else None
-        if schema_of(attributes) is None:
+        if attributes is None or schema_of(attributes) is None:
             raise ValueError("it is not that of a run")
         if newer := newer_schema(attributes):
             raise PermissionError(f"run: {folder} {newer}")
