@@ -21,7 +21,7 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
             "variables": sorted(str(variable) for variable in group.data_vars),
         }
     scalars = run["scalars"].to_dataset().load() if groups.get("scalars", {}).get("records") else xr.Dataset()
-    own = {"overhead_seconds", "overhead_cpu_seconds", "elapsed_seconds"}
+    own = {"overhead_seconds", "overhead_cpu_seconds", "background_cpu_seconds", "elapsed_seconds"}
     last = {}
     for name in sorted(set(map(str, scalars.data_vars)) - own):
         values = scalars[name].values[np.isfinite(scalars[name].values)]
@@ -38,10 +38,30 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         "last_scalars": last,
         "decisions": run.attrs.get("decisions", []),
         "alignment_events": run.attrs.get("alignment_events", []),
-        "overhead": float(scalars["overhead_seconds"][-1] / scalars["elapsed_seconds"][-1])
-        if own <= set(map(str, scalars.data_vars))
-        else None,
+        "overhead": _share(scalars, "overhead_seconds"),
+        "background": _share(scalars, "background_cpu_seconds"),
+        "lost": {name: int(run.attrs.get(name, 0)) for name in ("missed", "dropped", "errors")},
     }
+
+
+def what_recording_took(described: dict[str, Any]) -> str:
+    """The share of time, what it was spent on, and what was lost, in a sentence."""
+    beside = "" if described["background"] is None else f", and its thread's CPU time was {described['background']:.2%} of it"
+    records = max((group["records"] for name, group in described["groups"].items() if name not in ("scalars", "curvature")), default=0)
+    lost = described["lost"]
+    return (
+        f"took {described['overhead']:.2%} of the wall time{beside}; {records} record{'' if records == 1 else 's'}, {lost['missed']} missed while "
+        f"another was measured, {lost['dropped']} dropped because the store could not be written, {lost['errors']} errors"
+    )
+
+
+def _share(scalars: xr.Dataset, spent: str) -> float | None:
+    """What recording took of the wall time, by its last word; None where it says nothing."""
+    if not {spent, "elapsed_seconds"} <= set(map(str, scalars.data_vars)):
+        return None
+    seconds, elapsed = scalars[spent].values, scalars["elapsed_seconds"].values
+    known = np.flatnonzero(np.isfinite(seconds) & (elapsed > 0))
+    return float(seconds[known[-1]] / elapsed[known[-1]]) if len(known) else None
 
 
 def _joined(texts: str | list[str]) -> str:

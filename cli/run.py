@@ -27,7 +27,7 @@ LineageOption = Annotated[
 def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = False) -> None:
     """Tell what is in a run."""
     from ..analysis import open_run
-    from ..analysis.describe import describe
+    from ..analysis.describe import describe, what_recording_took
 
     described = describe(open_run(run, lineage))
     if as_json:
@@ -69,7 +69,7 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
             f"learning rate times {event['factor']:.3g}",
         )
     if described["overhead"] is not None:
-        say("recording", f"took {described['overhead']:.2%} of the wall time")
+        say("recording", what_recording_took(described))
 
 
 def _of_lineage(entry: dict[str, Any], shown: int) -> str:

@@ -40,6 +40,7 @@ def run(
             show_default=False,
         ),
     ] = None,
+    background: Annotated[bool, typer.Option("--background", help="Measure and write in a thread beside the training.")] = False,
     about: Annotated[
         list[str] | None,
         typer.Option(
@@ -75,7 +76,7 @@ def run(
     if _records():
         if output.exists():
             _make_way(output, overwrite)
-        environment |= _settings(output, every, overhead, groups, stated)
+        environment |= _settings(output, every, overhead, groups, stated, background)
     # In place of this process: signals, exit code and streams need nobody to pass them on.
     os.execve(sys.executable, [sys.executable, *(["-m"] if module else []), script, *(arguments or [])], environment)
 
@@ -108,12 +109,15 @@ def _make_way(output: Path, overwrite: bool) -> None:
         shutil.rmtree(output)
 
 
-def _settings(output: Path, every: int | None, overhead: float | None, groups: str | None, about: "dict[str, Value]") -> dict[str, str]:
+def _settings(
+    output: Path, every: int | None, overhead: float | None, groups: str | None, about: "dict[str, Value]", background: bool
+) -> dict[str, str]:
     """The environment that `startup/sitecustomize.py` reads, and takes away again before the script sees it."""
     path = os.environ.get("PYTHONPATH")
     stated = json.dumps(about) if about else None
     wanted = {
         "STORE": output.absolute(), "EVERY": every, "OVERHEAD": overhead, "MEASURE": groups, "ABOUT": stated, "PYTHONPATH": path,
+        "BACKGROUND": "1" if background else None,
     }  # fmt: skip
     settings = {f"OPTISCOPE_RUN_{name}": str(value) for name, value in wanted.items() if value is not None}
     # An empty entry would be the current folder.

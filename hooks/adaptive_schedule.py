@@ -242,7 +242,7 @@ class AdaptiveSchedule:
         if window is None:
             return
         self._spectra.forget(before=window[0])
-        if step < window[1] and self._recorder._cadence.due <= window[1]:
+        if step < window[1] and self._recorder._cadence.expected <= window[1]:
             return
         observed = self._spectra.window(*window)
         if not observed.seen.any():

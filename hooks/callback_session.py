@@ -41,6 +41,7 @@ class CallbackSession:
         measure: Sequence[str],
         operators: OperatorRule | None,
         on_error: Literal["warn", "raise"],
+        background: bool = False,
         about: Mapping[str, Value] | None = None,
     ) -> None:
         """Options as of :func:`attach`.
@@ -53,6 +54,7 @@ class CallbackSession:
         self._store = Path(store)
         self._options: dict[str, Any] = {
             "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error, "about": checked(about),
+            "background": background,
         }  # fmt: skip
         self._steps: int | None = None  # of the training let go of last
         self._close: weakref.finalize[Any, Any] | None = None

@@ -36,12 +36,14 @@ class OptiscopeCallback(TrainerCallback):
         overhead: float = 0.01,
         measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
+        background: bool = False,
         about: Mapping[str, Value] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         """`store` and the options are those of :func:`optiscope.hooks.attach`."""
         self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=operators, about=about, on_error=on_error
+            store, every=every, overhead=overhead, measure=measure, operators=operators, background=background, about=about,
+            on_error=on_error,
         )  # fmt: skip
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:

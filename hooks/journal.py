@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .cadence import FLUSH_SECONDS
 from .guarding import raised_by_signal_handler
 from .scalars import ScalarRow
 from .stopwatch import Stopwatch
@@ -19,8 +20,7 @@ from .writer import Row, TakenOver, Writer
 
 log = logging.getLogger("optiscope")
 
-# Chunks that are not full are written so often, and no more often than takes this share of the time: a kill loses at most that much.
-FLUSH_SECONDS = 30.0
+# Chunks that are not full are written every `FLUSH_SECONDS`, and no more often than takes this share of the time: a kill loses at most that much.
 FLUSH_SHARE = 0.001
 # Notes that wait for a worker: of what is logged, the oldest beyond these are lost, as when a store cannot be written.
 MOST_NOTES = 4096
@@ -35,6 +35,7 @@ class Journal:
 
     Attributes:
         worker: None where everything is done at once.
+        flush_cost: seconds of CPU that the last flush took.
         clock: time that the training thread spent under the guard.
         worker_clock: time that the worker did.
         errors: how many measurements failed.
@@ -58,21 +59,24 @@ class Journal:
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
         self._notes: deque[Callable[[], None]] = deque()
-        self._flush_cost = 0.0  # seconds of CPU of the last one
+        self.flush_cost = 0.0
         self._begun = self._flushed = time.perf_counter()
         self._asked_for = 0.0
 
     @contextmanager
     def guard(self, step: int) -> Iterator[None]:
         """Keep every exception of the block out of the training, and its work under no_grad and on the recorder's own clock."""
-        in_worker = self.worker is not None and self.worker.is_current()
-        with self.worker_clock if in_worker else self.clock, torch.no_grad():
+        with self.clock_here(), torch.no_grad():
             try:
                 yield
             except Exception as error:
                 if raised_by_signal_handler(error):
                     raise
                 self.failed(error, step)
+
+    def clock_here(self) -> Stopwatch:
+        """The clock of the thread that asks."""
+        return self.worker_clock if self.worker is not None and self.worker.is_current() else self.clock
 
     def note(self, action: Callable[[], None]) -> None:
         """Do something to the writer or its attributes: now, or behind a worker, when it is the turn of whoever writes next."""
@@ -197,7 +201,7 @@ class Journal:
     @property
     def flush_is_due(self) -> bool:
         """Whether the last flush is some time ago."""
-        return time.perf_counter() - self._flushed > max(FLUSH_SECONDS, self._flush_cost / FLUSH_SHARE)
+        return time.perf_counter() - self._flushed > max(FLUSH_SECONDS, self.flush_cost / FLUSH_SHARE)
 
     def flush_if_due(self, step: int) -> None:
         """Flush if the last one is some time ago: at once, or in the background, where the training thread never waits for it."""
@@ -234,7 +238,7 @@ class Journal:
             for error in self._scalars.make_arrays():
                 self.failed(error, self._scalars.step)
             write()
-        self._flush_cost = time.thread_time() - begun
+        self.flush_cost = time.thread_time() - begun
 
     @contextmanager
     def writing(self, *kinds: type[Exception]) -> Iterator[None]:

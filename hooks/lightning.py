@@ -46,13 +46,15 @@ class OptiscopeCallback(*_callback_classes()):  # type: ignore[misc]
         overhead: float = 0.01,
         measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
+        background: bool = False,
         about: Mapping[str, Value] | None = None,
         on_error: Literal["warn", "raise"] = "warn",
     ) -> None:
         """`store` and the options are those of :func:`optiscope.hooks.attach`."""
         super().__init__()
         self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=operators, about=about, on_error=on_error
+            store, every=every, overhead=overhead, measure=measure, operators=operators, background=background, about=about,
+            on_error=on_error,
         )  # fmt: skip
         self._logged: dict[str, Tensor] = {}
         self._logged_step = 0

@@ -223,7 +223,7 @@ class Recorder:
             self._observe(watched)
         if watched.identification is not None:
             self._identify(watched)
-        if watched.steps + 1 >= self._cadence.due:
+        if watched.steps + 1 >= self._cadence.due and self._is_next(watched.steps):
             self._note_weights(watched)
         else:
             watched.forget_weights()
@@ -247,6 +247,10 @@ class Recorder:
     @guarded
     def _note_skip(self, watched: Watched) -> None:
         watched.note_skip()
+
+    @guarded
+    def _is_next(self, step: int) -> bool:
+        return self._under_way.is_next(step)
 
     # On recorded steps only.
 

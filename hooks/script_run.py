@@ -52,6 +52,7 @@ class ScriptRun:
         every: int | None,
         overhead: float,
         measure: Sequence[str] = DEFAULT_GROUPS,
+        background: bool = False,
         about: Mapping[str, Value] | None = None,
     ) -> None:
         """Options as of :func:`optiscope.hooks.attach`.
@@ -60,7 +61,7 @@ class ScriptRun:
             ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
         """
         self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=None, about=about, on_error="warn"
+            store, every=every, overhead=overhead, measure=measure, operators=None, background=background, about=about, on_error="warn"
         )
         self._optimizers: list[Optimizer] = []  # attached to
         self._layers: set[int] = set()  # ids of them, and of those that they wrap

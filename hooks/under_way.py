@@ -45,7 +45,11 @@ class UnderWay:
             self._journal.missed += self._cadence.missed(step)
             return False
         self.hear(step)
-        return self._cadence.affords(step, *self._journal.spent_and_elapsed())
+        return self._cadence.affords(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
+
+    def is_next(self, step: int) -> bool:
+        """Whether one that is due at the step behind this one will be made, as far as can be told."""
+        return self.record is not None or self._cadence.expects(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
 
     def begin(self, step: int, waits_for: set[str]) -> None:
         """Begin one that the optimizers of these labels are to fill."""
@@ -79,7 +83,7 @@ class UnderWay:
             return
         record, self.ended = self.ended, None
         spent, elapsed = self._journal.spent_and_elapsed()
-        self._cadence.recorded(max(record.step, step), spent - self._spent_before, spent, elapsed)
+        self._cadence.recorded(max(record.step, step), spent - self._spent_before, spent, elapsed, self._journal.flush_cost)
         for listener in list(self._listeners.values()):
             with self._journal.guard(step), self._journal.asked_for():
                 listener(record)

@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from ..describe import what_recording_took
+
 Row = tuple[str, list[str]]
 
 
@@ -21,7 +23,7 @@ def _rows(described: dict[str, Any]) -> Iterator[Row]:
     if last := described.get("last_scalars"):
         yield "Last logged", [f"{name} {value:.6g}" for name, value in last.items()]
     if described.get("overhead") is not None:
-        yield "Recording", [f"took {described['overhead']:.2%} of the wall time"]
+        yield "Recording", [what_recording_took(described)]
     if versions := described.get("versions"):
         yield "Versions", [", ".join(f"{name} {version}" for name, version in versions.items())]
     for name, value in described.items():
@@ -29,7 +31,7 @@ def _rows(described: dict[str, Any]) -> Iterator[Row]:
             yield name.replace("_", " ").capitalize(), list(_lines(value))
 
 
-_SHOWN = {"created", "optimizers", "groups", "last_scalars", "overhead", "versions", "operators"}
+_SHOWN = {"created", "optimizers", "groups", "last_scalars", "overhead", "background", "lost", "versions", "operators"}
 
 
 def _optimizer(optimizer: dict[str, Any]) -> Iterator[str]:

@@ -25,9 +25,12 @@ AWAITED = "torch.optim.optimizer"
 class Start:
     """Waits on `sys.meta_path` for torch's optimizers, then at their steps, and tells at the end what came of it."""
 
-    def __init__(self, store: str, every: str | None, overhead: str | None, about: str | None = None, measure: str | None = None) -> None:
+    def __init__(
+        self, store: str, every: str | None, overhead: str | None, about: str | None = None, measure: str | None = None,
+        background: str | None = None,
+    ) -> None:  # fmt: skip
         self._store = store
-        self._options: dict[str, Any] = {"every": every and int(every), "overhead": float(overhead or 0.01)}
+        self._options: dict[str, Any] = {"every": every and int(every), "overhead": float(overhead or 0.01), "background": bool(background)}
         if measure:
             self._options["measure"] = measure.split(",")
         self._about = about
@@ -140,7 +143,7 @@ def start() -> None:
     folder = os.path.dirname(__file__)
     sys.path.remove(folder)
     sys.path_importer_cache.pop(folder, None)
-    waiting = Start(settings["STORE"], settings.get("EVERY"), settings.get("OVERHEAD"), settings.get("ABOUT"), settings.get("MEASURE"))
+    waiting = Start(settings["STORE"], *map(settings.get, ("EVERY", "OVERHEAD", "ABOUT", "MEASURE", "BACKGROUND")))
     sys.meta_path.insert(0, waiting)
     atexit.register(waiting.end)
     _import_the_environments_own()
