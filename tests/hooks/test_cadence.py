@@ -193,9 +193,9 @@ def test_governor_on_a_fake_clock(
             g.step()
     steps = read(tmp_path / "run.zarr")["update"]["step"].values
     assert recorder.overhead_seconds == pytest.approx(0.002 * len(steps), rel=1e-9)
-    assert 0.045 < recorder.overhead_seconds / now[0] <= 0.05
-    # At 5 %, 2 ms are paid for by four steps.
-    assert set(np.diff(steps[10:])) == {4}
+    assert 0.035 < recorder.overhead_seconds / now[0] <= 0.05
+    # At 5 %, 2 ms are paid for by four steps, but for the commits; in whole steps that is five.
+    assert set(np.diff(steps[10:])) == {5}
 
 
 def test_patience_ends_before_the_next_record() -> None:
