@@ -292,7 +292,7 @@ def test_run_that_lacks_a_group_a_variable_and_an_attribute_is_continued_with_th
         backward(model)
         optimizer.step()
     old = Writer(tmp_path / "run.zarr", {})
-    del old._groups["update"]["changed_outside"]  # the next commit does not know it
+    del old._groups["update"].arrays["changed_outside"]  # the next commit does not know it
     del old.attributes["second_moment"]["partitions"]
     old.attributes["second_moment"]["forms"] = ["full"]  # what indices of its records are into
     old.flush()
