@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .run import operators_of, records
+from ..diagnostics.operators import ordered
 
 
 def describe(run: xr.DataTree) -> dict[str, Any]:
@@ -73,10 +73,11 @@ def _operators(run: xr.DataTree) -> list[dict[str, Any]]:
     group = next((g for g in ("update", "geometry") if g in run.children and run[g].sizes.get("step")), None)
     if group is None:
         return []
-    dataset = records(run, group)
+    dataset = run[group].to_dataset()
+    operators = np.array([str(operator) for operator in dataset["operator"].values])
     described = []
-    for operator in operators_of(dataset):
-        own = dataset["operator"].values == operator
+    for operator in ordered(operators.tolist()):
+        own = operators == operator
         shapes = dict.fromkeys(f"{m}×{n}" for m, n in zip(dataset["rows"].values[own], dataset["cols"].values[own], strict=True))
         layers = sorted({int(layer) for layer in dataset["layer"].values[own] if layer >= 0})
         described.append(

@@ -81,7 +81,9 @@ class Run(BackendEntrypoint):
 
 def _dataset(folder: Path, node: Node) -> xr.Dataset:
     variables = {
-        name: xr.Variable(array.dimensions, indexing.LazilyIndexedArray(LazyArray(folder, array)), dict(array.attributes))
+        name: xr.Variable(
+            array.dimensions, indexing.LazilyIndexedArray(LazyArray(folder, array)), dict(array.attributes), {"chunks": array.chunk}
+        )
         for name, array in node.arrays.items()
     }
     attributes = dict(node.attributes)

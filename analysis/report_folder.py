@@ -16,6 +16,7 @@ from ..diagnostics.inert import json_text
 from ..diagnostics.whole_file import write_whole
 from .answer import Answer, ask
 from .csv_tables import as_csv
+from .evenly_sampled import TOLD, evenly_sampled
 from .figures import settle
 from .findings import check
 
@@ -71,7 +72,8 @@ def finish_report(
     if all(said["skipped"] for said in studies.values()):
         raise ValueError(next(iter(studies.values()))["summary"].removeprefix("skipped: "))
     found = findings if findings is not None else found_in(run)
-    result = {"folder": str(folder), "studies": studies, "findings": found}
+    told = evenly_sampled(run).attrs.get(TOLD)
+    result = {"folder": str(folder), "studies": studies, "findings": found, **({TOLD: told} if told else {})}
     write_whole(folder / "summary.json", json_text(result) + "\n")
     return result
 

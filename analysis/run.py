@@ -13,11 +13,11 @@ from ..diagnostics.nan_quantile import nan_quantile
 from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
 from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
+from .in_parts import windows
 from .lazy_arrays import Run
 from .lineages import is_of_lineage, of_lineage
 from .root_document import contents, read_document
 
-READ = 256  # records
 LONG = 1_000  # characters of a name
 KEPT, SPECTRA_KEPT = (
     20_000_000,
@@ -28,7 +28,7 @@ KEPT, SPECTRA_KEPT = (
 def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
     """The run at `path`: groups `geometry`, `update`, `second_moment` and `scalars`, as far as they were recorded.
 
-    Arrays are read when used. A run that is still being written, or whose writer was killed, shows its committed records;
+    Arrays are read when used, at every use: `records` keeps the small ones. A run that is still being written, or whose writer was killed, shows its committed records;
     open it again to see newer ones.
 
     Args:
@@ -48,7 +48,7 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
     try:
         found = contents(document)
         groups = tuple(node for node in found.groups if is_of_lineage(node.path, lineage))
-        run = xr.open_datatree(folder, engine=Run, chunks=None, of=replace(found, groups=groups))
+        run = xr.open_datatree(folder, engine=Run, chunks=None, cache=False, of=replace(found, groups=groups))
     except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith("run: ") else f"run: {path}: {text}") from error
@@ -81,10 +81,10 @@ def _keep(dataset: xr.Dataset, most: int) -> None:
         if variable.nbytes <= min(most, KEPT):
             variable.load()
         elif variable.nbytes <= most and not isinstance(variable._data, np.ndarray):
-            # Some records at a time: read at once it would be in memory three times, packed and unpacked too.
+            # In parts: read at once it would be in memory three times, packed and unpacked too.
             read = np.empty(variable.shape, variable.dtype)
-            for start in range(0, len(read), READ):
-                read[start : start + READ] = variable[start : start + READ].values
+            for window in windows(variable):
+                read[window] = variable[window].values
             variable.data = read
 
 

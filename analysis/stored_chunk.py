@@ -57,8 +57,8 @@ def read_file(folder: Path, key: str, most: int) -> bytes | None:
         return file.read(most)
 
 
-def read_chunks(folder: Path, array: StoredArray, numbers: tuple[int, ...], wanted: list[tuple[int, ...]]) -> list[NDArray[Any] | None]:
-    """Some chunks of one file: `numbers` are the file's, `wanted` those of chunks within it; None where one is not there.
+def read_chunks(folder: Path, array: StoredArray, numbers: tuple[int, ...], wanted: list[tuple[int, ...]]) -> Iterator[NDArray[Any] | None]:
+    """Some chunks of one file, one at a time: `numbers` are the file's, `wanted` those of chunks within it; None where one is not there.
 
     Raises:
         ValueError: the file or a chunk in it is damaged, or there is no file where one must be.
@@ -70,9 +70,10 @@ def read_chunks(folder: Path, array: StoredArray, numbers: tuple[int, ...], want
             raise ValueError(
                 f"{key}: expected a file, got none; if the run was written to since it was opened, open it again, else it is damaged"
             )
-        return [None] * len(wanted)
+        yield from [None] * len(wanted)
+        return
     with file:
-        return list(decode_file(file, key, array, wanted))
+        yield from decode_file(file, key, array, wanted)
 
 
 def decode_file(

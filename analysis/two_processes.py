@@ -12,6 +12,7 @@ from typing import Any
 import xarray as xr
 
 from . import THEMES
+from .evenly_sampled import evenly_sampled
 from .report_folder import analyse_study, found_in
 from .run import open_run
 
@@ -39,37 +40,37 @@ def analysed(run: xr.DataTree, path: Path, folder: Path, names: Sequence[str]) -
     """
     here = [name for name in names if name in THEMES["geometry"]]
     there = [name for name in names if name not in here]
+    studied = evenly_sampled(run)
+
+    def make(task: str) -> Any:
+        return found_in(run) if task == FINDINGS else analyse_study(studied, task, folder, required=False)
+
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _open, (path, run.attrs.get("lineage"))) as second:
         try:
-            given = {name: second.submit(_make, name, folder) for name in there}
-            for task in (*here, FINDINGS):
-                yield task, make(run, task, folder)
+            given = {name: second.submit(_analyse, name, folder) for name in there}
+            for task in (FINDINGS, *here):  # the findings, which take most memory for themselves, before anything is kept
+                yield task, make(task)
             for task in reversed(there):
                 if given[task].cancel():
-                    yield task, make(run, task, folder)
+                    yield task, make(task)
             for task in there:
                 if not given[task].cancelled():
                     try:
                         yield task, given[task].result()
                     except BrokenProcessPool:
-                        yield task, make(run, task, folder)
+                        yield task, make(task)
         finally:
             second.shutdown(cancel_futures=True)
 
 
-def make(run: xr.DataTree, task: str, folder: Path) -> Any:
-    """A study analysed into the folder, or the findings."""
-    return found_in(run) if task == FINDINGS else analyse_study(run, task, folder, required=False)
-
-
-_run: xr.DataTree  # of the second process
+_studied: xr.DataTree  # of the second process
 
 
 def _open(path: Path, lineage: int | None) -> None:
-    global _run
+    global _studied
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process tells this one
-    _run = open_run(path, lineage)
+    _studied = evenly_sampled(open_run(path, lineage))
 
 
-def _make(task: str, folder: Path) -> Any:
-    return make(_run, task, folder)
+def _analyse(task: str, folder: Path) -> Any:
+    return analyse_study(_studied, task, folder, required=False)

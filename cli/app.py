@@ -16,6 +16,8 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: importing what draws the panels takes as long as all else
+    context_settings={"max_content_width": 120},
 )
 
 CLEAN, FINDINGS, FAILED = 0, 1, 2  # exit codes

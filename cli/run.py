@@ -125,6 +125,7 @@ def analyse_into(run: "xr.DataTree", folder: Path, only: list[str] | None = None
     from rich.progress import track
 
     from ..analysis import STUDIES
+    from ..analysis.evenly_sampled import evenly_sampled
     from ..analysis.report_folder import analyse_study, finish_report
     from ..analysis.two_processes import FINDINGS, analysed, pays
 
@@ -135,7 +136,8 @@ def analyse_into(run: "xr.DataTree", folder: Path, only: list[str] | None = None
     if only is None and path is not None and pays(run):
         results = analysed(run, path, folder, names)
     else:
-        results = ((name, analyse_study(run, name, folder, required=only is not None)) for name in names)
+        studied = evenly_sampled(run)
+        results = ((name, analyse_study(studied, name, folder, required=only is not None)) for name in names)
     said = dict(track(results, "analysing", len(names), console=terminal, transient=True, disable=not terminal.is_terminal))
     found = said.pop(FINDINGS, None)
     return finish_report(run, folder, {name: said[name] for name in names}, found)
@@ -146,6 +148,8 @@ def print_analysis(result: dict[str, Any]) -> None:
     for name, said in result["studies"].items():
         say(name, said["summary"])
     _print_findings(result["findings"])
+    if result.get("records_studied"):
+        say("studied", f"{result['records_studied']}, evenly spread; findings are of all records")
     few = sum(len(said.get("tables_of", ())) for said in result["studies"].values())
     spread = f"; {few} tables hold evenly spread records, which summary.json counts" if few else ""
     say("figures and tables", result["folder"] + spread)

@@ -12,6 +12,7 @@ from ...diagnostics.newton_schulz import gram_residual
 from ...diagnostics.ns_families import Coefficients, repeat_last
 from ...diagnostics.ns_hazards import LIFTED, attracting_cycle, escape, negative_intervals, output_band, restart
 from ...diagnostics.ns_verdict import outside, told
+from ..in_parts import windows
 from ..run import ns_schedules
 from .finding import Finding, count, group, names
 
@@ -54,14 +55,17 @@ def residual_floor(run: xr.DataTree) -> Iterator[Finding]:
     geometry = group(run, "geometry")
     for i, schedule in enumerate(ns_schedules(geometry)):
         used, steps = geometry["ns_schedule"].values == i, len(schedule.coefficients)
-        curves = geometry["ns_residual"].values
+        curves = geometry["ns_residual"].variable
         if curves.ndim < 3 or not used.any() or not 0 < steps < curves.shape[-1]:
             continue
-        own = curves[used]
-        own = own[np.isfinite(own).all(axis=-1)].astype(np.float64)
-        if not len(own):
+        total, number = np.zeros(curves.shape[-1]), 0
+        for window in windows(curves):
+            own = curves[window].values[used[window]]
+            own = own[np.isfinite(own).all(axis=-1)]
+            total, number = total + own.sum(axis=0, dtype=np.float64), number + len(own)
+        if not number:
             continue
-        mean = own.mean(axis=0)
+        mean = total / number
         enough = next(k for k in range(len(mean)) if mean[k] - mean[k:].min() < WORTH)
         if not 0 < enough <= steps:
             continue

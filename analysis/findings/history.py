@@ -27,14 +27,15 @@ def spike(run: xr.DataTree) -> Iterator[Finding]:
     if len(size) <= PAST:
         return
     past = np.lib.stride_tricks.sliding_window_view(size[:-1], PAST, axis=0)
-    median, spread = np.empty(past.shape[:2]), np.empty(past.shape[:2])
+    away = size[PAST:].copy()
+    spiked = np.empty(away.shape, bool)
     for start in range(0, len(past), BLOCK):
-        window, block = past[start : start + BLOCK], slice(start, start + BLOCK)
-        median[block] = np.median(window, axis=-1)
-        spread[block] = _MAD * np.median(np.abs(window - median[block, :, None]), axis=-1)
-    away = size[PAST:] - median
-    with np.errstate(invalid="ignore"):
-        spiked = (np.abs(away) > np.log(FACTOR)) & (np.abs(away) > ROBUST_Z * spread)
+        block = slice(start, start + BLOCK)
+        median = np.median(past[block], axis=-1)
+        spread = _MAD * np.median(np.abs(past[block] - median[..., None]), axis=-1)
+        away[block] -= median
+        with np.errstate(invalid="ignore"):
+            spiked[block] = (np.abs(away[block]) > np.log(FACTOR)) & (np.abs(away[block]) > ROBUST_Z * spread)
     if spiked.any():
         concerned = spiked.any(axis=0)
         largest = np.where(spiked, np.abs(away), 0).max(axis=1)

@@ -7,6 +7,7 @@ import xarray as xr
 
 from ...diagnostics.deriving import STEPS
 from ...diagnostics.refreshing import IMPROVEMENT
+from ..in_parts import windows
 from ..run import ns_schedules
 from ..scheduling import derive_schedule
 from .finding import Finding, group
@@ -16,7 +17,7 @@ def steps_by_operator(run: xr.DataTree) -> Iterator[Finding]:
     """At equal FLOPs, steps by operator surely lower the predicted mean residual, by 2 % or more (`analysis.derive_schedule`)."""
     geometry = group(run, "geometry")
     counts = [len(s.coefficients) for i, s in enumerate(ns_schedules(geometry)) if (geometry["ns_schedule"].values == i).any()]
-    if not counts or not all(np.isfinite(geometry[name].values).any() for name in ("ns_residual", "sigma_quantile")):
+    if not counts or not all(_any_finite(geometry[name].variable) for name in ("ns_residual", "sigma_quantile")):
         return
     budget = int(np.clip(max(counts), STEPS[0], STEPS[-1]))
     whole = {name: dataset for name in ("geometry", "update") if (dataset := group(run, name)).sizes["step"]}
@@ -39,6 +40,10 @@ def steps_by_operator(run: xr.DataTree) -> Iterator[Finding]:
         {"uniform": before, "scheduled": after, "gain": 1 - after / before, "budget": budget}
         | ({"in_force": in_force} if isinstance(in_force, float) else {}),
     )  # fmt: skip
+
+
+def _any_finite(variable: xr.Variable) -> bool:
+    return any(np.isfinite(variable[window].values).any() for window in windows(variable))
 
 
 RULES = (steps_by_operator,)

@@ -18,6 +18,7 @@ from .. import STUDIES, THEMES, compare
 from ..answer import Answer, ask
 from ..csv_tables import as_csv
 from ..describe import describe
+from ..evenly_sampled import TOLD, evenly_sampled
 from ..findings import check
 from .curves import kappa_plot, loss_plot, script
 from .identity import identity
@@ -51,8 +52,10 @@ def write_report(runs: Mapping[str, xr.DataTree], path: Path, progress: Progress
 
 
 def _page(runs: Mapping[str, xr.DataTree], found: Mapping[str, list[dict[str, Any]]], progress: Progress) -> str:
-    single = next(iter(runs.values())) if len(runs) == 1 else None
+    single = evenly_sampled(next(iter(runs.values()))) if len(runs) == 1 else None
     described = {name: describe(run) for name, run in runs.items()}
+    if single is not None and TOLD in single.attrs:
+        described[next(iter(runs))][TOLD] = f"{single.attrs[TOLD]}, evenly spread; findings are of all records"
     answers, absent = _ask_all(single, progress) if single is not None else ({}, {})
     comparison = None
     if single is None:
