@@ -37,6 +37,7 @@ FOREVER = 10**9
 def recorded(store: Path, **options: Any) -> Training:
     """A training with a recorder that nobody closes."""
     training = Training()
+    training.waits = options.get("background", False)
     training.recorder = attach(training.optimizers, training.model, store, every=1, **options)
     return training
 

@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import xarray as xr
@@ -80,7 +81,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", folder], check=True)
 
 
-def assert_survived(fault: Fault, store: Path, reference: xr.DataTree) -> None:
+def assert_survived(fault: Fault, store: Path, reference: xr.DataTree, **options: Any) -> None:
     """Three committed records; four steps, each with an attempt to flush, under the fault; five more behind it."""
 
     def script(training: Training) -> None:
@@ -98,7 +99,7 @@ def assert_survived(fault: Fault, store: Path, reference: xr.DataTree) -> None:
             assert steps_in(read(store)) == ALL[:7]
         training.go(5)
 
-    outcome = disturbed(script, store)
+    outcome = disturbed(script, store, **options)
     [warning] = outcome.warnings
     assert f"{store} could not be written" in warning
     assert "kept in memory and tried again" in warning
@@ -120,14 +121,17 @@ FAULTS: dict[str, Fault] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", FAULTS)
-def test_store_that_cannot_be_written_for_a_while(fault: str, tmp_path: Path, reference: xr.DataTree) -> None:
-    assert_survived(FAULTS[fault], tmp_path / "run.zarr", reference)
+@pytest.mark.parametrize(
+    ("fault", "background"), [*((fault, False) for fault in FAULTS), ("no space left", True), ("input/output error", True), ("moved", True)]
+)
+def test_store_that_cannot_be_written_for_a_while(fault: str, background: bool, tmp_path: Path, reference: xr.DataTree) -> None:
+    assert_survived(FAULTS[fault], tmp_path / "run.zarr", reference, background=background)
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize("fault", [full, read_only])
-def test_file_system_that_fills_up_or_turns_read_only(fault: Fault, small_disk: Path, reference: xr.DataTree) -> None:
-    assert_survived(fault, small_disk / "run.zarr", reference)
+def test_file_system_that_fills_up_or_turns_read_only(fault: Fault, background: bool, small_disk: Path, reference: xr.DataTree) -> None:
+    assert_survived(fault, small_disk / "run.zarr", reference, background=background)
 
 
 def test_name_first_logged_while_the_disk_is_full(tmp_path: Path) -> None:

@@ -43,6 +43,15 @@ def test_end_without_close(
     assert_same_records(run, reference)
 
 
+@pytest.mark.parametrize("program", [programs.left_open, programs.forks])
+def test_in_the_background(program: Callable[..., None], serving: Server, tmp_path: Path, reference: xr.DataTree) -> None:
+    """An end without close, and children."""
+    assert serving.run(program, tmp_path / "run.zarr", background=True) == (0, "")
+    run = read(tmp_path / "run.zarr")
+    assert steps_in(run) == ALL
+    assert_same_records(run, reference)
+
+
 @pytest.mark.parametrize("program", [programs.forks, programs.loads_data_in_workers])
 def test_children(program: Callable[..., None], serving: Server, tmp_path: Path, reference: xr.DataTree) -> None:
     """Whatever they do, the run holds what their parent recorded, and that only."""

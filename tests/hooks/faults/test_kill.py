@@ -5,6 +5,7 @@ import json
 import os
 import random
 import signal
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -102,7 +103,7 @@ def assert_holds(store: Path, reference: xr.DataTree) -> int:
 
 if __name__ == "__main__":
     with server() as serving, TemporaryDirectory() as folder:
-        reference = recorded(serving, Path(folder), 1500)
-        for background in (False, True):
-            counts = kill(serving, Path(folder), reference, MANY, background)
-            print("background" if background else "foreground", dict(counts), flush=True)
+        reference = recorded(serving, Path(folder), 1000)
+        for how in sys.argv[1:] or ["foreground", "background"]:
+            counts = kill(serving, Path(folder), reference, MANY, how == "background")
+            print(how, dict(counts), flush=True)

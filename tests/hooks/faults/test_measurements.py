@@ -37,10 +37,11 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fault
 
 
+@pytest.mark.parametrize("background", [False, True])
 @pytest.mark.parametrize(
     "error", [np.linalg.LinAlgError("did not converge"), MemoryError(), ValueError(), OSError(5, "eh"), AssertionError()], ids=repr
 )
-def test_measurement_that_fails(error: Exception, tmp_path: Path, reference: xr.DataTree) -> None:
+def test_measurement_that_fails(error: Exception, background: bool, tmp_path: Path, reference: xr.DataTree) -> None:
     """At steps 4 to 6: of these records what failed is missing; one warning; the others are whole."""
     store = tmp_path / "run.zarr"
 
@@ -50,7 +51,7 @@ def test_measurement_that_fails(error: Exception, tmp_path: Path, reference: xr.
             training.go(3)
         training.go(6)
 
-    outcome = disturbed(script, store)
+    outcome = disturbed(script, store, background=background)
     [warning] = outcome.warnings
     assert "recording failed at step 4" in warning
     assert type(error).__name__ in warning

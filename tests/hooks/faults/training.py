@@ -33,6 +33,7 @@ class Training:
         first, *rest = self.model.parameters()
         self.optimizers: list[Optimizer] = [Muon([first], lr=0.02), AdamW(rest, lr=0.01)]
         self.recorder: Recorder | None = None
+        self.waits = False  # for every record, without which one in the background may miss the next
         self.seen: list[Any] = []  # losses and gradients
 
     def go(self, steps: int = 1, between: Callable[[], None] = lambda: None) -> None:
@@ -48,6 +49,8 @@ class Training:
                 optimizer.zero_grad()
             if self.recorder is not None:
                 self.recorder.log(loss=loss)
+                if self.waits:
+                    self.recorder.flush()
 
     def flush(self) -> None:
         if self.recorder is not None:
@@ -106,6 +109,7 @@ def disturbed(script: Callable[[Training], None], store: Path, **options: Any) -
     script(plain)
     with told() as warnings:
         recorded = Training()
+        recorded.waits = options.get("background", False)
         with attach(recorded.optimizers, recorded.model, store, **{"every": 1, **options}) as recorded.recorder:
             script(recorded)
     assert recorded.fingerprint() == plain.fingerprint()
