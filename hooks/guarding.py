@@ -25,7 +25,8 @@ def guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Concat
         # A forked child (a data loader's worker) shares the files but not the right to write them, and has no second thread.
         if os.getpid() != self._process:
             return result
-        with self._journal.guard(self.step):
+        # Optimizers may step in threads of their own.
+        with self._lock, self._journal.guard(self.step):
             result = method(self, *args, **kwargs)
         if self._journal.taken_over:
             self._detach()

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -57,6 +58,7 @@ class Recorder:
         self._journal = Journal(writer, first_step, raise_errors, Worker() if background else None)
         self._under_way = UnderWay(layout, cadence, self._journal)
         self._process = os.getpid()
+        self._lock = threading.RLock()
         self._told_of_changes = False
         self._handles = [handle for one in watched for handle in self._hook(one)]
         still_open.add(self)
