@@ -111,19 +111,14 @@ def assert_survived(fault: Fault, store: Path, reference: xr.DataTree, **options
 
 FAULTS: dict[str, Fault] = {
     "no space left": failing(errno.ENOSPC),
-    "over the quota": failing(errno.EDQUOT),
     "read-only": failing(errno.EROFS),
     "input/output error": failing(errno.EIO),
-    "stale handle": failing(errno.ESTALE),
-    "permission denied": failing(errno.EACCES),
     "moved": moved,
     "a file in its place": a_file_in_its_place,
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("fault", "background"), [*((fault, False) for fault in FAULTS), ("no space left", True), ("input/output error", True), ("moved", True)]
-)
+@pytest.mark.parametrize(("fault", "background"), [*((fault, False) for fault in FAULTS), ("input/output error", True), ("moved", True)])
 def test_store_that_cannot_be_written_for_a_while(fault: str, background: bool, tmp_path: Path, reference: xr.DataTree) -> None:
     assert_survived(FAULTS[fault], tmp_path / "run.zarr", reference, background=background)
 
@@ -225,7 +220,7 @@ def test_folder_deleted(tmp_path: Path) -> None:
     assert not store.exists()
 
 
-@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
 def test_store_that_cannot_be_made(error: int, tmp_path: Path) -> None:
     """Said at once, before the training begins, which `attach` leaves as it was; and it can be tried again."""
     store = tmp_path / "run.zarr"

@@ -80,8 +80,8 @@ def test_processes_that_get_the_optimizers(serving: Server, tmp_path: Path, refe
 def test_signal(
     program: Callable[..., None], number: int, status: int, says: list[str], finished: bool, serving: Server, tmp_path: Path
 ) -> None:
-    """Three times, at any moment of a step or a measurement."""
-    for i, wait in enumerate((0.0, 0.021, 0.055)):
+    """At some moment of a step or a measurement."""
+    for i, wait in enumerate((0.021,)):
         store = tmp_path / f"{i}.zarr"
         process = serving.start(program, store)
         assert serving.hear() == "flushed"
@@ -100,7 +100,7 @@ def test_signal(
 
 def test_interrupted_twice(serving: Server, tmp_path: Path) -> None:
     """The second time within the end of the recorder, perhaps; what that left is committed at the interpreter's end."""
-    for i, wait in enumerate((0.002, 0.01, 0.02)):
+    for i, wait in enumerate((0.002, 0.02)):
         store = tmp_path / f"{i}.zarr"
         process = serving.start(programs.is_interrupted, store)
         assert serving.hear() == "flushed"

@@ -30,8 +30,9 @@ def present(store: Path, matrix: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 0.0, 1e-42, 3e38])
-@pytest.mark.parametrize("everywhere", [False, True])
+@pytest.mark.parametrize(
+    ("value", "everywhere"), [(float("nan"), False), (float("inf"), False), (-float("inf"), True), (0.0, True), (1e-42, True), (3e38, True)]
+)
 def test_gradients_that_are_no_numbers(value: float, everywhere: bool, tmp_path: Path) -> None:
     """For three steps, in one entry or in all of them; NaN stays in the weights then, and the training is still the same."""
     store = tmp_path / "run.zarr"
