@@ -33,8 +33,8 @@ from optiscope.hooks import Recorder, attach
 class Training:
     """The training loop of `examples/byte_llama.py`, a few steps at a time."""
 
-    def __init__(self) -> None:
-        self.config = Config()
+    def __init__(self, config: Config | None = None) -> None:
+        self.config = config or Config()
         torch.manual_seed(self.config.seed)
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.text, _ = language_reference()

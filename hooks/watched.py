@@ -174,7 +174,7 @@ class Watched:
         return changed
 
     def _norms(self) -> dict[int, list[float]]:
-        """Norms ‖W‖_1 and ‖W‖_2 of every parameter, fetched at once per device and format."""
+        """ΣW and ‖W‖_2 of every parameter, fetched at once per device and format: less than half the time of ‖W‖_1 and ‖W‖_2."""
         parameters = {id(m.parameter): m.parameter.detach() for m in self.matrices if not m.members}
         kinds: dict[Any, dict[int, Tensor]] = {}
         for key, weight in parameters.items():
@@ -182,8 +182,9 @@ class Watched:
         found: dict[int, list[float]] = {}
         for (_, dtype), weights in kinds.items():
             wide = torch.float64 if dtype == torch.float64 else torch.float32
-            norms = [torch.stack(list(torch._foreach_norm(list(weights.values()), order, wide))) for order in (1, 2)]
-            found.update(zip(weights, torch.stack(norms, 1).tolist(), strict=True))
+            sums = torch.stack([weight.sum(dtype=wide) for weight in weights.values()])
+            norms = torch.stack(list(torch._foreach_norm(list(weights.values()), 2, wide)))
+            found.update(zip(weights, torch.stack([sums, norms], 1).tolist(), strict=True))
         return found
 
     def let_go(self) -> None:

@@ -1,0 +1,93 @@
+"""Peak memory that recording adds to a training, against what it is allowed: one snapshot, and a float64 copy of the largest set of matrices of one shape.
+
+    OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 python benchmarks/recording_memory.py
+
+Each row is a process of its own (VmHWM of /proc/self/status, the peak of resident memory, so on Linux only). The snapshot is what is copied of one record: weights before
+the step, gradients, and in the background also weights after it, Newton–Schulz inputs, momenta and second moments. A batch small in comparison keeps
+activations from hiding what the recorder takes.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import torch
+from machine import machine
+from torch import nn
+
+from optiscope.hooks import attach
+
+MODES = ("none", "foreground", "background")
+
+
+def peak() -> int:
+    """Bytes of resident memory at its peak."""
+    line = next(line for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024
+
+
+def train(mode: str, width: int, layers: int, steps: int, kind: str) -> int:
+    """Peak of a training of square matrices, every step of which is recorded but the first two."""
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
+    optimizer = torch.optim.Muon(model.parameters(), lr=0.02) if kind == "Muon" else torch.optim.AdamW(model.parameters(), lr=1e-3)
+
+    def step() -> None:
+        model(torch.randn(8, width)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for _ in range(2):
+        step()
+    with tempfile.TemporaryDirectory() as folder:
+        recorder = None
+        if mode != "none":
+            recorder = attach(optimizer, model, Path(folder) / "run.zarr", every=1, background=mode == "background", on_error="raise")
+        for _ in range(steps):
+            step()
+            if recorder is not None and recorder._journal.worker is not None:
+                recorder._journal.worker.wait()
+        found = peak()
+        if recorder is not None:
+            recorder.close()
+    return found
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--one", nargs=2, metavar=("MODE", "OPTIMIZER"), help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sizes = (arguments.width, arguments.layers, arguments.steps)
+    if arguments.one:
+        mode, kind = arguments.one
+        print(json.dumps(train(mode, *sizes, kind)))
+        sys.exit()
+    print(machine())
+    matrix = arguments.width**2 * 4
+    shapes = Counter([(arguments.width, arguments.width)] * arguments.layers)
+    largest = 2 * matrix * max(shapes.values())
+    print(
+        f"{arguments.layers} matrices of {arguments.width}×{arguments.width}: {arguments.layers * matrix / 1e6:.0f} MB, in float64 {largest / 1e6:.0f} MB"
+    )
+    for kind, copies in (("Muon", {"foreground": 3, "background": 5}), ("AdamW", {"foreground": 1, "background": 5})):
+        options = ["--width", str(arguments.width), "--layers", str(arguments.layers), "--steps", str(arguments.steps)]
+        peaks = {
+            mode: int(
+                subprocess.run([sys.executable, __file__, *options, "--one", mode, kind], capture_output=True, text=True, check=True).stdout
+            )
+            for mode in MODES
+        }
+        for mode, count in copies.items():
+            snapshot = count * arguments.layers * matrix
+            extra = peaks[mode] - peaks["none"]
+            print(
+                f"{kind:>6} {mode:>10}: peak {peaks[mode] / 1e6:7.0f} MB, without {peaks['none'] / 1e6:7.0f} MB, recording adds {extra / 1e6:6.0f} MB; "
+                f"allowed {(snapshot + largest) / 1e6:6.0f} MB (snapshot {snapshot / 1e6:.0f} MB)"
+            )
