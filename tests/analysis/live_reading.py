@@ -73,11 +73,12 @@ def read(reads, plain_every):
                     if not {"geometry", "scalars"} <= set(tree.children) or "loss" not in tree["scalars"]:
                         continue  # not yet committed
                     records = check(tree)
-                except AssertionError:
+                except AssertionError as error:
                     # Zarr takes a chunk that is not there for missing values, so that a reader of its own cannot tell when a run that it has
                     # opened before was laid out anew, once, at its end; `open_run` does.
-                    if not plain or not np.isnan(tree["geometry"]["b"].values).any() or check(open_run(path)) < RECORDS:
-                        raise
+                    gaps = any(np.isnan(tree["geometry"][name].values).any() for name in ("a", "b"))
+                    if not plain or not gaps or check(open_run(path)) < RECORDS:
+                        raise AssertionError(f"{'xarray' if plain else 'open_run'}: {error}") from error
                     done["xarray, laid out anew meanwhile"] += 1
                     continue
                 except (FileNotFoundError, ValueError) as error:
@@ -91,6 +92,8 @@ def read(reads, plain_every):
                 done["states"] += records > seen
                 seen = records
                 done["xarray" if plain else "open_run"] += 1
+                if (done["open_run"] + done["xarray"]) % 1000 == 0:
+                    print(json.dumps(done), file=sys.stderr, flush=True)
                 if finished:
                     assert records == RECORDS
                     number, seen, done["runs"] = number + 1, -1, done["runs"] + 1
