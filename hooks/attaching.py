@@ -70,7 +70,8 @@ def attach(
         first_step: steps already taken, when training resumes. By default of an existing run what the optimizers' own state tells (Adam's counts
             steps, Muon's and SGD's do not; load a checkpoint before you attach), else the last recorded step.
         background: measure and write in a thread of the recorder's own: the training waits only while what a record needs is copied. A record that is
-            due while the one before is still being measured is left out and counted in `missed`. What is recorded is the same.
+            due while the one before is still being measured is left out and counted in `missed`. What is recorded is the same. For parameters on
+            the CPU: on an accelerator it has not been made safe yet.
         about: what you state about this training, kept with the run: texts, numbers and truth values. `data`, `tokens_per_step`, `seed`
             and `budget` are read by `diag compare`.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
@@ -110,6 +111,10 @@ def attach(
         raise ValueError(
             f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a parameter with two or more dimensions) to record "
             f"{' and '.join(measure)} of, so nothing can be recorded"
+        )
+    if background and (elsewhere := {m.parameter.device.type for m in matrices} - {"cpu"}):
+        raise ValueError(
+            f"background: expected parameters on the CPU, got some on {' and '.join(sorted(elsewhere))}; leave background out there"
         )
     nothing_or_a_run(Path(store))  # before a lock is left in somebody's folder
     lock = _locked(Path(store))

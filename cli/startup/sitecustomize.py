@@ -85,7 +85,7 @@ class Start:
         from importlib import import_module
 
         # A script may send all logging to its standard output, which is to stay its own. What it uses itself is left to it.
-        for name in ("optiscope", *(name for name in ("zarr", "numcodecs") if name not in sys.modules)):
+        for name in ("optiscope", *(name for name in ("zarr", "numcodecs", "filelock") if name not in sys.modules)):
             logger = logging.getLogger(name)
             logger.addHandler(logging.StreamHandler(sys.__stderr__))
             logger.setLevel(logging.WARNING)

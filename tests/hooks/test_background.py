@@ -288,3 +288,11 @@ def test_interpreter_that_ends_without_close_keeps_what_was_being_measured(tmp_p
     assert steps[0] == 1
     assert np.isfinite(run["update"]["update_rms"].values).all()
     assert run.attrs.get("missed", 0) == 5 - len(steps)
+
+
+def test_accelerators_are_refused(tmp_path: Path) -> None:
+    """A worker would have to wait for the training's stream, and the training for the worker's."""
+    elsewhere = torch.nn.Linear(4, 4, device="meta")
+    with pytest.raises(ValueError, match=r"^background: expected parameters on the CPU, got some on meta; leave background out there$"):
+        attach(torch.optim.SGD(elsewhere.parameters(), lr=0.1), elsewhere, tmp_path / "run.zarr", background=True)
+    assert not (tmp_path / "run.zarr").exists()

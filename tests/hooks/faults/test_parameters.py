@@ -183,7 +183,9 @@ def through_a_file(thing: Any) -> Any:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), through_a_file], ids=str)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda thing: pickle.loads(pickle.dumps(thing)), through_a_file], ids=["deepcopy", "pickle", "file"]
+)
 def test_copies(copied: Callable[[Any], Any], tmp_path: Path) -> None:
     """Of model and optimizers with hooks on them, in mid-run: they train on to the same bits, unrecorded."""
     store = tmp_path / "run.zarr"
