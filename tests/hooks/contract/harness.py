@@ -248,7 +248,7 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
 @contextmanager
 def _watching(seen: dict[str, list[Seen]], names: dict[int, str]) -> Iterator[None]:
     """Copy, around every step, what the optimizer was given and did, and what its adapter reads."""
-    observe, see_gradient = Snapshot.observe, Snapshot.see_gradient
+    read, see_gradient = Snapshot.read, Snapshot.see_gradient
     gradients: dict[int, Floats] = {}
 
     def spy_gradient(self: Snapshot, grad_scale: Tensor | None = None) -> None:
@@ -258,9 +258,9 @@ def _watching(seen: dict[str, list[Seen]], names: dict[int, str]) -> Iterator[No
         see_gradient(self, grad_scale)
 
     def spy(self: Snapshot) -> Any:
-        observed = observe(self)
+        readings = read(self)
         reading, adapter, p = self.reading, self.adapter, self.reading.parameter
-        if observed:
+        if readings:
             ns, second = adapter.orthogonalisation, adapter.second_moment(reading)
             momentum = adapter.momentum(reading)
             seen.setdefault(names[id(p)], []).append(
@@ -277,9 +277,9 @@ def _watching(seen: dict[str, list[Seen]], names: dict[int, str]) -> Iterator[No
                     float("nan") if ns is None else ns.output_scale(reading, p.shape[0], p.numel() // p.shape[0]),
                 )
             )
-        return observed
+        return readings
 
-    with patch.object(Snapshot, "observe", spy), patch.object(Snapshot, "see_gradient", spy_gradient):
+    with patch.object(Snapshot, "read", spy), patch.object(Snapshot, "see_gradient", spy_gradient):
         yield
 
 

@@ -73,20 +73,20 @@ _COARSE = Case("Adafactor with the ε of bfloat16", "torch", lambda m: torch.opt
 
 @pytest.mark.parametrize("case", [*(_CASES[system] for system in _INTENDED), _COARSE], ids=lambda case: case.system)
 def test_intended_update_is_the_applied_one(case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    observe, errors = Snapshot.observe, []
+    read, errors = Snapshot.read, []
 
     def spy(self: Snapshot) -> Any:
-        observed = observe(self)
+        readings = read(self)
         reading, adapter = self.reading, self.adapter
         lr, decay = adapter.learning_rate(reading), adapter.decoupled_decay(reading)
         applied = (float64(reading.weight) * (1 - lr * decay) - float64(reading.parameter)) / lr
-        if observed:
+        if readings:
             intended = adapter.intended(reading)
             assert intended is not None
             errors.append(relative_error(float64(intended), applied))
-        return observed
+        return readings
 
-    monkeypatch.setattr(Snapshot, "observe", spy)
+    monkeypatch.setattr(Snapshot, "read", spy)
     train(case, tmp_path / "run.zarr")
     # Rounding of float32 weights, and ηλ = 1e-3 where decay comes after the update (GaLore).
     assert errors
