@@ -4,7 +4,7 @@ With L(n) the records of lineage n, N of which were left, and after(n) the step 
 L(n) = the records of L(n + 1) up to after(n), then those that were left.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import inf
 from typing import Any
 
@@ -14,33 +14,32 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-LEFT = "lineages"  # the group that holds them
+from ..diagnostics.run_format import LINEAGES, OF_LINEAGE
+
+_NOT_THE_RUNS = (*OF_LINEAGE, "chunks", "checksum")  # attributes of a lineage that are not those of the run at that time
 
 
-def is_of_lineage(path: str, number: int | None) -> bool:
-    """Whether a group on disk holds records of a lineage, or tells of lineages."""
-    parts = path.split("/")
-    if parts[0] != LEFT or len(parts) < 3:
-        return True
-    return number is not None and parts[1].isdecimal() and int(parts[1]) >= number
-
-
-def of_lineage(run: xr.DataTree, number: int | None = None) -> xr.DataTree:
-    """A run as it lies on disk → one lineage of it, by default the newest, its arrays read when used.
+def of_lineage(run: xr.DataTree, number: int | None, opened: Callable[[Sequence[Mapping[str, Any]]], Sequence[xr.DataTree]]) -> xr.DataTree:
+    """A run as its root describes it → one lineage of it, by default the newest, its arrays read when used.
 
     Where there are several, attributes of the result say which it is (`lineage`) and list them all (`lineages`): `after`, the step after which
     one was left, None for the newest; `last_step` and `records`, those that the next one does not hold.
 
+    Args:
+        run: the newest; its attribute `lineages` lists the others.
+        number: of the lineage.
+        opened: opens those of chosen entries of that list.
+
     Raises:
-        ValueError: there is none of that number, or what tells of them is damaged.
+        ValueError: there is none of that number, or one of those that it consists of is damaged.
     """
-    found = _listed(run)
+    found = [{name: entry[name] for name in OF_LINEAGE} for entry in run.attrs.get(LINEAGES, [])]
     number = len(found) if number is None else number
     if not 0 <= number <= len(found):
         there = "it has one only, 0" if not found else f"it has 0 to {len(found)}, the newest"
         raise ValueError(f"lineage: this run has none of number {number}; {there}")
-    newest = {name: group.to_dataset() for name, group in run.children.items() if name != LEFT}
-    attributes = {key: value for key, value in run.attrs.items() if key not in (LEFT, "lineage")}
+    newest = {name: group.to_dataset() for name, group in run.children.items()}
+    attributes = {key: value for key, value in run.attrs.items() if key not in (LINEAGES, "lineage")}
     if not found:
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes), **newest})
     extents = {name: dataset["step"].values for name, dataset in newest.items() if dataset.sizes.get("step")}
@@ -48,32 +47,24 @@ def of_lineage(run: xr.DataTree, number: int | None = None) -> xr.DataTree:
         "lineage": len(found), "after": None, "last_step": max((int(steps[-1]) for steps in extents.values()), default=0),
         "records": max(map(len, extents.values()), default=0),
     }  # fmt: skip
-    said = {"lineage": number, LEFT: [*found, now]}
+    said = {"lineage": number, LINEAGES: [*found, now]}
     if number == len(found):
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes | said), **newest})
-    left = [run[f"{LEFT}/{n}"] for n in range(number, len(found))]
-    # From the newest back to the one asked for: what holds records, and the last step for which it still does.
-    befores = [entry["after"] for entry in found[number:]]
-    sources = [
-        ({name: group.to_dataset() for name, group in one.children.items()}, min(befores[:i], default=inf)) for i, one in enumerate(left)
-    ]
-    sources = [(newest, min(befores)), *reversed(sources)]
-    groups = {name: _joined(name, group.to_dataset(), sources) for name, group in left[0].children.items()}
-    attributes = {key: value for key, value in left[0].attrs.items() if key not in _OWN}
+    # From the one asked for on to the newest: those of which it has records, and the last step of these. All records of one are behind its `after`.
+    held: list[Mapping[str, Any]] = []
+    lasts: list[float] = []
+    last = inf
+    for entry in found[number:]:
+        if entry["after"] < last:
+            held.append(entry)
+            lasts.append(last)
+            last = entry["after"]
+    own, *others = opened(held)
+    datasets = [newest, *({name: group.to_dataset() for name, group in one.children.items()} for one in reversed([own, *others]))]
+    sources = list(zip(datasets, [last, *reversed(lasts)], strict=True))
+    groups = {name: _joined(name, group.to_dataset(), sources) for name, group in own.children.items()}
+    attributes = {key: value for key, value in own.attrs.items() if key not in _NOT_THE_RUNS}
     return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes | said), **groups})
-
-
-_OWN = ("after", "last_step", "records")  # attributes of a lineage that are not those of the run at that time
-
-
-def _listed(run: xr.DataTree) -> list[dict[str, Any]]:
-    if LEFT not in run.children:
-        return []
-    left = run[LEFT].children
-    found = [{"lineage": n, **{name: left[str(n)].attrs.get(name) for name in _OWN}} for n in range(len(left)) if str(n) in left]
-    if len(found) != len(left) or any(type(value) is not int or value < 0 for entry in found for value in entry.values()):
-        raise ValueError("run: what tells of its lineages is damaged; `diag verify` tells what is whole")
-    return found
 
 
 def _joined(name: str, own: xr.Dataset, sources: Sequence[tuple[Mapping[str, xr.Dataset], float]]) -> xr.Dataset:

@@ -3,7 +3,8 @@
 import json
 import os
 import re
-from itertools import product
+from collections.abc import Mapping
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,19 @@ import numpy as np
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
 from ..diagnostics.catalogue import GROUPS
-from ..diagnostics.run_format import chunk_map, schema_of
-from .lineages import LEFT
+from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunk_map, schema_of, seal
+from .lazy_arrays import read
 from .root_document import MOST_NODES
 from .stored_array import StoredArray, stored_array
 from .stored_chunk import decode_file, open_inside, read_file
 
-_TOP = {*GROUPS, "scalars", LEFT}
+_TOP = {*GROUPS, "scalars"}
 
 
-def rebuilt(folder: Path, root: bytes) -> dict[str, Any]:
+def rebuilt(folder: Path, root: bytes, lineage: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """A document of the run in `folder`. `root` is what is left of the lost one, of which the run's attributes are taken if they can be read.
+
+    With `lineage`, of one that was left, of which the run says that; what it does not say follows from the lineage's own steps.
 
     A group has as many records as its steps say and, without checksums, as all of its arrays have: what was being written when a training was
     killed is left out. A chunk that is not there cannot be told from one that never was.
@@ -30,7 +33,7 @@ def rebuilt(folder: Path, root: bytes) -> dict[str, Any]:
         ValueError: nothing of a run is there.
     """
     nodes = _own_documents(folder)
-    if not any(node["node_type"] == "array" for node in nodes.values()):
+    if lineage is None and not any(node["node_type"] == "array" for node in nodes.values()):
         raise ValueError(f"run: {folder} is not an Optiscope run; give the folder that was passed to `attach`")
     sealed = any(codec["name"] == "crc32c" for node in nodes.values() for codec in node.get("codecs", []))
     attributes = _attributes(root)
@@ -48,6 +51,10 @@ def rebuilt(folder: Path, root: bytes) -> dict[str, Any]:
             for path, node in nodes.items()
             if "step" in node.get("dimension_names", ())
         }
+    if lineage is None:
+        attributes |= _left(folder, attributes.pop(LINEAGES, None))
+    else:
+        attributes |= _extent(folder, nodes) | dict(lineage)
     return {"attributes": attributes, "zarr_format": 3, "node_type": "group", "consolidated_metadata": _consolidated(nodes)}
 
 
@@ -94,6 +101,49 @@ def _attributes(root: bytes) -> dict[str, Any]:
     return {}
 
 
+def _left(folder: Path, told: Any) -> dict[str, Any]:
+    """The list of the lineages that there are: from their own documents, where these are whole, else as the lost one `told`, else from their steps."""
+    told = told if isinstance(told, list) else []
+    entries: list[Any] = []
+    for number in count():
+        own = folder / LINEAGES / str(number)
+        if number >= len(told) and (told or not own.is_dir()):
+            break
+        content = b""
+        attributes: Any = told[number] if told else None
+        try:
+            content = read_file(own, "zarr.json", MOST_BYTES) or b""
+            document = parse_bounded(content)
+            if document["attributes"]["checksum"] == seal(document):
+                attributes = document["attributes"]
+        except (ValueError, KeyError, TypeError):
+            pass  # what was told of it counts
+        if not _tells(attributes, number):
+            if not own.is_dir():
+                break
+            attributes = rebuilt(own, content, {"lineage": number})["attributes"]
+        entries.append({name: attributes[name] for name in OF_LINEAGE})
+    return {LINEAGES: entries} if entries else {}
+
+
+def _tells(attributes: Any, number: int) -> bool:
+    held = [attributes.get(name) for name in OF_LINEAGE] if isinstance(attributes, dict) else [None]
+    return held[0] == number and all(type(value) is int and value >= 0 for value in held)
+
+
+def _extent(folder: Path, nodes: Mapping[str, Any]) -> dict[str, int]:
+    """What is known of a lineage by its steps alone: it was left before the first of them, at the latest."""
+    steps: list[Any] = []
+    for path in (path for path in nodes if path.endswith("/step")):
+        try:
+            steps.append(read(folder, stored_array(path, nodes[path]), [np.arange(nodes[path]["shape"][0])]))
+        except ValueError:
+            continue
+    steps = [one for one in steps if len(one)]
+    first, last = min((int(one[0]) for one in steps), default=0), max((int(one[-1]) for one in steps), default=0)
+    return {"after": max(first - 1, 0), "last_step": last, "records": max(map(len, steps), default=0)}
+
+
 def _settle(folder: Path, arrays: dict[str, dict[str, Any]], sealed: bool) -> None:
     """Give the arrays of a group the same lengths."""
     lengths: dict[str, int] = {}
@@ -116,7 +166,10 @@ def _recorded(folder: Path, steps: StoredArray) -> int:
         with file:
             try:
                 chunk = next(decode_file(file, steps.key((number,)), steps))
-                found = found if chunk is None else number * steps.shard[0] + int(np.count_nonzero(chunk >= 0))
+                here = 0 if chunk is None else int(np.count_nonzero(chunk >= 0))
+                found = number * steps.shard[0] + here
+                if here < steps.shard[0]:
+                    break  # what lies behind was left by a training that was restarted
             except ValueError:
                 found = max(found, min(steps.shape[0], (number + 1) * steps.shard[0]))
         number += 1

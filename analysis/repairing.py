@@ -8,17 +8,18 @@ that chunk of steps, or the group, are moved aside.
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..diagnostics.run_format import chunk_map, chunks_written, seal
+from ..diagnostics.run_format import DAMAGED, chunk_map, chunks_written, seal
 from ..diagnostics.run_lock import RunLock
 from .root_document import Node
 from .stored_array import StoredArray, stored_array
-from .verifying import DAMAGED, Damage, Verification, verify
+from .verifying import Damage, Verification, lineages_of, verify, verify_one
 
 # Coordinates without which the rows of a group mean nothing.
 NEEDED = {"name", "operator", "rows", "cols"}
@@ -38,26 +39,37 @@ def repair(path: str | Path) -> dict[str, Any]:
     verify(folder)  # of something else no lock is made
     lock = RunLock(folder)
     try:
-        aside: str | None = None
-        done: list[str] = []
-        while (found := verify(folder)).damage:
-            one = _Repair(folder, found)
-            one.carry_out()
-            aside, done = str(one.aside.parent if aside else one.aside), done + one.done
-            if not one.done:
-                break
+        done, asides = _repaired(folder, "", None)
+        for place, entry in lineages_of(verify_one(folder).contents).items():
+            further = _repaired(folder, place, entry)
+            done, asides = done + further[0], asides + further[1]
+        aside = None if not asides else str(folder / DAMAGED / (asides[0] if len(set(asides)) == 1 else ""))
         return {"aside": aside, "done": done}
     finally:
         lock.release()
 
 
+def _repaired(run: Path, place: str, lineage: Mapping[str, Any] | None) -> tuple[list[str], list[str]]:
+    """Repair what one document of the run describes, the root's or that of a lineage: what was done, and where what was damaged is."""
+    done: list[str] = []
+    asides: list[str] = []
+    while (found := verify_one(run / place, lineage)).damage:
+        one = _Repair(run, place, found)
+        one.carry_out()
+        asides.append(one.time)
+        done += [f"{place}/{sentence}" if place else sentence for sentence in one.done]
+        if not one.done:
+            break
+    return done, asides
+
+
 class _Repair:
     """One repair: the new document, and the files to be moved once it is in place."""
 
-    def __init__(self, folder: Path, found: Verification) -> None:
-        self.folder, self.found = folder, found
+    def __init__(self, run: Path, place: str, found: Verification) -> None:
+        self.run, self.folder, self.found = run, run / place, found
         self.time = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%S.%fZ")
-        self.aside = folder / DAMAGED / self.time
+        self.aside = run / DAMAGED / self.time / place
         self.document: dict[str, Any] = json.loads(json.dumps(found.document))
         self.attributes: dict[str, Any] = self.document["attributes"]
         self.nodes: dict[str, Any] = self.document["consolidated_metadata"]["metadata"]
@@ -228,7 +240,7 @@ class _Repair:
     def _replace(self, file: str, content: bytes) -> None:
         target = self.folder / file
         target.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".repair.{os.getpid()}.partial"
+        partial = self.run / f".repair.{os.getpid()}.partial"
         partial.unlink(missing_ok=True)
         with partial.open("xb") as new:
             new.write(content)

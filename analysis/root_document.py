@@ -1,13 +1,13 @@
 """The document at a run's root, which describes all of it: read within bounds, and checked before anything it names is opened."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
-from ..diagnostics.run_format import chunks_written, newer_schema, schema_of, seal
+from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunks_written, newer_schema, schema_of, seal
 from .stored_array import StoredArray, stored_array
 from .stored_chunk import read_file
 
@@ -51,6 +51,42 @@ def read_document(folder: Path) -> dict[str, Any]:
     return document
 
 
+def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list[Contents]:
+    """What lineages of the run in `folder` hold, of which its root says `entries`: checked as the run, and all together within the bounds of one.
+
+    Raises:
+        ValueError: one is damaged, or they are more than that; told without the run.
+    """
+    found: list[Contents] = []
+    most, nodes = MOST_BYTES, MOST_NODES
+    for entry in entries:
+        place = f"{LINEAGES}/{entry['lineage']}"
+        try:
+            content = read_file(folder, f"{place}/zarr.json", most)
+            if content is None:
+                raise ValueError("zarr.json: there is no such file")
+            found.append(contents(of_lineage(parse_bounded(content), entry)))
+        except ValueError as error:
+            raise ValueError(f"{place}: {error}; `diag verify` tells what is whole") from error
+        most -= len(content)
+        nodes -= sum(1 + len(group.arrays) for group in found[-1].groups)
+        if nodes < 0:
+            raise ValueError(f"{place}: expected at most {MOST_NODES:,} groups and arrays in lineages that are read together")
+    return found
+
+
+def of_lineage(document: Any, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A document, if it is that of the lineage of which a run's root says `entry`.
+
+    Raises:
+        ValueError: it is not; told without the run.
+    """
+    attributes = document.get("attributes") if isinstance(document, dict) else None
+    if not isinstance(attributes, dict) or any(attributes.get(name) != entry[name] for name in OF_LINEAGE):
+        raise ValueError("zarr.json: it is not that of the lineage which the run lists")
+    return dict(document)
+
+
 def contents(document: Mapping[str, Any]) -> Contents:
     """What a document describes.
 
@@ -79,7 +115,7 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
     arrays: dict[str, dict[str, StoredArray]] = {path: {} for path, node in nodes.items() if node["node_type"] == "group"}
     for path, node in nodes.items():
         parts = path.split("/")
-        if len(parts) > 4 or any(part in ("", ".", "..") or len(part.encode()) > 255 or "\0" in part or "\\" in part for part in parts):
+        if len(parts) > 2 or any(part in ("", ".", "..") or len(part.encode()) > 255 or "\0" in part or "\\" in part for part in parts):
             raise ValueError(f"zarr.json: expected names of groups and arrays, got {path!r:.80}")
         parent = "/".join(parts[:-1])
         if (parent or node["node_type"] != "group") and parent not in arrays:
@@ -109,8 +145,6 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
             if sizes.get(name) and (coordinate not in own or own[coordinate].dimensions != (name,)):
                 raise ValueError(f"{path}: expected {coordinate} along {name}, got none")
         group = nodes[path]["attributes"]
-        if path.startswith("lineages/") and path.count("/") == 1:
-            _check_attributes(group)  # those of the run when it was left
         _check_schedules(path, group.get("ns_schedules", []))
         yield Node(path, group, own)
 
@@ -121,6 +155,7 @@ _LISTS: dict[str, dict[str, type]] = {
     "continued": {"first_step": int, "optimizers": list},
     "decisions": {"step": int, "optimizer": str, "kind": str},
     "alignment_events": {"step": int, "optimizer": str},
+    LINEAGES: dict.fromkeys(OF_LINEAGE, int),
 }
 
 
@@ -132,6 +167,11 @@ def _check_attributes(attributes: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"zarr.json: expected {name} to be a list of at most {MOST_LOGGED:,} that say {', '.join(needed)}, got something else"
             )
+    if len(left := attributes.get(LINEAGES, [])) > MOST_NODES:
+        raise ValueError(f"zarr.json: expected at most {MOST_NODES:,} lineages, got {len(left):,}")
+    for number, entry in enumerate(left):
+        if entry["lineage"] != number or any(type(entry[name]) is not int or entry[name] < 0 for name in OF_LINEAGE):
+            raise ValueError(f"zarr.json: expected lineage {number} in its place, and steps from 0 on, got {entry!r:.80}")
     for optimizer in [
         *attributes.get("optimizers", []),
         *(one for entry in attributes.get("continued", []) for one in entry["optimizers"]),

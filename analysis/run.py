@@ -1,7 +1,7 @@
 """Opening a run: only committed records, read lazily."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +13,11 @@ from ..diagnostics.nan_quantile import nan_quantile
 from ..diagnostics.ns_families import Coefficients
 from ..diagnostics.operators import ordered
 from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
+from ..diagnostics.run_format import LINEAGES
 from .in_parts import windows
 from .lazy_arrays import Run
-from .lineages import is_of_lineage, of_lineage
-from .root_document import contents, read_document
+from .lineages import of_lineage
+from .root_document import Contents, contents, lineage_contents, read_document
 
 LONG = 1_000  # characters of a name
 KEPT, SPECTRA_KEPT = (
@@ -44,15 +45,23 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
     if not path.exists():
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     folder = path.resolve()
-    document = read_document(folder)
     try:
-        found = contents(document)
-        groups = tuple(node for node in found.groups if is_of_lineage(node.path, lineage))
-        run = xr.open_datatree(folder, engine=Run, chunks=None, cache=False, of=replace(found, groups=groups))
+        return of_lineage(_tree(folder, contents(read_document(folder))), lineage, partial(_lineages, folder))
     except (OSError, ValueError) as error:
         text = str(error)
-        raise ValueError(text if text.startswith("run: ") else f"run: {path}: {text}") from error
-    return of_lineage(run, lineage)
+        raise ValueError(text if text.startswith(("run: ", "lineage: ")) else f"run: {path}: {text}") from error
+
+
+def _tree(folder: Path, found: Contents) -> xr.DataTree:
+    return xr.open_datatree(folder, engine=Run, chunks=None, cache=False, of=found)
+
+
+def _lineages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list[xr.DataTree]:
+    """Those of which the run says `entries`, the first one whole, of the others the groups that it has too."""
+    own, *others = lineage_contents(folder, entries)
+    names = {group.path for group in own.groups}
+    kept = [own, *(Contents({}, tuple(group for group in other.groups if group.path in names)) for other in others)]
+    return [_tree(folder / LINEAGES / str(entry["lineage"]), one) for entry, one in zip(entries, kept, strict=True)]
 
 
 def records(run: xr.DataTree, group: str) -> xr.Dataset:

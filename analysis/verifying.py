@@ -10,16 +10,14 @@ from typing import Any
 import numpy as np
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
-from ..diagnostics.run_format import newer_schema, schema_of
+from ..diagnostics.run_format import DAMAGED, LINEAGES, newer_schema, schema_of
 from ..diagnostics.run_lock import LOCK_FILES
 from .lazy_arrays import read
 from .rebuilding import rebuilt
-from .root_document import Contents, Node, contents
+from .root_document import Contents, Node, contents, of_lineage
 from .run import open_run
 from .stored_array import StoredArray
 from .stored_chunk import decode_file, open_inside, read_file
-
-DAMAGED = ".damaged"  # the folder that repairing moves things into
 
 
 @dataclass(frozen=True)
@@ -84,7 +82,7 @@ def verify(path: str | Path) -> Verification:
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     for _ in range(3):
         before = _signature(folder)
-        found = _verified(folder)
+        found = _whole(folder)
         if not found.damage or _signature(folder) == before:
             break  # else a writer has changed it, and what seemed missing may be elsewhere
     return found
@@ -98,8 +96,30 @@ def _signature(folder: Path) -> tuple[int, int] | None:
     return status.st_ino, status.st_mtime_ns
 
 
-def _verified(folder: Path) -> Verification:
-    document, found, damage = _root(folder)
+def _whole(folder: Path) -> Verification:
+    """A run, and each lineage in it as a run of its own."""
+    root = verify_one(folder)
+    damage, harmless, left = list(root.damage), dict(root.harmless), lineages_of(root.contents)
+    for place, entry in left.items():
+        one = verify_one(folder / place, entry)
+        damage += [replace(each, file=f"{place}/{each.file}", array=each.array and f"{place}/{each.array}") for each in one.damage]
+        for kind, count in one.harmless.items():
+            harmless[kind] = harmless.get(kind, 0) + count
+        root = replace(root, arrays=root.arrays + one.arrays, chunks=root.chunks + one.chunks, checksums=root.checksums and one.checksums)
+    there = (folder / LINEAGES).iterdir() if (folder / LINEAGES).is_dir() else ()
+    if copies := sum(f"{LINEAGES}/{path.name}" not in left for path in there):
+        harmless["lineage half copied"] = copies
+    return replace(root, damage=damage, harmless=harmless)
+
+
+def lineages_of(run: Contents) -> dict[str, dict[str, Any]]:
+    """What a run says of the lineages in it, by the folder of each."""
+    return {f"{LINEAGES}/{entry['lineage']}": entry for entry in run.attributes.get(LINEAGES, [])}
+
+
+def verify_one(folder: Path, lineage: Mapping[str, Any] | None = None) -> Verification:
+    """Check what one document describes: a run without the lineages in it, or one of these, of which the run says `lineage`."""
+    document, found, damage = _root(folder, lineage)
     arrays = {array.path: array for node in found.groups for array in node.arrays.values()}
     damage += _own_documents(folder, document)
     chunks = 0
@@ -121,7 +141,7 @@ def _verified(folder: Path) -> Verification:
     return Verification(damage, _others(folder, arrays), len(arrays), chunks, checksums, document, found)
 
 
-def _root(folder: Path) -> tuple[dict[str, Any], Contents, list[Damage]]:
+def _root(folder: Path, lineage: Mapping[str, Any] | None) -> tuple[dict[str, Any], Contents, list[Damage]]:
     """The root's document, or one made from the others where it is lost."""
     content = read_file(folder, "zarr.json", MOST_BYTES)
     try:
@@ -133,12 +153,12 @@ def _root(folder: Path) -> tuple[dict[str, Any], Contents, list[Damage]]:
             raise ValueError("it is not that of a run")
         if newer := newer_schema(attributes):
             raise PermissionError(f"run: {folder} {newer}")
-        return document, contents(document), []
+        return document, contents(document if lineage is None else of_lineage(document, lineage)), []
     except PermissionError as error:
         raise ValueError(str(error)) from None
     except ValueError as error:
         damage = Damage("missing metadata" if content is None else "damaged metadata", "zarr.json", str(error).removeprefix("zarr.json: "))
-        document = rebuilt(folder, content or b"")
+        document = rebuilt(folder, content or b"", lineage)
         return document, contents(document), [damage]
 
 
@@ -204,8 +224,8 @@ def _others(folder: Path, arrays: Mapping[str, StoredArray]) -> dict[str, int]:
     """How many files there are that belong to no commit, by what they are."""
     counts = {"half-written file": 0, "chunk after the last commit": 0, "other file": 0}
     for place, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if name != DAMAGED]
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        folders[:] = [name for name in folders if inside != "." or name not in (DAMAGED, LINEAGES)]
         array = arrays.get(inside.partition("/c/")[0].removesuffix("/c"))
         for name in files:
             if name.endswith(".partial"):

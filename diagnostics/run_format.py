@@ -8,6 +8,10 @@ from typing import Any
 
 from .catalogue import SCHEMA
 
+LINEAGES = "lineages"  # the folder of what restarted trainings left, and the attribute that lists it
+OF_LINEAGE = ("lineage", "after", "last_step", "records")  # what the list, and each lineage's own attributes, say of it
+DAMAGED = ".damaged"  # the folder that repairing moves things into
+
 
 def seal(document: Mapping[str, Any]) -> str:
     """Checksum of the root's metadata document, kept among its attributes as `checksum`: SHA-256 of it as JSON, without that attribute.

@@ -2,12 +2,14 @@
 
 from typing import Any
 
+from ..diagnostics.run_format import LINEAGES
+from .storing.lineages import leave
 from .writer import Writer
 
 # Lists among a run's attributes that tell of steps, and under what; a list that indices point into, as `ns_schedules`, stays as it is.
 _TOLD_OF = {"decisions": "step", "alignment_events": "step"}
-# What is the lock's, the commit's or the format's, and not the recording's.
-_OF_THE_COMMIT = ("writer", "checksum", "chunks")
+# What is the lock's, the commit's or the newest lineage's, and not the recording's.
+_OF_THE_COMMIT = ("writer", "checksum", "chunks", LINEAGES)
 
 
 def fork(writer: Writer, after: int) -> int:
@@ -28,14 +30,15 @@ def fork(writer: Writer, after: int) -> int:
         OSError: it could not be written; nothing is committed then, and the writer is of no use any more.
     """
     writer.flush()
-    number = len(writer._lineages)
+    left = writer.attributes[""].get(LINEAGES, [])
     attributes = {**writer.attributes, "": {key: value for key, value in writer.attributes[""].items() if key not in _OF_THE_COMMIT}}
-    writer._lineages.leave(writer._groups, attributes, after, writer._read)
+    entry = leave(writer._files, len(left), writer._groups, attributes, after, writer._read)
+    writer.attributes[""][LINEAGES] = [*left, entry]
     _go_back(writer.attributes[""], after)
     for group in writer._groups.values():
         group.cut(sum(step <= after for step in group.steps))
     writer.flush()
-    return number
+    return entry["lineage"]
 
 
 def _go_back(attributes: dict[str, Any], after: int) -> None:

@@ -20,7 +20,6 @@ from .storing.commit import group_document, nodes_of, root_document
 from .storing.encoding import array_document
 from .storing.files import Files
 from .storing.laying_out import SHARD_STEPS, copy, for_reading, for_writing
-from .storing.lineages import Lineages
 from .storing.opening import clear, committed, nothing_or_a_run, remove_chunks
 from .storing.reading import reader_of
 from .storing.record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row
@@ -58,9 +57,7 @@ class Writer:
         self.attributes: dict[str, dict[str, Any]] = {}
         if self.is_new:
             self._begin(attributes)
-        self._lineages = Lineages(self._files)
-        self._documents |= self._lineages.nodes
-        if not self.is_new:
+        else:
             self._adopt()
         self._writers = (self.attributes[""].get("writer"), own)  # whoever wrote last, and this one
         self.attributes[""]["writer"] = own
@@ -265,10 +262,10 @@ class Writer:
         """Replace the root's document by one with so many records in each group."""
         for name, count in counts.items():
             self._groups[name].declare(count)
-        nodes = nodes_of(self.attributes, self._groups) | self._lineages.nodes
+        nodes = nodes_of(self.attributes, self._groups)
         # Of nodes that are new; those of others follow now and then, for nothing but the root's document is needed to read.
         self._write_documents({path: node for path, node in nodes.items() if path not in self._documents})
-        self._files.replace_document("", root_document(self.attributes[""], nodes, self._groups, self._lineages.chunks))
+        self._files.replace_document("", root_document(self.attributes[""], nodes, self._groups))
         self._last_seen = self._files.signature()
         self._nodes = nodes
 

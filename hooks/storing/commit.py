@@ -20,18 +20,14 @@ def nodes_of(attributes: Mapping[str, Mapping[str, Any]], groups: Mapping[str, R
     return nodes
 
 
-def root_document(
-    attributes: Mapping[str, Any], nodes: Nodes, groups: Mapping[str, RecordGroup], further_chunks: Mapping[str, str]
-) -> dict[str, Any]:
+def root_document(attributes: Mapping[str, Any], nodes: Nodes, groups: Mapping[str, RecordGroup]) -> dict[str, Any]:
     """The root's document with all others in it, as `zarr.consolidate_metadata` would write it, sealed.
-
-    The chunks of arrays that belong to none of the `groups` are those of `further_chunks`, by path.
 
     (Zarr's own warns that the format may change; silencing that would reset the warning filters of the training process at every flush.)
     """
     inner = {path: {**node, **_consolidated({})} if node["node_type"] == "group" else node for path, node in nodes.items()}
     chunks = {array.path: chunk_map(array.committed()) for group in groups.values() for array in group.arrays.values()}
-    root = {**group_document({**attributes, "chunks": {**chunks, **further_chunks}}), **_consolidated(inner)}
+    root = {**group_document({**attributes, "chunks": chunks}), **_consolidated(inner)}
     root["attributes"]["checksum"] = seal(root)
     return root
 

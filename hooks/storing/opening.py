@@ -1,13 +1,15 @@
 """What a writer finds at a path: nothing yet, a run, or something else; and clearing up behind a writer that was killed."""
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ...diagnostics.run_format import chunks_written, newer_schema, schema_of
+from ...diagnostics.run_format import DAMAGED, LINEAGES, chunks_written, newer_schema, schema_of
 from ...diagnostics.run_lock import LOCK_FILES
 from .files import METADATA, Files
-from .lineages import is_left
+from .lineages import sweep
 from .record_group import Read, RecordGroup
 from .stored_array import StoredArray
 
@@ -44,8 +46,10 @@ def committed(files: Files, read: Read) -> tuple[dict[str, dict[str, Any]], dict
     """What was committed last, all else being removed: attributes by group, "" the run's own, and the groups of records.
 
     Raises:
-        ValueError: a node lies outside the run, or is damaged.
+        ValueError: a node lies outside the run, or is damaged, or a link is in the way.
     """
+    for link in _links(files.root):
+        raise ValueError(f"store: {link} is a link, behind which nothing of a run is written or removed; put what it leads to in its place")
     root = files.document("")
     nodes: dict[str, dict[str, Any]] = root["consolidated_metadata"]["metadata"]
     for path in nodes:
@@ -55,10 +59,11 @@ def committed(files: Files, read: Read) -> tuple[dict[str, dict[str, Any]], dict
     groups: dict[str, RecordGroup] = {}
     masks = attributes[""].pop("chunks", None)
     attributes[""].pop("checksum", None)
+    sweep(files, len(attributes[""].get(LINEAGES, [])))
     for partial in list(files.root.rglob("*.partial") if masks is None else files.root.glob("*.partial")):
         partial.unlink()
     for path, node in nodes.items():
-        if node["node_type"] == "group" and not is_left(path):
+        if node["node_type"] == "group":
             attributes[path] = node["attributes"]
             arrays: dict[str, StoredArray] = {}
             for child, document in nodes.items():
@@ -72,6 +77,16 @@ def committed(files: Files, read: Read) -> tuple[dict[str, dict[str, Any]], dict
                 steps = read(arrays["step"], 0, arrays["step"].shape[0]).tolist()
                 groups[path] = RecordGroup(path, arrays, steps, read)
     return attributes, groups
+
+
+def _links(folder: Path) -> Iterator[str]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_symlink():
+                yield entry.path
+            # Nothing is written into a lineage that is there, nor into what was moved aside.
+            elif entry.name not in (LINEAGES, DAMAGED) and entry.is_dir():
+                yield from _links(Path(entry.path))
 
 
 def _sweep(files: Files, array: StoredArray) -> None:

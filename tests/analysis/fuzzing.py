@@ -57,7 +57,7 @@ def used(path):
     with bounded_time():
         try:
             run = open_run(path)
-            for group in run.subtree:
+            for group in (*run.subtree, *(open_run(path, 0).subtree if "lineages" in run.attrs else ())):
                 group.to_dataset().load()
             outcome = "read"
         except (ValueError, FileNotFoundError) as error:

@@ -10,6 +10,7 @@ import zarr
 from zarr.errors import ZarrUserWarning
 
 from optiscope.analysis import open_run
+from optiscope.analysis.root_document import lineage_contents
 from optiscope.diagnostics.catalogue import SCHEMA
 
 # By place in the run: after which step it was left, and by group its steps, its matrices, its variables beside "size".
@@ -25,8 +26,8 @@ LEFT = 3
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("lineages") / "run.zarr"
-    generator = np.random.default_rng(0)
-    for place, (_, groups) in PLACES.items():
+    generator, listed = np.random.default_rng(0), []
+    for place, (after, groups) in PLACES.items():
         for name, (steps, matrices, variables) in groups.items():
             shape, dims = ((len(steps), matrices, 2), ("step", "matrix", "q")) if matrices else ((len(steps),), ("step",))
             data = {key: (dims, generator.normal(size=shape).astype("float32")) for key in ("size", *variables)}
@@ -36,27 +37,28 @@ def run(tmp_path_factory):
             attributes = {"of": f"{place}/{name}"}
             dataset = xr.Dataset(data, coordinates, attributes)
             dataset["name"] = dataset["name"].astype(np.dtypes.StringDType()) if matrices else 0
-            dataset.drop_vars([] if matrices else "name").to_zarr(
-                path, group=f"{place}/{name}".strip("/"), mode="a", consolidated=False, zarr_format=3
-            )
-    root = zarr.open_group(path)
-    root.attrs.update(optiscope_schema=SCHEMA, note="now")
-    for place, (after, groups) in PLACES.items():
+            dataset.drop_vars([] if matrices else "name").to_zarr(path / place, group=name, mode="a", consolidated=False, zarr_format=3)
+        attributes = {"optiscope_schema": SCHEMA, "note": place or "now"}
         if place:
             steps = [step for of, _, _ in groups.values() for step in of]
-            most = max(len(of) for of, _, _ in groups.values())
-            root[place].attrs.update(after=after, last_step=max(steps), records=most, note=place, optiscope_schema=SCHEMA)
-    with pytest.warns(ZarrUserWarning, match="Consolidated metadata"):
-        zarr.consolidate_metadata(path)
+            records = max(len(of) for of, _, _ in groups.values())
+            listed.append({"lineage": int(place[-1]), "after": after, "last_step": max(steps), "records": records})
+            attributes |= listed[-1]
+        zarr.open_group(path / place).attrs.update(attributes)
+        with pytest.warns(ZarrUserWarning, match="Consolidated metadata"):
+            zarr.consolidate_metadata(path / place)
+    document = json.loads((path / "zarr.json").read_text())
+    document["attributes"]["lineages"] = listed
+    (path / "zarr.json").write_text(json.dumps(document))
     return path
 
 
 def defined(run, number):
     """The definition word by word: records by group and step as dictionaries of values, of the first matrices."""
     place = f"lineages/{number}" if number < LEFT else ""
-    with xr.open_datatree(run, engine="zarr") as tree:
+    with xr.open_datatree(run / place, engine="zarr") as tree:
         own = {
-            group: {int(step): tree[place][group].to_dataset().sel(step=step).load() for step in steps}
+            group: {int(step): tree[group].to_dataset().sel(step=step).load() for step in steps}
             for group, (steps, _, _) in PLACES[place][1].items()
         }
     if number == LEFT:
@@ -132,17 +134,59 @@ def test_a_lineage_that_there_is_not(run, number):
 @pytest.mark.parametrize(
     "change",
     [
-        lambda nodes: nodes["lineages/1"]["attributes"].pop("after"),
-        lambda nodes: nodes["lineages/1"]["attributes"].update(after=True),
-        lambda nodes: nodes["lineages/1"]["attributes"].update(after=-1),
-        lambda nodes: nodes["lineages/1"]["attributes"].update(records="4"),
-        lambda nodes: [nodes.pop(path) for path in list(nodes) if path.startswith("lineages/1")],
+        lambda listed: listed[1].pop("after"),
+        lambda listed: listed[1].update(after=True),
+        lambda listed: listed[1].update(after=-1),
+        lambda listed: listed[1].update(records="4"),
+        lambda listed: listed.pop(1),
     ],
 )
-def test_damaged_lineages_are_told_of(run, tmp_path, change):
+def test_a_damaged_list_is_told_of(run, tmp_path, change):
     damaged = shutil.copytree(run, tmp_path / "run.zarr")
     document = json.loads((damaged / "zarr.json").read_text())
-    change(document["consolidated_metadata"]["metadata"])
+    change(document["attributes"]["lineages"])
     (damaged / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(ValueError, match="lineages is damaged; `diag verify`"):
+    with pytest.raises(ValueError, match=r"^run: .*zarr.json: expected lineage"):
         open_run(damaged)
+
+
+def linked(path):
+    path.parent.rename(path.parents[2] / "elsewhere")
+    path.parent.symlink_to(path.parents[2] / "elsewhere")
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda path: path.unlink(), "there is no such file"),
+        (lambda path: path.write_text(path.read_text().replace('"after": 3', '"after": 2')), "it is not that of the lineage which the run lists"),
+        (lambda path: path.write_bytes((path.parents[1] / "0" / "zarr.json").read_bytes()), "it is not that of the lineage which the run lists"),
+        (lambda path: path.write_text("[]"), "it is not that of the lineage which the run lists"),
+        (lambda path: path.write_text("{"), "expected JSON in UTF-8, got something else"),
+        (lambda path: path.write_text(" " * 16_000_001), r"expected at most 1\d,\d{3},\d{3} bytes, got 16,000,001"),
+        (linked, "expected a file within the run, got a link"),
+    ],
+)  # fmt: skip
+def test_one_that_is_damaged_is_told_of_by_those_that_need_it(run, tmp_path, change, why):
+    damaged = shutil.copytree(run, tmp_path / "run.zarr")
+    change(damaged / "lineages" / "1" / "zarr.json")
+    for number in (0, 1):
+        with pytest.raises(ValueError, match=rf"^run: .*run.zarr: lineages/1: .*{why}.*; `diag verify` tells what is whole$"):
+            open_run(damaged, number)
+    for number in (2, 3, None):
+        assert open_run(damaged, number).identical(open_run(run, number))
+
+
+def test_documents_that_are_read_together_are_within_the_bounds_of_one(tmp_path):
+    """Eleven lineages, each left before the one before it, of 2,001 nodes each; 20,000 are read together."""
+    run = tmp_path / "run.zarr"
+    listed = [{"lineage": n, "after": 100 - n, "last_step": 200, "records": 1} for n in range(11)]
+    group = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+    for place, attributes in [("", {"lineages": listed}), *((f"lineages/{n}", entry) for n, entry in enumerate(listed))]:
+        (run / place).mkdir(parents=True)
+        document = {**group, "attributes": {"optiscope_schema": SCHEMA, **attributes}}
+        document["consolidated_metadata"] = {"metadata": {f"g{i}": group for i in range(2001 if place else 0)}}
+        (run / place / "zarr.json").write_text(json.dumps(document))
+    assert sum(len(one.groups) for one in lineage_contents(run, listed[2:])) == 18_009
+    with pytest.raises(ValueError, match=r"lineages/9: expected at most 20,000 groups and arrays in lineages that are read together"):
+        open_run(run, 0)

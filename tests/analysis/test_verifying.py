@@ -11,7 +11,9 @@ import xarray as xr
 from optiscope.analysis import open_run
 from optiscope.analysis.repairing import repair
 from optiscope.analysis.verifying import verify
+from optiscope.diagnostics.run_format import seal
 from optiscope.diagnostics.run_lock import RunLock
+from optiscope.hooks.forking import fork
 from optiscope.hooks.writer import Writer
 
 RECORDS, MATRICES = 1100, 3  # two chunks of steps, 18 of all else
@@ -159,3 +161,122 @@ def test_what_is_no_run_is_not_verified(tmp_path):
     with pytest.raises(ValueError, match="is not an Optiscope run"):
         verify(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# Lineages: runs of their own, below the run
+
+
+@pytest.fixture(scope="module")
+def forked(whole, tmp_path_factory):
+    """The run, left behind records 899 and then 399, 50 records each later."""
+    path = shutil.copytree(whole, tmp_path_factory.mktemp("forked") / "run.zarr")
+    for after in (8999, 3999):
+        writer = Writer(path, {})
+        fork(writer, after)
+        for step in range(after + 1, after + 501, 10):
+            for group in ("geometry", "update", "curvature"):
+                writer.append(group, step, {"a": np.full(MATRICES, after), "b": np.full(MATRICES, -after)})
+        writer.close()
+    return path
+
+
+LEFT = "lineages/0/zarr.json"
+LEFT_DAMAGE = {
+    # What is done to which files, and what is told of it.
+    "a chunk": ([(flip, "lineages/0/geometry/b/c/1/0")], ["flipped bit"]),
+    "its names": ([(flip, "lineages/0/update/name/c/0")], ["flipped bit"]),
+    "its document": ([(gone, LEFT)], ["missing metadata"]),
+    "its document, changed": ([(lambda file: flip(file, 3000), LEFT)], ["damaged metadata"]),
+    "the root's document, cut": ([(cut, "zarr.json")], ["damaged metadata"]),
+    "both documents": ([(gone, LEFT), (gone, "zarr.json")], ["missing metadata", "missing metadata"]),
+    "the root's, and the last lineage's": ([(gone, "lineages/1/zarr.json"), (cut, "zarr.json")], ["damaged metadata", "missing metadata"]),
+}
+
+
+@pytest.mark.parametrize("case", LEFT_DAMAGE)
+def test_each_lineage_is_verified_and_repaired_as_a_run_of_its_own(case, forked, tmp_path):
+    run = shutil.copytree(forked, tmp_path / "run.zarr")
+    spoiled, kinds = LEFT_DAMAGE[case]
+    assert not verify(run).damage
+    for how, file in spoiled:
+        how(run / file)
+    found = verify(run).damage
+    assert sorted((one.kind, one.file) for one in found) == sorted(
+        zip(kinds, (file for _, file in sorted(spoiled, key=lambda one: one[1] != "zarr.json")), strict=True)
+    )
+    assert repair(run)["done"]
+    assert not verify(run).damage
+    for number in (0, 1, None):
+        before, after = open_run(forked, number), open_run(run, number)
+        assert after.attrs["lineages"] == before.attrs["lineages"]
+        for group in before.children:
+            for name, variable in before[group].variables.items():
+                expected = variable.values.copy()
+                if case == "a chunk" and (number, group, name) == (0, "geometry", "b"):
+                    expected[964:1028] = np.nan
+                np.testing.assert_array_equal(after[group].variables[name].values, expected)
+    asides = list((run / ".damaged").iterdir())
+    assert all(how is gone or any((aside / file).is_file() for aside in asides) for how, file in spoiled)
+    assert repair(run) == {"aside": None, "done": []}
+    writer = Writer(run, {})
+    assert [path.name for path in sorted((run / "lineages").iterdir())] == ["0", "1"]
+    assert writer.last_step == 4490
+
+
+def test_damage_of_a_lineage_says_its_steps(forked, tmp_path):
+    run = shutil.copytree(forked, tmp_path / "run.zarr")
+    flip(run / "lineages/0/geometry/b/c/1/0")
+    (one,) = verify(run).damage
+    assert (one.array, one.steps) == ("lineages/0/geometry/b", (9640, 10270))
+    assert open_run(run)["geometry"]["b"].values.size  # what does not need it does not see it
+    repair(run)
+    assert [entry["array"] for entry in open_run(run, 0).attrs["damaged"]] == ["geometry/b"]
+
+
+def test_a_lineage_that_is_gone_leaves_the_others(forked, tmp_path):
+    run = shutil.copytree(forked, tmp_path / "run.zarr")
+    shutil.rmtree(run / "lineages/0")
+    assert [one.file for one in verify(run).damage] == [LEFT]
+    repair(run)
+    assert not verify(run).damage
+    assert open_run(run, 1).identical(open_run(forked, 1))
+    assert not open_run(run, 0).children
+
+
+def test_a_lineage_half_copied_is_harmless(forked, tmp_path):
+    run = shutil.copytree(forked, tmp_path / "run.zarr")
+    shutil.copytree(run / "lineages/0/update", run / "lineages/2/update")
+    found = verify(run)
+    assert not found.damage
+    assert found.harmless["lineage half copied"] == 1
+    Writer(run, {})
+    assert not (run / "lineages/2").exists()
+
+
+def test_a_whole_document_of_another_lineage_is_named(forked, tmp_path):
+    run = shutil.copytree(forked, tmp_path / "run.zarr")
+    document = json.loads((run / LEFT).read_text())
+    document["attributes"]["after"] = 7999
+    document["attributes"]["checksum"] = seal(document)
+    (run / LEFT).write_text(json.dumps(document))
+    (one,) = verify(run).damage
+    assert (one.kind, one.file, one.why) == ("damaged metadata", LEFT, "it is not that of the lineage which the run lists")
+
+
+def test_a_root_lost_behind_a_fork_is_made_again_without_what_was_left(whole, tmp_path):
+    """Its chunks are still there: records 1,024 to 1,099, of which the second chunk of steps tells."""
+    run = shutil.copytree(whole, tmp_path / "run.zarr")
+    writer = Writer(run, {})
+    fork(writer, 3999)
+    for group in ("geometry", "update", "curvature"):
+        writer.append(group, 4000, {"a": np.full(MATRICES, 7)})
+    writer.flush()
+    before = open_run(run)
+    assert (run / "update/step/c/1").exists()
+    (run / "zarr.json").unlink()
+    repair(run)
+    after = open_run(run)
+    assert not verify(run).damage
+    assert after["update"].sizes["step"] == 401
+    assert all(after[group].to_dataset().identical(before[group].to_dataset()) for group in before.children)
+    assert open_run(run, 0)["update"].to_dataset().identical(open_run(whole)["update"].to_dataset())

@@ -428,6 +428,30 @@ def test_partial_files_are_swept(tmp_path: Path, read: Read) -> None:
     assert_holds(read(path), list(range(1, 67)))
 
 
+@pytest.mark.parametrize(
+    "linked", ["update", "update/size", "update/size/c", "update/size/c/1", "update/size/c/0/0", "scalars", "lineages"]
+)
+def test_run_with_a_link_in_it_is_not_continued(linked: str, tmp_path: Path) -> None:
+    """Chunks outside the run, which belong to no commit, would be removed or written over through it; the run's own path may be one."""
+    started(tmp_path / "there.zarr").flush()
+    (tmp_path / "there.zarr" / "lineages" / "5").mkdir(parents=True)
+    path, outside = tmp_path / "run.zarr", tmp_path / "outside"
+    path.symlink_to("there.zarr")
+    (path / linked).rename(outside)
+    (path / linked).symlink_to(outside)
+    if outside.is_dir():
+        for name in ("c.77", "77", "c/77", "size/c/77"):
+            (outside / name).parent.mkdir(parents=True, exist_ok=True)
+            (outside / name).write_bytes(b"precious")
+    before = {file: file.read_bytes() for file in outside.rglob("*") if file.is_file()}
+    with pytest.raises(ValueError, match=f"^store: {path}/{linked} is a link, behind which nothing of a run is written or removed"):
+        Writer(path, {})
+    assert {file: file.read_bytes() for file in outside.rglob("*") if file.is_file()} == before
+    (path / linked).unlink()
+    outside.rename(path / linked)
+    Writer(path, {})
+
+
 def test_run_that_never_committed_is_made_again(tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed while it was laid out, at the root's first commit, or before its first file was in place."""
     path = tmp_path / "run.zarr"
