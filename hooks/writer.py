@@ -247,11 +247,14 @@ class Writer:
         self._write_documents(self._nodes)
 
     def lay_out_for_reading(self) -> None:
-        """Compact what has many records, each array by a commit of its own: where that is cut off, it is whole in one form or the other.
+        """Flush, then compact what has many records, each array by a commit of its own: where that is cut off, it is whole in one form or the other.
 
         Raises:
             ValueError: an array is damaged; it stays as it is.
+            TakenOver: as in :meth:`flush`.
         """
+        if any(len(group.steps) > group.committed for group in self._groups.values()):
+            self.flush()  # rows that wait are for the chunks that there are now
         for group in self._groups.values():
             if group.committed > SHARD_STEPS:
                 for name, array in group.arrays.items():

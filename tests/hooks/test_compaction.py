@@ -101,6 +101,17 @@ def test_compacted_and_expanded(tmp_path: Path, read: Read) -> None:
     assert_holds(read(path), RECORDS + 4)
 
 
+def test_records_that_wait_are_written_first(tmp_path: Path, read: Read) -> None:
+    path = tmp_path / "run.zarr"
+    writer = long_run(path)
+    append(writer, RECORDS + 1, RECORDS + 2)
+    writer.lay_out_for_reading()
+    assert_holds(read(path), RECORDS + 2)
+    append(writer, RECORDS + 3, RECORDS + 3)
+    writer.close()
+    assert_holds(read(path), RECORDS + 3)
+
+
 def test_every_bit_of_a_shard_counts(tmp_path: Path, read: Read) -> None:
     path = tmp_path / "run.zarr"
     long_run(path).lay_out_for_reading()
