@@ -74,17 +74,17 @@ def _operators(run: xr.DataTree) -> list[dict[str, Any]]:
     if group is None:
         return []
     dataset = run[group].to_dataset()
-    operators = np.array([str(operator) for operator in dataset["operator"].values])
+    found: dict[str, list[tuple[str, int]]] = {}
+    for operator, m, n, layer in zip(*(dataset[name].values.tolist() for name in ("operator", "rows", "cols", "layer")), strict=True):
+        found.setdefault(str(operator), []).append((f"{m}×{n}", int(layer)))
     described = []
-    for operator in ordered(operators.tolist()):
-        own = operators == operator
-        shapes = dict.fromkeys(f"{m}×{n}" for m, n in zip(dataset["rows"].values[own], dataset["cols"].values[own], strict=True))
-        layers = sorted({int(layer) for layer in dataset["layer"].values[own] if layer >= 0})
+    for operator in ordered(list(found)):
+        layers = sorted({layer for _, layer in found[operator] if layer >= 0})
         described.append(
             {
                 "operator": operator,
-                "matrices": int(own.sum()),
-                "shapes": ", ".join(shapes),
+                "matrices": len(found[operator]),
+                "shapes": ", ".join(dict.fromkeys(shape for shape, _ in found[operator])),
                 "layers": f"{layers[0]}–{layers[-1]}" if layers else "",
             }
         )

@@ -1,6 +1,6 @@
 """Arrays of a run as xarray's: read when used, a chunk at a time."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
@@ -40,26 +40,31 @@ def read(folder: Path, array: StoredArray, positions: Iterable[Any]) -> Any:
     given = list(positions)
     chosen = [np.atleast_1d(p) for p in given]
     out = array.empty(tuple(map(len, chosen)))
-    chunks = product(*([int(n) for n in np.unique(p // length)] for p, length in zip(chosen, array.chunk, strict=True)))
-    for numbers, held in groupby(sorted(chunks, key=lambda c: _file(array, c)), key=lambda c: _file(array, c)):
-        wanted = list(held)
-        inner = [tuple(n % (s // c) for n, s, c in zip(one, array.shard, array.chunk, strict=True)) for one in wanted]
+    places = [_places(p, length) for p, length in zip(chosen, array.chunk, strict=True)]
+    per_file = [outer // inner for outer, inner in zip(array.shard, array.chunk, strict=True)]
+    # By dimension and file: the chunks in it that are wanted.
+    files = [_by_file(where, n) for where, n in zip(places, per_file, strict=True)]
+    for numbers in array.files_among(files):
+        wanted = list(product(*(held[number] for held, number in zip(files, numbers, strict=True))))
+        inner = [tuple(n % f for n, f in zip(one, per_file, strict=True)) for one in wanted]
         for one, chunk in zip(wanted, read_chunks(folder, array, numbers, inner), strict=True):
             if chunk is not None:
-                there, here = zip(*_places(array, chosen, one), strict=True)
+                there, here = zip(*(where[number] for where, number in zip(places, one, strict=True)), strict=True)
                 out[_grid(there)] = chunk[_grid(here)]
     return out[tuple(0 if np.ndim(p) == 0 else slice(None) for p in given)]
 
 
-def _file(array: StoredArray, chunk: tuple[int, ...]) -> tuple[int, ...]:
-    return tuple(n * c // s for n, s, c in zip(chunk, array.shard, array.chunk, strict=True))
+def _by_file(chunks: Iterable[int], per_file: int) -> dict[int, list[int]]:
+    return {number: list(held) for number, held in groupby(chunks, key=lambda n: n // per_file)}
 
 
-def _places(array: StoredArray, chosen: list[NDArray[Any]], chunk: tuple[int, ...]) -> Iterator[tuple[NDArray[Any], NDArray[Any]]]:
-    """By dimension: which of the chosen positions lie in a chunk, and where in it."""
-    for positions, number, length in zip(chosen, chunk, array.chunk, strict=True):
-        there = np.flatnonzero(positions // length == number)
-        yield there, positions[there] - number * length
+def _places(positions: NDArray[Any], length: int) -> dict[int, tuple[NDArray[Any], NDArray[Any]]]:
+    """Along a dimension, by the number of the chunk, ascending: which of the chosen positions lie in it, and where in it."""
+    numbers = positions // length
+    order = np.argsort(numbers, kind="stable")
+    found, starts = np.unique(numbers[order], return_index=True)
+    parts = np.split(order, starts[1:])
+    return {int(number): (part, positions[part] - number * length) for number, part in zip(found, parts, strict=False)}
 
 
 def _grid(places: tuple[NDArray[Any], ...]) -> tuple[Any, ...]:
@@ -87,14 +92,14 @@ def _dataset(folder: Path, node: Node) -> xr.Dataset:
         for name, array in node.arrays.items()
     }
     attributes = dict(node.attributes)
-    coordinates = {name for name, array in node.arrays.items() if array.dimensions == (name,)}
-    for said in (attributes, *(variable.attrs for variable in variables.values())):  # as CF has it; the recorder says it of the group
-        coordinates |= set(str(said.pop("coordinates", "")).split())
+    coordinates = {name for name, array in node.arrays.items() if array.dimensions == (name,) or "step" not in array.dimensions}
+    for said in (attributes, *(variable.attrs for variable in variables.values())):
+        said.pop("coordinates", None)  # where CF has the same be said, for other readers
     if "step" in variables:
         steps = variables["step"].load().values
-        if len(steps) > 1 and not (np.diff(steps) > 0).all():
+        if len(steps) and not (steps[0] >= 0 and (steps[1:] > steps[:-1]).all()):
             raise ValueError(
-                f"run: {folder}: {node.path}/step: expected steps in ascending order, got others; `diag verify` tells what is whole"
+                f"run: {folder}: {node.path}/step: expected steps in ascending order from 0 on, got others; `diag verify` tells what is whole"
             )
     if "name" in variables and "matrix" in variables["name"].dims:
         variables["name"].load()  # as many as the metadata say

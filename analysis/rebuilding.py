@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from itertools import count, product
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -177,7 +177,11 @@ def _recorded(folder: Path, steps: StoredArray) -> int:
 
 
 def _there(folder: Path, array: StoredArray) -> list[int]:
-    return [i for i, numbers in enumerate(product(*map(range, array.grid))) if (folder / array.key(numbers)).is_file()]
+    found = []
+    for place, _, files in os.walk(folder / array.path):
+        inside = os.path.relpath(place, folder).replace(os.sep, "/")
+        found += [numbers for name in files if (numbers := array.numbers(f"{inside}/{name}")) is not None]
+    return [int(np.ravel_multi_index(numbers, array.grid)) for numbers in found]
 
 
 def _consolidated(nodes: dict[str, Any]) -> dict[str, Any]:

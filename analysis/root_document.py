@@ -4,7 +4,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
+from types import UnionType
 from typing import Any
+
+import numpy as np
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
 from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunks_written, newer_schema, schema_of, seal
@@ -13,6 +16,7 @@ from .stored_chunk import read_file
 
 MOST_NODES = 20_000  # groups and arrays
 MOST_LOGGED = 100_000  # of what a run's attributes list
+MOST_UNMAPPED = 100_000  # files of which only a look tells whether they are there
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ def contents(document: Mapping[str, Any]) -> Contents:
 
 def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]:
     arrays: dict[str, dict[str, StoredArray]] = {path: {} for path, node in nodes.items() if node["node_type"] == "group"}
+    unmapped = 0
     for path, node in nodes.items():
         parts = path.split("/")
         if len(parts) > 2 or any(part in ("", ".", "..") or len(part.encode()) > 255 or "\0" in part or "\\" in part for part in parts):
@@ -134,6 +139,9 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
             raise ValueError(f"zarr.json: expected at most {files:,} chunks of {path!r:.80} to have been written, got more")
         if maps and "step" not in array.dimensions:
             array = replace(array, written=range(files))  # what does not grow was written whole
+        unmapped += files if array.written is None else 0
+        if unmapped > MOST_UNMAPPED:
+            raise ValueError(f"zarr.json: expected at most {MOST_UNMAPPED:,} chunks of arrays without a map of them, got more")
         arrays[parent][parts[-1]] = array
     for path, own in arrays.items():
         sizes: dict[str, int] = {}
@@ -141,20 +149,22 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
             for name, size in zip(array.dimensions, array.shape, strict=True):
                 if sizes.setdefault(name, size) != size:
                     raise ValueError(f"{array.path}: expected {sizes[name]:,} along {name} as elsewhere in its group, got {size:,}")
-        for name, coordinate in (("step", "step"), ("matrix", "name")):
-            if sizes.get(name) and (coordinate not in own or own[coordinate].dimensions != (name,)):
-                raise ValueError(f"{path}: expected {coordinate} along {name}, got none")
+        for name, coordinate, dtype in (("step", "step", np.dtype("<i8")), ("matrix", "name", None)):
+            if sizes.get(name) and (coordinate not in own or (own[coordinate].dimensions, own[coordinate].dtype) != ((name,), dtype)):
+                raise ValueError(
+                    f"{path}: expected {coordinate}, {'whole numbers' if dtype else 'texts'} along {name}, got something else or none"
+                )
         group = nodes[path]["attributes"]
         _check_schedules(path, group.get("ns_schedules", []))
         yield Node(path, group, own)
 
 
 # What the run's own attributes are lists of, and what each entry must hold.
-_LISTS: dict[str, dict[str, type]] = {
-    "optimizers": {"label": str, "class": str, "groups": list},
+_LISTS: dict[str, dict[str, type | UnionType]] = {
+    "optimizers": {"label": str, "class": str, "groups": list, "spectrum_of": str | list},
     "continued": {"first_step": int, "optimizers": list},
-    "decisions": {"step": int, "optimizer": str, "kind": str},
-    "alignment_events": {"step": int, "optimizer": str},
+    "decisions": {"step": int, "optimizer": str, "kind": str, "why": str, "steps": dict | None},
+    "alignment_events": {"step": int, "optimizer": str, "group": int, "event": str, "alignment": float | int, "factor": float | int},
     LINEAGES: dict.fromkeys(OF_LINEAGE, int),
 }
 
@@ -178,6 +188,13 @@ def _check_attributes(attributes: Mapping[str, Any]) -> None:
     ]:
         if not isinstance(optimizer, dict) or not all(isinstance(group, dict) for group in optimizer.get("groups", [])):
             raise ValueError(f"zarr.json: expected optimizers to say their groups, got {optimizer!r:.60}")
+        for name in ("wrapped_by", "read_by", "spectrum_of"):
+            texts = optimizer.get(name, [])
+            if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"zarr.json: expected {name} of an optimizer to be texts, got {texts!r:.60}")
+    for name in ("missed", "dropped", "errors"):
+        if type(count := attributes.get(name, 0)) is not int or not 0 <= count < 2**63:
+            raise ValueError(f"zarr.json: expected {name} to be a count, got {count!r:.60}")
     for name in ("versions", "about", "chunks"):
         if not isinstance(attributes.get(name, {}), dict):
             raise ValueError(f"zarr.json: expected {name} to be an object, got {attributes[name]!r:.60}")

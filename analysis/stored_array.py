@@ -1,7 +1,8 @@
 """What an array of a run may be: the kinds that the recorder writes, of sizes that a run can have. All else is refused before anything is read."""
 
-from collections.abc import Container, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from math import prod
 from typing import Any
 
@@ -13,7 +14,8 @@ MOST_RECORDS, MOST_MATRICES, MOST_CELLS = 10_000_000, 100_000, 200_000_000  # ce
 MOST_ALONG = 4096  # any other dimension
 MOST_CHUNK = 2**29  # bytes of a chunk, decoded
 MOST_TEXT = 2**24  # of one of texts
-MOST_SHARDED = 2**20  # chunks in a shard
+MOST_FILES = 400_000  # of an array
+MOST_SHARDED = 2**16  # chunks in a shard
 
 _KINDS = {
     "bool": "?",
@@ -64,7 +66,7 @@ class StoredArray:
     compression: str | None
     checksum: bool
     separator: str
-    written: Container[int] | None
+    written: Collection[int] | None
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -80,18 +82,38 @@ class StoredArray:
         """The file of a chunk or shard, within the run."""
         return f"{self.path}/{self.separator.join(map(str, ('c', *numbers)))}"
 
+    def numbers(self, file: str) -> tuple[int, ...] | None:
+        """Of a chunk or shard by its file, as :meth:`key` names it; None where the file is none that the array can have."""
+        numbers = file.removeprefix(f"{self.path}/c").replace(".", "/").strip("/").split("/")
+        if len(numbers) != len(self.shape) or not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            return None
+        found = tuple(map(int, numbers))
+        return found if self.key(found) == file and all(n < size for n, size in zip(found, self.grid, strict=True)) else None
+
     def expects(self, numbers: tuple[int, ...]) -> bool:
         """Whether the file must be there. Steps are never missing; of all else, that is known by the map of chunks alone."""
         if self.written is None:
             return self.path.endswith("/step")
         return int(np.ravel_multi_index(numbers, self.grid)) in self.written
 
+    def files_among(self, along: Sequence[Collection[int]]) -> Iterator[tuple[int, ...]]:
+        """Of the files whose numbers along each dimension are given, those that may be there; what was not written holds missing values alone."""
+        if self.written is None or prod(map(len, along)) <= len(self.written):
+            for numbers in product(*along):
+                if self.written is None or self.expects(numbers):
+                    yield numbers
+            return
+        for number in sorted(self.written):
+            numbers = tuple(map(int, np.unravel_index(number, self.grid)))
+            if all(n in given for n, given in zip(numbers, along, strict=True)):
+                yield numbers
+
     def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
         """An array of `shape` in which everything is missing."""
         return np.full(shape, self.fill, np.dtypes.StringDType() if self.dtype is None else self.dtype)
 
 
-def stored_array(path: str, node: Mapping[str, Any], written: Container[int] | None = None) -> StoredArray:
+def stored_array(path: str, node: Mapping[str, Any], written: Collection[int] | None = None) -> StoredArray:
     """The array of which `node` is the metadata.
 
     Raises:
@@ -103,7 +125,7 @@ def stored_array(path: str, node: Mapping[str, Any], written: Container[int] | N
         raise ValueError(f"{path}: expected the metadata of an array, got one without a part or of another kind ({error!r:.80})") from None
 
 
-def _checked(path: str, node: Mapping[str, Any], written: Container[int] | None) -> StoredArray:
+def _checked(path: str, node: Mapping[str, Any], written: Collection[int] | None) -> StoredArray:
     _expect(path, "keys of an array's metadata", set(node) <= _KEYS, sorted(set(node) - _KEYS))
     _expect(path, "no storage transformers", node.get("storage_transformers", []) == [], node.get("storage_transformers"))
     kind = node["data_type"]
@@ -121,6 +143,8 @@ def _checked(path: str, node: Mapping[str, Any], written: Container[int] | None)
     _expect(path, f"at most {MOST_CELLS:,} records times matrices", prod(shape[:2]) <= MOST_CELLS, shape)
     _expect(path, "a regular chunk grid", node["chunk_grid"]["name"] == "regular", node["chunk_grid"]["name"])
     shard = _sizes(path, "chunk shape", node["chunk_grid"]["configuration"]["chunk_shape"], len(shape))
+    files = prod(-(-size // length) for size, length in zip(shape, shard, strict=True))
+    _expect(path, f"at most {MOST_FILES:,} chunks", files <= MOST_FILES, files)
     encoding = node["chunk_key_encoding"]
     separator = encoding.get("configuration", {}).get("separator", "/")
     _expect(path, "the default key encoding", encoding["name"] == "default" and separator in ("/", "."), encoding)
@@ -176,7 +200,10 @@ def _fill(path: str, given: Any, dtype: np.dtype[Any] | None) -> Any:
     if dtype.kind == "f" and given in ("NaN", "Infinity", "-Infinity"):
         return dtype.type(given)
     _expect(path, "a number as fill value", isinstance(given, bool) if dtype.kind == "b" else type(given) in (int, float), given)
-    return np.array(given).astype(dtype)[()] if dtype.kind == "f" else dtype.type(given)
+    if dtype.kind != "f":
+        return dtype.type(given)
+    with np.errstate(over="ignore"):
+        return np.array(given).astype(dtype)[()]
 
 
 def _expect(path: str, expected: str, holds: bool, got: Any) -> None:

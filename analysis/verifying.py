@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,8 @@ from .root_document import Contents, Node, contents, of_lineage
 from .run import open_run
 from .stored_array import StoredArray
 from .stored_chunk import decode_file, open_inside, read_file
+
+MOST_DAMAGE = 10_000  # chunks that are found damaged in one go; a repair looks again
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Verification:
     """What was found.
 
     Attributes:
-        damage: what is not whole.
+        damage: what is not whole; no more chunks are looked at after `MOST_DAMAGE`.
         harmless: of which files that belong to no commit there are how many: a writer that was killed leaves them.
-        arrays, chunks: how many were checked.
+        arrays, chunks: how many were checked; chunks that were never written, and hold missing values alone, are none.
         checksums: whether chunks carry one; without, a flipped bit that still decodes is not seen.
         document: of the root, as far as it could be read or made again.
         contents: what it describes.
@@ -125,10 +126,12 @@ def verify_one(folder: Path, lineage: Mapping[str, Any] | None = None) -> Verifi
     chunks = 0
     for node in found.groups:
         steps = _steps(folder, node)
-        if steps is not None and not (np.diff(steps) > 0).all():
-            damage.append(Damage("disorder", f"{node.path}/step", "steps are not in ascending order", f"{node.path}/step"))
+        if steps is not None and not ((steps[:1] >= 0).all() and (steps[1:] > steps[:-1]).all()):
+            damage.append(Damage("disorder", f"{node.path}/step", "steps are not in ascending order from 0 on", f"{node.path}/step"))
         for array in node.arrays.values():
-            for numbers in product(*map(range, array.grid)):
+            for numbers in array.files_among(list(map(range, array.grid))):
+                if len(damage) >= MOST_DAMAGE:
+                    break
                 chunks += 1
                 if (one := _chunk(folder, array, numbers)) is not None:
                     damage.append(replace(one, steps=_affected(array, numbers, steps)))
@@ -234,14 +237,6 @@ def _others(folder: Path, arrays: Mapping[str, StoredArray]) -> dict[str, int]:
                 continue
             elif array is None:
                 counts["other file"] += 1
-            elif not _belongs(array, f"{inside}/{name}"):
+            elif (numbers := array.numbers(f"{inside}/{name}")) is None or (array.written is not None and not array.expects(numbers)):
                 counts["chunk after the last commit"] += 1
     return {kind: count for kind, count in counts.items() if count}
-
-
-def _belongs(array: StoredArray, file: str) -> bool:
-    numbers = file.removeprefix(f"{array.path}/c").replace(".", "/").strip("/").split("/")
-    if len(numbers) != len(array.shape) or not all(number.isdecimal() and len(number) < 10 for number in numbers):
-        return False
-    found = tuple(map(int, numbers))
-    return array.key(found) == file and all(n < size for n, size in zip(found, array.grid, strict=True))

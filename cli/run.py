@@ -1,5 +1,6 @@
 """Commands that read a run: info, analyze, check."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,16 +35,16 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
         print_json(described)
         return
     say(run, f"begun {described['created']}")
-    for entry in described["lineages"]:
+    for entry in _first("lineages", described["lineages"]):
         say(f"lineage {entry['lineage']}", _of_lineage(entry, described["lineage"]))
-    for optimizer in described["optimizers"]:
+    for optimizer in _first("optimizers", described["optimizers"]):
         around = "".join(f"{wrapper} around " for wrapper in optimizer.get("wrapped_by", ()))
         read_by = ", ".join(dict.fromkeys(optimizer.get("read_by", ())))
         say(
             optimizer["label"],
             f"{around}{optimizer['class']}, read by {read_by or 'table'}; geometry describes the {optimizer['geometry_describes']}",
         )
-    for group, records in described["groups"].items():
+    for group, records in _first("groups", list(described["groups"].items())):
         say(
             group,
             f"{records['records']} record{'' if records['records'] == 1 else 's'}"
@@ -54,15 +55,15 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
             ("operator", "matrices", "shapes", "layers"),
             [(o["operator"], o["matrices"], o["shapes"], o["layers"]) for o in described["operators"]],
         )
-    for decision in described["decisions"]:
+    for decision in _first("decisions", described["decisions"]):
         steps = ", ".join(f"{operator} {k}" for operator, k in (decision["steps"] or {}).items())
         say(
             f"step {decision['step']}",
             f"schedule of {decision['optimizer']}, {decision['kind']}{steps and f': {steps}'} ({decision['why']})",
         )
-    for name, value in described["last_scalars"].items():
+    for name, value in _first("scalars", list(described["last_scalars"].items())):
         say(f"last {name}", f"{value:.6g}")
-    for event in described["alignment_events"]:
+    for event in _first("events", described["alignment_events"]):
         say(
             "update size",
             f"step {event['step']}, {event['optimizer']} group {event['group']}: {event['event']} at {event['alignment']:.3g} times the target, "
@@ -70,6 +71,13 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
         )
     if described["overhead"] is not None:
         say("recording", what_recording_took(described))
+
+
+def _first(what: str, entries: list[Any]) -> Iterator[Any]:
+    """The first entries, and a line that counts them where there are more."""
+    yield from entries[:ROWS]
+    if len(entries) > ROWS:
+        say(what, f"{ROWS} of {len(entries)}; --json has all")
 
 
 def _of_lineage(entry: dict[str, Any], shown: int) -> str:

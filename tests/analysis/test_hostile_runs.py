@@ -128,6 +128,24 @@ def some_groups(document):
     nodes(document).update({f"g{i}": {"attributes": {}, "zarr_format": 3, "node_type": "group"} for i in range(30_000)})
 
 
+def many_chunks(document):
+    """Of one element each, none of which was written: 10⁸ in every array."""
+    for path, node in nodes(document).items():
+        if path.startswith("geometry/") and node["dimension_names"][:1] == ["step"] and path != "geometry/step":
+            node["shape"][:2] = [10_000, 10_000]
+            node["chunk_grid"]["configuration"]["chunk_shape"] = [1] * len(node["shape"])
+            document["attributes"]["chunks"][path] = "0"
+
+
+def unmapped(document):
+    """Chunks of which nothing tells whether they are there, in very many arrays."""
+    node = nodes(document)["geometry/fro_norm"]
+    node["shape"][1] = 5
+    node["chunk_grid"]["configuration"]["chunk_shape"] = [1, 1]
+    nodes(document).update({f"geometry/x{i}": node for i in range(10_000)})
+    del document["attributes"]["chunks"]
+
+
 ATTACKS = {
     "a codec that runs code": (of_array(lambda node: node["codecs"].insert(1, {"name": "numcodecs.pickle", "configuration": {}})), "expected the codecs bytes"),
     "another codec": (of_array(lambda node: node["codecs"].__setitem__(1, {"name": "gzip", "configuration": {"level": 1}})), "expected the codecs bytes"),
@@ -152,6 +170,14 @@ ATTACKS = {
     "records that have no step": (longer("step", 1_000_000), "expected steps in ascending order"),
     "more cells than memory": (both(longer("matrix", 100_000), longer("step", 10_000_000)), "records times matrices"),
     "a chunk of 10¹² bytes": (of_array(lambda node: node["chunk_grid"]["configuration"].update(chunk_shape=[64, 2 * 10**9])), "expected chunks of at most"),
+    "10⁸ chunks": (edit(many_chunks), "expected at most 400,000 chunks"),
+    "10⁶ chunks without a map": (edit(unmapped), "expected at most 100,000 chunks of arrays without a map"),
+    "steps that are no whole numbers": (of_array(lambda node: node.update(data_type="float64", fill_value="NaN"), "geometry/step"), "expected step, whole numbers along step"),
+    "names that are no texts": (of_array(lambda node: node.update(data_type="int64", fill_value=0, codecs=[{"name": "bytes"}, *node["codecs"][1:]]), "geometry/name"), "expected name, texts along matrix"),
+    "decisions that say nothing": (edit(lambda d: d["attributes"].update(decisions=[{"step": 1, "optimizer": "Muon", "kind": "keep"}])), "expected decisions to be a list"),
+    "events that say nothing": (edit(lambda d: d["attributes"].update(alignment_events=[{"step": 1, "optimizer": "Muon"}])), "expected alignment_events to be a list"),
+    "optimizers read by a number": (edit(lambda d: d["attributes"]["optimizers"][0].update(read_by=7)), "expected read_by of an optimizer to be texts"),
+    "errors that are no count": (edit(lambda d: d["attributes"].update(errors=[1])), "expected errors to be a count"),
     "chunks of nothing": (of_array(lambda node: node["chunk_grid"]["configuration"].update(chunk_shape=[0, 5])), "whole numbers as chunk shape"),
     "lengths that contradict": (of_array(lambda node: node.update(shape=[11, 5])), "as elsewhere in its group"),
     "a million groups": (many_groups, "expected at most 16,000,000 bytes"),
@@ -176,6 +202,8 @@ ATTACKS = {
     "a shard cut short": (both(shard(0, 50, 0, 50), write(CHUNK, b"short")), "it is cut short"),
     "a chunk that is gone": (lambda run: (run / CHUNK).unlink(), "expected a file, got none; if the run was written to since"),
     "a flipped bit": (lambda run: write(CHUNK, bytes([(run / CHUNK).read_bytes()[0] ^ 1]) + (run / CHUNK).read_bytes()[1:])(run), "its checksum is of something else"),
+    "steps before the first": (write("geometry/step/c/0", sealed(Blosc("zstd", typesize=8).encode(np.arange(-1024, 0, dtype="<i8")))), "steps in ascending order from 0 on"),
+    "steps that wrap round": (write("geometry/step/c/0", sealed(Blosc("zstd", typesize=8).encode(np.array([*range(10), 2**63 - 1, -(2**63) + 2, *[0] * 1012], "<i8")))), "steps in ascending order from 0 on"),
     "steps out of order": (write("geometry/step/c/0", sealed(Blosc("zstd", typesize=8).encode(np.zeros(1024, "<i8")))), "steps in ascending order"),
 }  # fmt: skip
 

@@ -155,6 +155,36 @@ def test_what_a_killed_writer_leaves_is_harmless(run):
     assert found.harmless == {"half-written file": 1, "chunk after the last commit": 1}
 
 
+def test_a_chunk_that_no_commit_knows_is_not_read(run, whole):
+    """What was not written holds missing values, whatever lies in its place."""
+    document = json.loads((run / "zarr.json").read_text())
+    document["attributes"]["chunks"]["geometry/b"] = "3"
+    document["attributes"]["checksum"] = seal(document)
+    (run / "zarr.json").write_text(json.dumps(document))
+    flip(run / B)
+    after = open_run(run)["geometry"]["b"].values
+    np.testing.assert_array_equal(after[:128], open_run(whole)["geometry"]["b"].values[:128])
+    assert np.isnan(after[128:]).all()
+    found = verify(run)
+    assert not found.damage
+    assert found.harmless == {"chunk after the last commit": 16}
+
+
+@pytest.mark.parametrize("length", [1, 3, 64])
+def test_any_elements_are_read_in_any_order(length):
+    """Against NumPy, of positions that are not sorted and come twice."""
+    from optiscope.analysis.lazy_arrays import _places
+
+    rng = np.random.default_rng(0)
+    positions = rng.integers(0, 100, 50)
+    found = _places(positions, length)
+    assert list(found) == sorted({int(p) // length for p in positions})
+    again = np.full(50, -1)
+    for number, (there, here) in found.items():
+        again[there] = here + number * length
+    np.testing.assert_array_equal(again, positions)
+
+
 def test_what_is_no_run_is_not_verified(tmp_path):
     with pytest.raises(FileNotFoundError, match="nothing found at"):
         verify(tmp_path / "none")

@@ -48,3 +48,19 @@ def test_json_of_a_stranger_ends_in_a_sentence(diag, recorded, tmp_path):
             result = diag(*command)
             assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (2, "", 1)
             assert result.stderr.startswith("diag: ")
+
+
+def test_ten_thousand_decisions_do_not_fill_a_terminal(diag, recorded, tmp_path):
+    from optiscope.diagnostics.run_format import seal
+
+    run = tmp_path / "run.zarr"
+    shutil.copytree(recorded, run)
+    document = json.loads((run / "zarr.json").read_text())
+    decisions = [{"step": step, "optimizer": "Muon", "kind": "keep", "why": "so", "steps": None} for step in range(10_000)]
+    document["attributes"]["decisions"] = decisions
+    document["attributes"]["checksum"] = seal(document)
+    (run / "zarr.json").write_text(json.dumps(document))
+    lines = diag("info", run).stdout.splitlines()
+    assert len(lines) < 1_100
+    assert "decisions: 1000 of 10000; --json has all" in lines
+    assert json.loads(diag("info", run, "--json").stdout)["decisions"] == decisions
