@@ -53,5 +53,7 @@ def raised_by_signal_handler(error: BaseException) -> bool:
 def _code(handler: Any) -> CodeType | None:
     while isinstance(handler, functools.partial):
         handler = handler.func
+    if isinstance(handler, signal.Handlers):  # the default and no action: members of an enumeration, whose class can be called
+        return None
     # A function or a method has one, an object that can be called has it at its class.
     return getattr(handler, "__code__", None) or getattr(getattr(type(handler), "__call__", None), "__code__", None)  # noqa: B004

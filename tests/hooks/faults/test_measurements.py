@@ -37,9 +37,24 @@ def raising(error: BaseException) -> Callable[..., Any]:
     return fault
 
 
+def of_an_enumeration() -> ValueError:
+    """Raised within the call of a class whose kind that of signals' default actions is too."""
+    try:
+        signal.Signals(-1)
+    except ValueError as error:
+        return error
+    raise AssertionError
+
+
 @pytest.mark.parametrize(
     ("error", "background"),
-    [(np.linalg.LinAlgError("did not converge"), False), (MemoryError(), False), (OSError(5, "eh"), False), (MemoryError(), True)],
+    [
+        (np.linalg.LinAlgError("did not converge"), False),
+        (MemoryError(), False),
+        (OSError(5, "eh"), False),
+        (of_an_enumeration(), False),
+        (MemoryError(), True),
+    ],
     ids=repr,
 )
 def test_measurement_that_fails(error: Exception, background: bool, tmp_path: Path, reference: xr.DataTree) -> None:
