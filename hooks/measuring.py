@@ -1,6 +1,7 @@
 """What one optimizer's step gives to a record: read around the step, then measured, at once or by the worker."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from .copies import Copies
 from .matrices import Matrix
 from .record import Record
 from .snapshot import Snapshot
+from .undivided import undivided
 
 if TYPE_CHECKING:
     from .journal import Journal
@@ -46,26 +48,29 @@ class Part:
         # All of torch's work first, then all of NumPy's: alternating, their thread pools wait for each other. Every list
         # lets go of a matrix once it is measured, so that memory holds the float64 copies of one at a time.
         observations: list[tuple[Matrix, Observation]] = []
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext if journal.worker is None else undivided
         for matrix, known in self.known.items():
             record.fill("update", matrix, known)
         while self.readings:
             matrix, observation = self.readings.pop(0)
-            with journal.guard(record.step):
+            with journal.guard(record.step), apart():
                 observations.append((matrix, observation()))
-        self._measure_composites(record, dict(observations), journal)
+        self._measure_composites(record, dict(observations), journal, apart)
         while observations:
             matrix, seen = observations.pop()
-            with journal.guard(record.step):
+            with journal.guard(record.step), apart():
                 record.measure(matrix, seen)
                 record.measure_spectra(matrix, seen)
             del seen
         for copies in self.copies:
             copies.give_back()
 
-    def _measure_composites(self, record: Record, seen: dict[Matrix, Observation], journal: "Journal") -> None:
+    def _measure_composites(
+        self, record: Record, seen: dict[Matrix, Observation], journal: "Journal", apart: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         for composite in self.matrices:
             if composite.members and all(member in seen for member in composite.members):
-                with journal.guard(record.step):
+                with journal.guard(record.step), apart():
                     record.measure_composite(composite, [seen[member] for member in composite.members])
 
 

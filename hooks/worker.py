@@ -53,15 +53,10 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread behind what it was given, and wait for that. More work would begin another."""
-        self.dismiss()
-        if self._thread is not None and os.getpid() == self._process:
-            self._thread.join()
-            self._thread = None
-
-    def dismiss(self) -> None:
-        """Have the thread end behind what it was given."""
         if self._thread is not None and os.getpid() == self._process:
             self._tasks.put(None)
+            self._thread.join()
+            self._thread = None
 
     def _run(self) -> None:
         while (task := self._tasks.get()) is not None:

@@ -20,6 +20,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 import optiscope.hooks.record as record_module
 from optiscope.diagnostics.catalogue import MEASURES
 from optiscope.hooks import AdaptiveSchedule, Recorder, RmsAlignment, attach
+from optiscope.hooks.journal import Journal
 from optiscope.hooks.storing.files import Files
 
 Make = Callable[..., nn.Sequential]
@@ -237,7 +238,14 @@ def test_governor_counts_both_threads(mlp: Make, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
-def test_a_forked_child_neither_hangs_nor_writes(held: threading.Event, mlp: Make, tmp_path: Path, read: Read) -> None:
+def test_a_forked_child_neither_hangs_nor_writes(mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, appended = threading.Event(), Journal.append
+
+    def append(*args: Any) -> None:
+        assert held.wait(30)
+        appended(*args)
+
+    monkeypatch.setattr(Journal, "append", append)
     model = mlp()
     optimizers = build(model, "SGD")
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise")
@@ -262,6 +270,35 @@ def test_a_forked_child_neither_hangs_nor_writes(held: threading.Event, mlp: Mak
     held.set()
     recorder.close()
     assert read(tmp_path / "run.zarr")["update"]["step"].values.tolist() == [1]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_no_fork_falls_into_a_measurement(mlp: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor waits for more than the one under way: of three matrices a step, measured for 0.1 s each."""
+    measured, under_way = record_module.measure_update, [0, 0]
+
+    def measure(seen: Any) -> Any:
+        under_way[0] += 1
+        time.sleep(0.1)
+        under_way[1] += 1
+        return measured(seen)
+
+    monkeypatch.setattr(record_module, "measure_update", measure)
+    model = mlp()
+    optimizers = build(model, "SGD")
+    with attach(optimizers, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise") as recorder:
+        train(model, optimizers, recorder, 1, wait=False)
+        found = []
+        for _ in range(4):
+            time.sleep(0.03)
+            before = under_way[1]
+            child = os.fork()
+            if child == 0:
+                os._exit(under_way[0] - under_way[1])
+            found.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), under_way[1] - before <= 1))
+    assert found == 4 * [(0, True)]
+    assert under_way == [3, 3]
 
 
 SCRIPT = """
