@@ -175,19 +175,24 @@ class Journal:
         With `compact`, a run of many records is laid out for reading first.
         """
         try:
-            try:
-                yield
-            finally:
-                self.take_notes()
-                if self._scalars.is_begun:
-                    self._scalars.set_own(**self._own_time())
-                self._scalars.hand_over()
-                self._write(self._writer.close)
-                self._tell_what_is_lost()
-                if compact and not self.taken_over and not self._writer.unwritten:
-                    self._compact()
+            yield
         finally:
-            self._writer.release()
+            # Else an interrupt: it is still the worker's turn, and the interpreter's end ends this.
+            if self.worker is None or not self.worker.busy:
+                try:
+                    self._end(compact)
+                finally:
+                    self._writer.release()
+
+    def _end(self, compact: bool) -> None:
+        self.take_notes()
+        if self._scalars.is_begun:
+            self._scalars.set_own(**self._own_time())
+        self._scalars.hand_over()
+        self._write(self._writer.close)
+        self._tell_what_is_lost()
+        if compact and not self.taken_over and not self._writer.unwritten:
+            self._compact()
 
     def _tell_what_is_lost(self) -> None:
         lost = self._lost | (set() if self.taken_over else self._writer.unwritten)

@@ -53,6 +53,7 @@ class Worker:
 
     def stop(self) -> None:
         """End the thread behind what it was given, and wait for that. More work would begin another."""
+        self.wait()  # not by `join`, which does not wait a second time when an exception has interrupted it
         if self._thread is not None and os.getpid() == self._process:
             self._tasks.put(None)
             self._thread.join()

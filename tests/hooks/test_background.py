@@ -19,6 +19,7 @@ from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import optiscope.hooks.record as record_module
 from optiscope.diagnostics.catalogue import MEASURES
+from optiscope.diagnostics.run_lock import owner
 from optiscope.hooks import AdaptiveSchedule, Recorder, RmsAlignment, attach
 from optiscope.hooks.journal import Journal
 from optiscope.hooks.storing.files import Files
@@ -270,6 +271,29 @@ def test_a_forked_child_neither_hangs_nor_writes(mlp: Make, tmp_path: Path, read
     held.set()
     recorder.close()
     assert read(tmp_path / "run.zarr")["update"]["step"].values.tolist() == [1]
+
+
+def test_interrupt_while_closing_waits(held: threading.Event, mlp: Make, tmp_path: Path, read: Read) -> None:
+    """The run is the worker's until that is done: it keeps its lock, and is written by nobody else."""
+    model = mlp()
+    optimizers = build(model, "SGD")
+    store = tmp_path / "run.zarr"
+    recorder = attach(optimizers, model, store, every=1, background=True, on_error="raise")
+    train(model, optimizers, recorder, 2, wait=False)
+    written = Files(store, "").signature()
+    interrupt = threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
+    interrupt.start()
+    with pytest.raises(KeyboardInterrupt):
+        recorder.close()
+    assert Files(store, "").signature() == written
+    assert owner(store) is not None
+    held.set()
+    recorder.close()  # as the interpreter's end would
+    assert owner(store) is None
+    run = read(store)
+    assert run["update"]["step"].values.tolist() == [1]
+    assert run["scalars"]["step"].values.tolist() == [1, 2]
+    assert not any(thread.name == "optiscope" for thread in threading.enumerate())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
