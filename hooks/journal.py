@@ -22,8 +22,8 @@ log = logging.getLogger("optiscope")
 
 # Chunks that are not full are written every `FLUSH_SECONDS`, and no more often than takes this share of the time: a kill loses at most that much.
 FLUSH_SHARE = 0.001
-# Notes that wait for a worker: of what is logged, the oldest beyond these are lost, as when a store cannot be written.
-MOST_NOTES = 4096
+# Steps whose scalars wait for a worker: the oldest beyond these are lost, as when a store cannot be written. A kilobyte each, or little more.
+MOST_LOGGED = 16384
 _COUNTERS = ("errors", "dropped", "missed")  # attributes here, and of the run, where they add up
 
 
@@ -59,6 +59,7 @@ class Journal:
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
         self._notes: deque[Callable[[], None]] = deque()
+        self._logged: deque[tuple[int, dict[str, float], Mapping[str, float]]] = deque()  # step, the recorder's own scalars, the user's
         self.flush_cost = 0.0
         self._begun = self._flushed = time.perf_counter()
         self._asked_for = 0.0
@@ -86,9 +87,11 @@ class Journal:
             self._notes.append(action)
 
     def take_notes(self) -> None:
-        """Do what was noted. Only for the thread whose turn it is."""
+        """Do what was noted, and take what was logged. Only for the thread whose turn it is."""
         while self._notes:
             self._notes.popleft()()
+        while self._logged:
+            self._set(*self._logged.popleft())
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -132,19 +135,21 @@ class Journal:
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:
         """Take scalars of a step; those that are no numbers fail one by one."""
-        self.log_own_time(step)
+        numbers = {}
         for name, value in values.items():
             with self.guard(step):
-                number = float(value.detach() if isinstance(value, Tensor) else value)
-                self.note(partial(self._set, step, name, number))
-
-    def _set(self, step: int, name: str, value: float) -> None:
-        with self.guard(step):
-            self._scalars.set(name, value)
+                numbers[name] = float(value.detach() if isinstance(value, Tensor) else value)
+        self._log(step, numbers)
 
     def log_own_time(self, step: int) -> None:
         """Set the scalars of what recording costs."""
-        self.note(partial(self._set_own, step, self._own_time()))
+        self._log(step, {})
+
+    def _log(self, step: int, numbers: Mapping[str, float]) -> None:
+        if self.worker is None:
+            self._set(step, self._own_time(), numbers)
+        else:
+            self._logged.append((step, self._own_time(), numbers))
 
     def _own_time(self) -> dict[str, float]:
         own = {"overhead_seconds": self.clock.wall, "overhead_cpu_seconds": self.cpu, "elapsed_seconds": time.perf_counter() - self._begun}
@@ -152,10 +157,13 @@ class Journal:
             own["background_cpu_seconds"] = behind
         return own
 
-    def _set_own(self, step: int, own: dict[str, float]) -> None:
+    def _set(self, step: int, own: dict[str, float], numbers: Mapping[str, float]) -> None:
         with self.guard(step):
             self._scalars.begin(step)
             self._scalars.set_own(**own)
+        for name, number in numbers.items():
+            with self.guard(step):
+                self._scalars.set(name, number)
 
     @property
     def cpu(self) -> float:
@@ -213,11 +221,12 @@ class Journal:
         if self.worker is None:
             if self.flush_is_due:
                 self.flush()
-        elif not self.worker.busy and (self.flush_is_due or len(self._notes) > MOST_NOTES // 4):
+        elif not self.worker.busy and (self.flush_is_due or len(self._logged) > MOST_LOGGED // 16):
             self.worker.submit(partial(self._flush_behind, step))
         else:
-            while len(self._notes) > MOST_NOTES:
-                self._notes.popleft()
+            while len(self._logged) > MOST_LOGGED:
+                lost, *_ = self._logged.popleft()
+                self._lost.add(lost)
                 self.dropped += 1
 
     def _flush_behind(self, step: int) -> None:

@@ -165,6 +165,39 @@ def test_a_slow_disk_holds_up_neither_steps_nor_log(mlp: Make, tmp_path: Path, r
     assert read(tmp_path / "run.zarr")["scalars"]["loss"].notnull().all()
 
 
+def test_of_too_many_scalars_the_oldest_are_lost_by_whole_steps(
+    mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    begun, go, measured = threading.Event(), threading.Event(), record_module.measure_update
+
+    def measure(seen: Any) -> Any:
+        begun.set()
+        assert go.wait(30)
+        return measured(seen)
+
+    monkeypatch.setattr(record_module, "measure_update", measure)
+    monkeypatch.setattr("optiscope.hooks.journal.MOST_LOGGED", 5)
+    model = mlp()
+    optimizers = build(model, "SGD")
+    recorder = attach(optimizers, model, tmp_path / "run.zarr", every=100, first_step=99, background=True, on_error="raise")
+    train(model, optimizers, recorder, 1, wait=False)
+    assert begun.wait(30)
+    for step in range(101, 113):
+        optimizers[0].step()
+        recorder.log(first=step, second=-step)
+    recorder.watch(SGD([nn.Parameter(torch.ones(4, 4))], lr=0.1))
+    go.set()
+    recorder.close()
+    run = read(tmp_path / "run.zarr")
+    for name, sign in (("first", 1), ("second", -1)):
+        kept = run["scalars"][name].dropna("step")
+        assert kept["step"].values.tolist() == [108, 109, 110, 111, 112]
+        assert kept.values.tolist() == [sign * step for step in (108, 109, 110, 111, 112)]
+    assert recorder.dropped >= 7
+    assert "are lost" in caplog.text
+    assert [entry["label"] for entry in run.attrs["optimizers"]] == ["SGD", "SGD#2"]  # what is no scalar is kept
+
+
 def test_what_fails_behind_is_counted_and_told_of_once(
     mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
