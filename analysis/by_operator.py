@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ..diagnostics.bootstrap import median_interval
 from ..diagnostics.nan_quantile import nan_quantile
-from .run import median_by, operators_of
+from .run import median_by, operators_of, places_of
 
 
 def by_operator(values: Mapping[str, xr.DataArray]) -> xr.Dataset:
@@ -43,14 +43,13 @@ def medians_by(values: xr.DataArray, labels: ArrayLike, order: Sequence[Any]) ->
         order: the labels asked for.
     """
     per_matrix = nan_quantile(np.where(np.isfinite(values.values), values.values, np.nan).T)
-    known, label, layers = np.isfinite(per_matrix), np.asarray(labels), values["layer"].values
+    known, layers = np.isfinite(per_matrix), values["layer"].values
     found = np.full((3, len(order)), np.nan)
-    for i, one in enumerate(order):
-        chosen = known & (label == one)
-        if chosen.any():
-            own = per_matrix[chosen]
-            low, high = median_interval(own, layers[chosen])
-            found[:, i] = low, np.median(own), high
+    for i, own in enumerate(places_of(labels, order)):
+        chosen = own[known[own]]
+        if len(chosen):
+            low, high = median_interval(per_matrix[chosen], layers[chosen])
+            found[:, i] = low, np.median(per_matrix[chosen]), high
     return found
 
 

@@ -219,5 +219,16 @@ def operators_of(dataset: xr.Dataset | xr.DataArray) -> list[str]:
 
 def median_by(values: xr.DataArray, labels: Any, order: Sequence[Any], quantile: float = 0.5) -> NDArray[np.float64]:
     """Quantile over the matrices of each label, missing values left out; `values` (step, matrix) → shape (step, len(order))."""
-    labels = np.asarray(labels)
-    return np.stack([nan_quantile(values.values[:, labels == label], quantile) for label in order], axis=1)
+    return np.stack([nan_quantile(values.values[:, own], quantile) for own in places_of(labels, order)], axis=1)
+
+
+def places_of(labels: Any, order: Sequence[Any]) -> list[NDArray[np.intp]]:
+    """Where each of `order` stands among `labels`, in one pass however many there are.
+
+    >>> [places.tolist() for places in places_of(["a", "b", "a"], ["a", "c"])]
+    [[0, 2], []]
+    """
+    found: dict[Any, list[int]] = {}
+    for place, label in enumerate(np.asarray(labels).tolist()):
+        found.setdefault(label, []).append(place)
+    return [np.array(found.get(label, []), np.intp) for label in order]
