@@ -35,11 +35,10 @@ def open_inside(folder: Path, key: str) -> BinaryIO | None:
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    file = os.fdopen(descriptor, "rb")
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
+        os.close(descriptor)
         raise ValueError(f"{key}: expected a file, got something else")
-    return file
+    return os.fdopen(descriptor, "rb")
 
 
 def read_file(folder: Path, key: str, most: int) -> bytes | None:

@@ -62,15 +62,9 @@ def test_medians_by_counts_a_matrix_once():
     assert np.isnan(found[:, 2]).all()
 
 
-def test_very_many_operators_are_no_harder_than_as_many_matrices():
-    """10,000 operators of one matrix each: a comparison of all labels with each would be 10⁸ of texts; this takes 0.4 s."""
-    import time
-
+def test_medians_are_in_the_order_asked_for():
     from optiscope.analysis.run import median_by
 
-    labels = [f"layers.{i}.a_rather_long_name_of_an_operator" for i in range(10_000)]
-    values = xr.DataArray(np.arange(10_000.0)[None], dims=("step", "matrix"))
-    begun = time.process_time()
-    found = median_by(values, labels, labels[::-1])
-    assert time.process_time() - begun < 3
-    np.testing.assert_array_equal(found, values.values[:, ::-1])
+    values = xr.DataArray(np.arange(100.0)[None], dims=("step", "matrix"))
+    labels = [f"o{i}" for i in range(100)]
+    np.testing.assert_array_equal(median_by(values, labels, labels[::-1]), values.values[:, ::-1])

@@ -57,12 +57,18 @@ def gone(file):
     file.unlink()
 
 
+def folder(file):
+    file.unlink()
+    file.mkdir()
+
+
 B = "geometry/b/c/2/0"
 DAMAGE = {
     # What is done to which file: kind, the steps that are told, what differs afterwards.
     "a flipped bit": (flip, B, "flipped bit", (1280, 1910)),
     "a chunk cut short": (cut, B, "truncated chunk", (1280, 1910)),
     "a chunk that is gone": (gone, B, "missing chunk", (1280, 1910)),
+    "a folder in its place": (folder, B, "damaged chunk", (1280, 1910)),
     "an array's metadata": (gone, "geometry/b/zarr.json", "missing metadata", None),
     "an array's metadata, changed": (flip, "geometry/b/zarr.json", "damaged metadata", None),
     "the root's metadata": (gone, "zarr.json", "missing metadata", None),
@@ -94,7 +100,7 @@ def test_damage_is_named_and_what_is_whole_is_kept(case, run, whole):
     # Nothing is deleted: what was damaged is aside, with a list of it.
     aside = next((run / ".damaged").iterdir())
     assert json.loads((aside / "damage.json").read_text())["damage"][0]["file"] == file
-    assert spoil is gone or (aside / file).is_file()
+    assert spoil is gone or (aside / file).exists()
     assert repair(run) == {"aside": None, "done": []}
 
 
