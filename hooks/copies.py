@@ -39,9 +39,11 @@ class Copies:
         self._own: set[int] = set()  # storages of copies
         self._of: dict[Kind, tuple[Tensor, Tensor]] = {}  # beside what they are copies of, so that nothing else comes to lie there
 
-    def of(self, tensor: Tensor) -> Tensor:
-        """A copy of the tensor as it is now."""
+    def of(self, tensor: Tensor, instead_of: Tensor | None = None) -> Tensor:
+        """A copy of the tensor as it is now, in the memory of an earlier one where there is one that nobody looks at any more."""
         tensor = tensor.detach()
+        if instead_of is not None and _kind(instead_of) == _kind(tensor):
+            return instead_of.copy_(tensor)
         # The memory of a device has an allocator that keeps it, and that of a wrapper is not where its strides say.
         plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.device.type == "cpu" and tensor.layout == torch.strided
         copy = self._memory.copy(tensor) if plain else tensor.clone()

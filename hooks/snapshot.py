@@ -45,6 +45,7 @@ class Snapshot:
     has_spectra: bool = True
     copies: Copies | None = None
     gradient_seen: bool = False
+    gradient_copy: Tensor | None = None  # for a closure that is called again
     grad_rms: tuple[Callable[[], float], ...] = ()  # of every matrix
     errors: list[Exception] = field(default_factory=list)
 
@@ -59,7 +60,10 @@ class Snapshot:
         gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
         self.gradient_seen = True
         if self.copies is not None:
-            gradient = self.copies.of(gradient) if grad_scale is None else self.copies.own(gradient)
+            if grad_scale is None:
+                gradient = self.gradient_copy = self.copies.of(gradient, self.gradient_copy)
+            else:
+                self.copies.own(gradient)
             self.grad_rms = tuple(partial(tensor_rms, matrix.of(gradient)) for matrix in self.matrices)
         else:
             # Begun before the step, and looked at behind it: an accelerator is not waited for.

@@ -145,6 +145,29 @@ def test_memory_is_that_of_one_record(held: threading.Event, mlp: Make, tmp_path
     assert recorder._under_way.memory is None
 
 
+def test_closure_that_is_called_again_and_again_takes_no_more_memory(mlp: Make, tmp_path: Path) -> None:
+    class Patient(SGD):
+        def step(self, closure: Any = None) -> Any:
+            for _ in range(4):
+                closure()
+            return super().step(closure)
+
+    model = mlp()
+    optimizer = Patient(model.parameters(), lr=0.05)
+
+    def closure() -> torch.Tensor:
+        loss: torch.Tensor = model(torch.ones(4, 8)).square().mean()
+        loss.backward()
+        return loss
+
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise") as recorder:
+        memory = recorder._under_way.memory
+        assert memory is not None
+        optimizer.step(closure)
+        recorder.flush()
+        assert sum(map(len, memory._free.values())) == 3 * 3  # of three matrices: weights before and after, gradient
+
+
 def test_a_slow_disk_holds_up_neither_steps_nor_log(mlp: Make, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
     go, replace = threading.Event(), Files.replace
 
