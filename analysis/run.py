@@ -46,10 +46,12 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     folder = path.resolve()
     try:
-        return of_lineage(_tree(folder, contents(read_document(folder))), lineage, partial(_lineages, folder))
+        run = of_lineage(_tree(folder, contents(read_document(folder))), lineage, partial(_lineages, folder))
     except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(("run: ", "lineage: ")) else f"run: {path}: {text}") from error
+    run.encoding = {"source": str(folder)}  # where xarray says what a dataset was opened from; schedules name it
+    return run
 
 
 def _tree(folder: Path, found: Contents) -> xr.DataTree:

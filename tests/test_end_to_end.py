@@ -136,12 +136,12 @@ def test_the_promise_of_the_schedule_holds_on_the_run_it_came_from(first):
         assert found == pytest.approx(entry.predicted_residual, abs=1e-8)
 
 
-def test_residuals_of_small_ranks_follow_from_the_store_exactly(first):
+def test_residuals_of_small_ranks_follow_from_the_store(first):
     """The recorder predicts from the full spectrum in float64; the studies from what is stored of it."""
     geometry = orthogonalised(first[2]).load()
     assert (np.minimum(geometry["rows"], geometry["cols"]) <= 64).all()
-    # All singular values are stored, as float32. Measured: 3e-8.
-    np.testing.assert_allclose(residual_of_records(geometry, JORDAN), own_residual(geometry), atol=2e-7)
+    # All singular values are stored, rounded to 12 bits: 1.2e-4 of each at most. Measured: 5.0e-5.
+    np.testing.assert_allclose(residual_of_records(geometry, JORDAN), own_residual(geometry), rtol=0, atol=1.5e-4)
 
 
 def test_residuals_of_larger_ranks_follow_from_64_values(tmp_path):

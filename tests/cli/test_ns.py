@@ -118,7 +118,8 @@ def test_every_operator_of_a_schedule_is_judged(diag, tmp_path, strict_json):
 
 
 UNREADABLE = {
-    "expected JSON, a list of [a, b, c] triples, ": ["", "hello", "[[1, 2", "[" * 100_000],
+    "expected JSON, a list of [a, b, c] triples, ": ["", "hello", "[[1, 2"],
+    "expected JSON nested at most 32 deep": ["[" * 100_000],
     "got an empty file": ["", " \n"],
     "coefficients: expected three numbers (a, b, c) in row 2, got [1.5, -0.5]": [[[1.5, -0.5, 0], [1.5, -0.5]]],
     "coefficients: expected three numbers (a, b, c) in row 1, got 1.5": [[1.5, -0.5, 0]],
