@@ -97,6 +97,7 @@ class Start:
         try:
             self._recording = import_module("optiscope.hooks.script_run").ScriptRun(self._store, about=about, **self._options)
             self._recording.before_step(optimizer)
+            import_module("zarr").create_group({})  # makes that loop now
         finally:
             asyncio.setLevel(level)
 
