@@ -214,7 +214,7 @@ def test_hooked_optimizer_in_ddp(mlp: Make, tmp_path: Path, read: Read) -> None:
 
 
 def test_attaching_and_detaching_many_times_leaves_nothing(mlp: Make, tmp_path: Path) -> None:
-    """2,000 cycles: hooks, state and the list of open recorders are as they were, and no object is left behind."""
+    """500 cycles: hooks, state and the list of open recorders are as they were, and no object is left behind."""
     model = mlp(dropout=0.0)
     optimizer = SGD(model.parameters(), lr=0.1, momentum=0.9)
     model(data(0)).square().mean().backward()
@@ -234,7 +234,7 @@ def test_attaching_and_detaching_many_times_leaves_nothing(mlp: Make, tmp_path: 
     try:
         cycles(10)
         early = cycles(10)
-        late = cycles(1980)
+        late = cycles(480)
     finally:
         logging.getLogger("optiscope").setLevel(logging.NOTSET)
     assert {name: dict(value) for name, value in vars(optimizer).items() if "hooks" in name} == hooks
