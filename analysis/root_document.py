@@ -36,8 +36,8 @@ class Contents:
     groups: tuple[Node, ...]
 
 
-def read_document(folder: Path) -> dict[str, Any]:
-    """The document of a run's root, of a schema that this version reads; nothing else in it has been checked.
+def read_document(folder: Path, given: Path | None = None) -> dict[str, Any]:
+    """The document of a run's root, of a schema that this version reads; nothing else in it has been checked. Messages name the folder as it was `given`.
 
     Raises:
         ValueError: it is no run's, or one of a newer schema.
@@ -49,9 +49,9 @@ def read_document(folder: Path) -> dict[str, Any]:
         why = f" ({error})"
     attributes = document.get("attributes") if isinstance(document, dict) else None
     if schema_of(attributes) is None or not isinstance(document, dict) or not isinstance(attributes, dict):
-        raise ValueError(f"run: {folder} is not an Optiscope run{why}; give the folder that was passed to `attach`")
+        raise ValueError(f"run: {given or folder} is not an Optiscope run{why}; give the folder that was passed to `attach`")
     if newer := newer_schema(attributes):
-        raise ValueError(f"run: {folder} {newer}")
+        raise ValueError(f"run: {given or folder} {newer}")
     return document
 
 

@@ -46,7 +46,7 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     folder = path.resolve()
     try:
-        run = of_lineage(_tree(folder, contents(read_document(path))), lineage, partial(_lineages, folder))
+        run = of_lineage(_tree(folder, contents(read_document(folder, path))), lineage, partial(_lineages, folder))
     except (OSError, ValueError) as error:
         text = str(error)
         raise ValueError(text if text.startswith(("run: ", "lineage: ")) else f"run: {path}: {text}") from error

@@ -65,6 +65,6 @@ def test_the_security_page_names_what_exists_and_invents_no_address():
     assert all((ROOT / path).exists() for path in re.findall(r"`((?:tests|docs)/[\w/.]+)`", text))
     assert "@" not in text.replace("`@`", "")
     # Its numbers are those in force.
-    for value, words in ((1_000, "words of more than {:,} characters"), (ROWS, "tables end after {:,} rows"), (LONGEST, "cut at {} characters"),
+    for value, words in ((1_000, "words of more than {:,} characters"), (ROWS, "tables and lists of `info` end after {:,} rows"), (LONGEST, "cut at {} characters"),
                          (MOST, "{} operators are drawn"), (MOST_GROUPS, "refused beyond {} operators")):  # fmt: skip
         assert words.format(value) in text

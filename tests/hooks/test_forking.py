@@ -134,8 +134,8 @@ def test_what_is_told_of_later_steps_is_left_too(tmp_path: Path) -> None:
     """And is there in the lineage; what indices point into stays."""
     writer = begin(tmp_path / "run.zarr", 20)
     told = {
-        "decisions": [{"step": step, "kind": "commit", "optimizer": "Muon"} for step in (5, 10, 15)],
-        "alignment_events": [{"step": 11, "optimizer": "Muon"}],
+        "decisions": [{"step": step, "kind": "commit", "optimizer": "Muon", "why": "told", "steps": None} for step in (5, 10, 15)],
+        "alignment_events": [{"step": 11, "optimizer": "Muon", "group": 0, "event": "off", "alignment": 0.1, "factor": 1.0}],
         "continued": [{"first_step": step, "optimizers": []} for step in (4, 10, 12)],
     }
     writer.attributes[""].update(told, errors=2)

@@ -122,8 +122,8 @@ def _check_residuals(one, recorded):
     assert (in_force[step > 16] == steps_of).all()
     curve = np.take_along_axis(recorded["ns_residual"].values, in_force[..., None], axis=-1)[..., 0]
     assert one["residuals"]["step"] == step.tolist()
-    # Stored spectra are rounded to 12 bits, 1.2e-4 of each at most, and the curves were computed before; seen: 3e-4.
-    np.testing.assert_allclose(one["residuals"]["predicted"], curve.mean(axis=1), rtol=1e-3)
+    # Stored spectra are rounded to 12 bits, 1.2e-4 of each at most, and the curves were computed before; seen: 6e-4.
+    np.testing.assert_allclose(one["residuals"]["predicted"], curve.mean(axis=1), rtol=2e-3)
     np.testing.assert_allclose(one["residuals"]["achieved"], recorded["ns_residual_achieved"].values.mean(axis=1), rtol=1e-5)
 
 
