@@ -219,7 +219,7 @@ class Recorder:
             self._note_skip(watched)
         if watched.steps > self.step:
             self.step = watched.steps
-        if self._under_way.ended is not None:
+        if self._under_way.is_written:
             self._hear_of_record()
         if watched.snapshot_steps == watched.steps - 1:
             self._observe(watched)

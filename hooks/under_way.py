@@ -76,12 +76,18 @@ class UnderWay:
         if self._journal.worker is None:
             self.hear(step)
 
+    @property
+    def is_written(self) -> bool:
+        """Whether there is one that has ended, is written, and has not been heard of."""
+        worker = self._journal.worker
+        return self.ended is not None and not (worker is not None and worker.busy)
+
     def hear(self, step: int) -> None:
         """If it is written, know what it took and tell of it."""
-        worker = self._journal.worker
-        if self.ended is None or (worker is not None and worker.busy):
+        record = self.ended
+        if record is None or not self.is_written:
             return
-        record, self.ended = self.ended, None
+        self.ended = None
         spent, elapsed = self._journal.spent_and_elapsed()
         self._cadence.recorded(max(record.step, step), spent - self._spent_before, spent, elapsed, self._journal.flush_cost)
         for listener in list(self._listeners.values()):
