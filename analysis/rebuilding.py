@@ -12,7 +12,7 @@ import numpy as np
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
 from ..diagnostics.catalogue import GROUPS
-from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunk_map, schema_of, seal
+from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunk_map, consolidated, schema_of, seal
 from .lazy_arrays import read
 from .root_document import MOST_NODES
 from .stored_array import StoredArray, stored_array
@@ -44,7 +44,7 @@ def rebuilt(folder: Path, root: bytes, lineage: Mapping[str, Any] | None = None)
         _settle(
             folder, {name: node for name, node in nodes.items() if name.rpartition("/")[0] == path and node["node_type"] == "array"}, sealed
         )
-        nodes[path] = {**nodes[path], "consolidated_metadata": _consolidated({})}
+        nodes[path] = {**nodes[path], **consolidated({})}
     if sealed:
         attributes["chunks"] = {
             path: chunk_map(_there(folder, stored_array(path, node)))
@@ -55,7 +55,7 @@ def rebuilt(folder: Path, root: bytes, lineage: Mapping[str, Any] | None = None)
         attributes |= _left(folder, attributes.pop(LINEAGES, None))
     else:
         attributes |= _extent(folder, nodes) | dict(lineage)
-    return {"attributes": attributes, "zarr_format": 3, "node_type": "group", "consolidated_metadata": _consolidated(nodes)}
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group", **consolidated(nodes)}
 
 
 def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
@@ -181,8 +181,4 @@ def _there(folder: Path, array: StoredArray) -> list[int]:
     for place, _, files in os.walk(folder / array.path):
         inside = os.path.relpath(place, folder).replace(os.sep, "/")
         found += [numbers for name in files if (numbers := array.numbers(f"{inside}/{name}")) is not None]
-    return [int(np.ravel_multi_index(numbers, array.grid)) for numbers in found]
-
-
-def _consolidated(nodes: dict[str, Any]) -> dict[str, Any]:
-    return {"kind": "inline", "must_understand": False, "metadata": nodes}
+    return [array.place(numbers) for numbers in found]

@@ -123,11 +123,8 @@ class _Repair:
     def _lose_values(self, damage: Damage, array: StoredArray) -> None:
         """What the chunk held is missing from now on."""
         if array.written is not None and damage.number is not None:
-            number = 0
-            for n, size in zip(damage.number, array.grid, strict=True):
-                number = number * size + n
             maps = self.attributes["chunks"]
-            maps[array.path] = chunk_map(set(chunks_written(maps.get(array.path, "0"))) - {number})
+            maps[array.path] = chunk_map(set(chunks_written(maps.get(array.path, "0"))) - {array.place(damage.number)})
         records = "" if damage.steps is None else f" in the records of steps {damage.steps[0]} to {damage.steps[1]}"
         self.attributes.setdefault("damaged", []).append(
             {"array": array.path, "kind": damage.kind, "steps": damage.steps and list(damage.steps), "repaired": self.time}
@@ -191,10 +188,7 @@ class _Repair:
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.unlink(missing_ok=True)
                 os.link(old, target)
-                place = 0
-                for n, size in zip(new, after.grid, strict=True):
-                    place = place * size + n
-                kept.append(place)
+                kept.append(after.place(new))
             if array.written is not None:
                 self.attributes["chunks"][array.path] = chunk_map(kept)
             old_keys = {array.key(numbers) for numbers in product(*map(range, array.grid))}

@@ -90,11 +90,15 @@ class StoredArray:
         found = tuple(map(int, numbers))
         return found if self.key(found) == file and all(n < size for n, size in zip(found, self.grid, strict=True)) else None
 
+    def place(self, numbers: tuple[int, ...]) -> int:
+        """The number of a file in the row-major order of their grid, by which the map of chunks knows it."""
+        return int(np.ravel_multi_index(numbers, self.grid))
+
     def expects(self, numbers: tuple[int, ...]) -> bool:
         """Whether the file must be there. Steps are never missing; of all else, that is known by the map of chunks alone."""
         if self.written is None:
             return self.path.endswith("/step")
-        return int(np.ravel_multi_index(numbers, self.grid)) in self.written
+        return self.place(numbers) in self.written
 
     def files_among(self, along: Sequence[Collection[int]]) -> Iterator[tuple[int, ...]]:
         """Of the files whose numbers along each dimension are given, those that may be there; what was not written holds missing values alone."""

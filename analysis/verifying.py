@@ -154,15 +154,14 @@ def _root(folder: Path, lineage: Mapping[str, Any] | None) -> tuple[dict[str, An
         attributes = document.get("attributes") if isinstance(document, dict) else None
         if attributes is None or schema_of(attributes) is None:
             raise ValueError("it is not that of a run")
-        if newer := newer_schema(attributes):
-            raise PermissionError(f"run: {folder} {newer}")
-        return document, contents(document if lineage is None else of_lineage(document, lineage)), []
-    except PermissionError as error:
-        raise ValueError(str(error)) from None
+        newer = newer_schema(attributes)
+        if not newer:
+            return document, contents(document if lineage is None else of_lineage(document, lineage)), []
     except ValueError as error:
         damage = Damage("missing metadata" if content is None else "damaged metadata", "zarr.json", str(error).removeprefix("zarr.json: "))
         document = rebuilt(folder, content or b"", lineage)
         return document, contents(document), [damage]
+    raise ValueError(f"run: {folder} {newer}")
 
 
 def _own_documents(folder: Path, document: Mapping[str, Any]) -> Iterator[Damage]:
@@ -194,10 +193,11 @@ def _steps(folder: Path, node: Node) -> Any:
 def _chunk(folder: Path, array: StoredArray, numbers: tuple[int, ...]) -> Damage | None:
     key = array.key(numbers)
     try:
-        with open_inside(folder, key) or open(os.devnull, "rb") as file:
-            if file.name == os.devnull:
-                missing = array.expects(numbers)
-                return Damage("missing chunk", key, "there is no such file", array.path, number=numbers) if missing else None
+        file = open_inside(folder, key)
+        if file is None:
+            missing = array.expects(numbers)
+            return Damage("missing chunk", key, "there is no such file", array.path, number=numbers) if missing else None
+        with file:
             for _ in decode_file(file, key, array):
                 pass
     except ValueError as error:

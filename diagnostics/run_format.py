@@ -13,6 +13,11 @@ OF_LINEAGE = ("lineage", "after", "last_step", "records")  # what the list, and 
 DAMAGED = ".damaged"  # the folder that repairing moves things into
 
 
+def consolidated(nodes: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a group's document that holds those of the nodes below it, by path, as `zarr.consolidate_metadata` writes it."""
+    return {"consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes}}
+
+
 def seal(document: Mapping[str, Any]) -> str:
     """Checksum of the root's metadata document, kept among its attributes as `checksum`: SHA-256 of it as JSON, without that attribute.
 

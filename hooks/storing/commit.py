@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ...diagnostics.run_format import chunk_map, seal
+from ...diagnostics.run_format import chunk_map, consolidated, seal
 from .record_group import RecordGroup
 
 Nodes = dict[str, dict[str, Any]]
@@ -25,9 +25,9 @@ def root_document(attributes: Mapping[str, Any], nodes: Nodes, groups: Mapping[s
 
     (Zarr's own warns that the format may change; silencing that would reset the warning filters of the training process at every flush.)
     """
-    inner = {path: {**node, **_consolidated({})} if node["node_type"] == "group" else node for path, node in nodes.items()}
+    inner = {path: {**node, **consolidated({})} if node["node_type"] == "group" else node for path, node in nodes.items()}
     chunks = {array.path: chunk_map(array.committed()) for group in groups.values() for array in group.arrays.values()}
-    root = {**group_document({**attributes, "chunks": chunks}), **_consolidated(inner)}
+    root = {**group_document({**attributes, "chunks": chunks}), **consolidated(inner)}
     root["attributes"]["checksum"] = seal(root)
     return root
 
@@ -36,7 +36,3 @@ def group_document(attributes: Mapping[str, Any]) -> dict[str, Any]:
     """A group's own document."""
     # As it reads back: a key that is no text becomes one, and the seal is of that.
     return {"attributes": json.loads(json.dumps(attributes)), "zarr_format": 3, "node_type": "group"}
-
-
-def _consolidated(nodes: Nodes) -> dict[str, Any]:
-    return {"consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": nodes}}
