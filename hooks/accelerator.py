@@ -51,9 +51,17 @@ def arriving(tensor: Tensor) -> NDArray[np.floating[Any]]:
 
     On the CPU nothing is copied but bfloat16. From an accelerator copies go to pinned memory, one behind the other without a wait.
     """
+    return as_array(tensor, wait=tensor.device.type != "cuda")
+
+
+def as_array(tensor: Tensor, *, wait: bool = True) -> NDArray[np.floating[Any]]:
+    """The tensor's numbers on the CPU, without copying where it can; bfloat16, which NumPy lacks, as float32.
+
+    Without `wait`, those of an accelerator are there when its stream has come so far.
+    """
     tensor = tensor.detach()
     tensor = tensor.float() if tensor.dtype == torch.bfloat16 else tensor
-    array: NDArray[np.floating[Any]] = tensor.to("cpu", non_blocking=tensor.device.type == "cuda").numpy()
+    array: NDArray[np.floating[Any]] = tensor.to("cpu", non_blocking=not wait).numpy()
     return array
 
 

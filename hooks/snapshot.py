@@ -6,9 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from ..diagnostics.observation import Observation
@@ -194,13 +192,6 @@ class Snapshot:
 def or_nan(value: float | None) -> float:
     """The number, NaN where there is none."""
     return math.nan if value is None else value
-
-
-def as_array(tensor: Tensor) -> NDArray[np.floating[Any]]:
-    """The tensor's numbers on the CPU, without copying where it can; bfloat16, which NumPy lacks, as float32."""
-    tensor = tensor.detach().cpu()
-    array: NDArray[np.floating[Any]] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
-    return array
 
 
 def tensor_rms(tensor: Tensor) -> float:

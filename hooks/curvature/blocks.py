@@ -9,8 +9,9 @@ from torch import Tensor
 
 from ...diagnostics.adam_mini import row_blocks
 from ...diagnostics.catalogue import EXACT_BLOCKS
+from ..accelerator import as_array
 from ..matrices import Matrix
-from ..snapshot import as_array, tensor_rms
+from ..snapshot import tensor_rms
 from .diagonal import Region
 from .hessian_products import Products
 from .probes import Probes

@@ -10,8 +10,9 @@ from torch import Tensor
 
 from ...diagnostics.catalogue import LEVELS, PROBES
 from ...diagnostics.probe_error import debiased_rms, level_quantiles, probe_error
+from ..accelerator import as_array
 from ..matrices import Matrix
-from ..snapshot import as_array, tensor_mean, tensor_rms
+from ..snapshot import tensor_mean, tensor_rms
 
 
 @dataclass(frozen=True, eq=False)

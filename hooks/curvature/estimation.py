@@ -16,8 +16,9 @@ from ...diagnostics.hessian_blocks import (
     preconditioning_effect,
     tile_map,
 )
+from ..accelerator import as_array
 from ..matrices import Matrix
-from ..snapshot import as_array, unit_roundoff
+from ..snapshot import unit_roundoff
 from .blocks import block_probes, exact_hessian, partition, window
 from .diagonal import Diagonal, Region
 from .gauss_newton_bartlett import gauss_newton_bartlett
