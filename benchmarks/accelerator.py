@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from machine import machine
 
-from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference
+from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import attach
 from optiscope.hooks.accelerator import gram_matrix
 
@@ -66,9 +66,7 @@ def steps(device: torch.device, repeats: int) -> None:
     generator = torch.Generator().manual_seed(0)
     text, _ = language_reference()
     model = ByteLlama(MODEL).to(device)
-    hidden = [p for p in model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
-    optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)]
+    optimizers = optimizers_of(model)
 
     def step() -> None:
         tokens, targets = (part.to(device) for part in batches(text, MODEL, generator))
@@ -78,7 +76,7 @@ def steps(device: torch.device, repeats: int) -> None:
             optimizer.zero_grad()
 
     print(
-        f"\n{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {len(hidden)} spectra: ms a step, and the recorder's CPU ms a step"
+        f"\n{sum(p.numel() for p in model.parameters()) / 1e6:.0f} M parameters, {len(optimizers[0].param_groups[0]['params'])} spectra: ms a step, and the recorder's CPU ms a step"
     )
     kinds: dict[str, dict[str, Any] | None] = {
         "plain": None,

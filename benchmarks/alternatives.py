@@ -36,7 +36,7 @@ import torch
 from machine import machine
 from torch import Tensor
 
-from optiscope.examples.byte_llama import SHORT, ByteLlama, Config, batches, language_reference
+from optiscope.examples.byte_llama import SHORT, ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import attach
 
 EVERY = 10
@@ -57,9 +57,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(config.seed)
         self.text, _ = language_reference()
         self.model = ByteLlama(config).to(device)
-        hidden = [p for p in self.model.layers.parameters() if p.ndim == 2]
-        rest = [p for p in self.model.parameters() if not any(p is h for h in hidden)]
-        self.optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)]
+        self.optimizers = optimizers_of(self.model)
         self.before = self.ready = self.after = lambda step: None
 
     def batch(self) -> list[Tensor]:

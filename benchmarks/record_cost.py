@@ -28,7 +28,7 @@ from torch import Tensor
 from optiscope.diagnostics import observation, second_moment
 from optiscope.diagnostics.catalogue import LEVELS
 from optiscope.diagnostics.log_bins import log_quantiles
-from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference
+from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import attach, measuring, moments, record, snapshot, under_way, watched
 
 MODELS = {
@@ -104,9 +104,7 @@ def report(name: str, warm: int, apart: int, repeats: int, clock: Clock, inputs:
     generator = torch.Generator().manual_seed(config.seed)
     text, _ = language_reference()
     model = ByteLlama(config)
-    hidden = [p for p in model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
-    optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)]
+    optimizers = optimizers_of(model)
 
     def step() -> None:
         model(*batches(text, config, generator)).backward()

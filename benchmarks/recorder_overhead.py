@@ -26,7 +26,7 @@ from machine import machine
 from numpy.typing import NDArray
 
 from optiscope.diagnostics.catalogue import DEFAULT_GROUPS
-from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference
+from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import Recorder, attach
 
 
@@ -39,9 +39,7 @@ class Training:
         self.generator = torch.Generator().manual_seed(self.config.seed)
         self.text, _ = language_reference()
         self.model = ByteLlama(self.config)
-        hidden = [p for p in self.model.layers.parameters() if p.ndim == 2]
-        rest = [p for p in self.model.parameters() if not any(p is h for h in hidden)]
-        self.optimizers = [torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)]
+        self.optimizers = optimizers_of(self.model)
 
     def run(self, steps: int, recorder: Recorder | None = None) -> None:
         for _ in range(steps):

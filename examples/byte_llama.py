@@ -166,6 +166,13 @@ def validation_loss(model: nn.Module, data: Tensor, config: Config) -> float:
     return sum(losses) / count
 
 
+def optimizers_of(model: ByteLlama) -> tuple[torch.optim.Muon, torch.optim.AdamW]:
+    """Muon for the matrices of the layers, AdamW for all else."""
+    hidden = [p for p in model.layers.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
+    return torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0), torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)
+
+
 def train(store: str | Path, config: Config, report: Callable[[int, float], None]) -> tuple[float, float]:
     """Train with the recorder attached and give the validation loss before and after.
 
@@ -175,10 +182,7 @@ def train(store: str | Path, config: Config, report: Callable[[int, float], None
     generator = torch.Generator().manual_seed(config.seed)
     training, validation = language_reference()
     model = ByteLlama(config)
-    hidden = [p for p in model.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
-    muon = torch.optim.Muon(hidden, lr=0.02, weight_decay=0.0)
-    adamw = torch.optim.AdamW(rest, lr=3e-3, weight_decay=0.0)
+    muon, adamw = optimizers_of(model)
     before = validation_loss(model, validation, config)
 
     about = {  # what the recorder cannot see, for `diag compare`
