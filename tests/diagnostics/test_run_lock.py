@@ -27,11 +27,10 @@ if os.fork() == 0:
     lock.release()
     sys.exit()
 os.wait()
-child = os.fork()
-if child == 0:
+if os.fork() == 0:
+    print(os.getpid(), flush=True)  # said by the child itself: its copy of the lock is closed by then
     sys.stdin.close()
     time.sleep(600)
-print(child, flush=True)
 sys.stdin.readline()
 lock.release()
 print("released", flush=True)
