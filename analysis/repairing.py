@@ -78,6 +78,7 @@ class _Repair:
         self.moves: list[str] = []
         self.done: list[str] = []
         self.cut: set[str] = set()
+        self.lost: dict[tuple[str, str], dict[int, tuple[int, int] | None]] = {}  # steps, by array and kind, by chunk along them
 
     def carry_out(self) -> None:
         self.aside.mkdir(parents=True)
@@ -122,13 +123,13 @@ class _Repair:
 
     def _lose_values(self, damage: Damage, array: StoredArray) -> None:
         """What the chunk held is missing from now on."""
-        if array.written is not None and damage.number is not None:
+        if damage.number is None:
+            return  # what is not of one chunk is of the steps
+        if array.written is not None:
             maps = self.attributes["chunks"]
             maps[array.path] = chunk_map(set(chunks_written(maps.get(array.path, "0"))) - {array.place(damage.number)})
         records = "" if damage.steps is None else f" in the records of steps {damage.steps[0]} to {damage.steps[1]}"
-        self.attributes.setdefault("damaged", []).append(
-            {"array": array.path, "kind": damage.kind, "steps": damage.steps and list(damage.steps), "repaired": self.time}
-        )
+        self.lost.setdefault((array.path, damage.kind), {})[damage.number[0]] = damage.steps
         self.moves.append(damage.file)
         self.done.append(f"{damage.file}: {array.path} is missing{records}")
 
@@ -199,7 +200,18 @@ class _Repair:
         self.nodes.pop(path, None)
         self.attributes.get("chunks", {}).pop(path, None)
 
+    def _tell_what_is_lost(self) -> None:
+        """Neighbouring chunks in one entry: the document has a bound."""
+        told = self.attributes.setdefault("damaged", []) if self.lost else []
+        for (path, kind), chunks in self.lost.items():
+            for number, steps in sorted(chunks.items()):
+                if number - 1 not in chunks:
+                    told.append({"array": path, "kind": kind, "steps": steps and list(steps), "repaired": self.time})
+                elif steps and told[-1]["steps"]:
+                    told[-1]["steps"][1] = steps[1]
+
     def _commit(self) -> None:
+        self._tell_what_is_lost()
         if "chunks" in self.attributes:
             self.attributes["checksum"] = seal(self.document)
         self._replace("zarr.json", json.dumps(self.document, separators=(",", ":")).encode())

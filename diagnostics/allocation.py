@@ -91,10 +91,7 @@ def problem(
         raise ValueError(
             f"residual: expected one row per group and one column per step count, got shape {r.shape} for {len(c)} groups, {len(steps)} counts"
         )
-    if len(c) > MOST_GROUPS:
-        raise ValueError(
-            f"operators: expected at most {MOST_GROUPS} to give steps to, got {len(c)}; give matrices of one kind one name (attach with operators=…)"
-        )
+    few_enough(len(c))
     if not np.isfinite(r).all():
         raise ValueError("residual: expected finite residuals; leave out groups that were not recorded")
     # Not `w <= 0`: NaN would pass.
@@ -105,6 +102,18 @@ def problem(
     if baseline not in steps:
         raise ValueError(f"baseline: expected one of the step counts {list(steps)}, got {baseline}")
     return Problem(np.round(r, 9), tuple(steps), c, w / w.sum(), baseline, None if needed is None else np.asarray(needed, np.float64))
+
+
+def few_enough(groups: int) -> None:
+    """Refuse more groups than :data:`MOST_GROUPS`.
+
+    Raises:
+        ValueError: they are more.
+    """
+    if groups > MOST_GROUPS:
+        raise ValueError(
+            f"operators: expected at most {MOST_GROUPS} to give steps to, got {groups}; give matrices of one kind one name (attach with operators=…)"
+        )
 
 
 def evaluate(given: Problem, steps: Sequence[int]) -> Allocation:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from . import ns_schedules
-from .allocation import RULES, Allocation, Problem, problem, uniform
+from .allocation import RULES, Allocation, Problem, few_enough, problem, uniform
 from .depth_halves import depth_halves
 from .evenly_spread import evenly_spread
 from .evidence import Evidence, known_mean
@@ -91,6 +91,7 @@ def schedule_from_spectra(
     if not spectra.seen.any():
         raise ValueError("window: no spectrum recorded in it; let it hold at least one record of an optimizer that orthogonalises")
     spectra = spectra.of_matrices(spectra.seen)
+    few_enough(len(set(spectra.operator.tolist())))  # before all of them are looked at
     small, large = _log_smallest(spectra, FLOAT32_ROUNDOFF), np.log10(np.maximum(spectra.stored[..., -1], TINY))
     log_kappa = np.array([known_mean(values) for values in (large - small).T])
     cut = split == "auto" and rule != "uniform"

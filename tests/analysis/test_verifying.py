@@ -62,6 +62,15 @@ def folder(file):
     file.mkdir()
 
 
+def renamed(file):
+    document = json.loads(file.read_text())
+    file.write_text(json.dumps({**document, "attributes": {**document["attributes"], "units": "m"}}))
+
+
+def lengthened(file):
+    file.write_text(json.dumps({**json.loads(file.read_text()), "x": 1}))
+
+
 B = "geometry/b/c/2/0"
 DAMAGE = {
     # What is done to which file: kind, the steps that are told, what differs afterwards.
@@ -71,6 +80,8 @@ DAMAGE = {
     "a folder in its place": (folder, B, "damaged chunk", (1280, 1910)),
     "an array's metadata": (gone, "geometry/b/zarr.json", "missing metadata", None),
     "an array's metadata, changed": (flip, "geometry/b/zarr.json", "damaged metadata", None),
+    "an array's metadata of another unit": (renamed, "geometry/b/zarr.json", "damaged metadata", None),
+    "a group's metadata with more in it": (lengthened, "geometry/zarr.json", "damaged metadata", None),
     "the root's metadata": (gone, "zarr.json", "missing metadata", None),
     "the root's metadata, cut": (cut, "zarr.json", "damaged metadata", None),
     "the root's metadata, changed": (lambda file: flip(file, 3000), "zarr.json", "damaged metadata", None),
@@ -142,6 +153,24 @@ def test_a_repair_that_is_broken_off_is_finished_by_another(renames, run, monkey
     repair(run)
     assert not verify(run).damage
     assert not (run / B).exists()
+
+
+def test_neighbouring_chunks_that_are_lost_make_one_entry(run):
+    """Else a run with many of them would outgrow what its root's document may hold: 9 of 18 chunks of `b`, in three stretches of 64 records each."""
+    for chunk in (0, 1, 2, 3, 7, 8, 10, 16, 17):
+        flip(run / f"geometry/b/c/{chunk}/0")
+    cut(run / "geometry/b/c/9/0")  # of another kind
+    repair(run)
+    told = [(one["array"], one["kind"], one["steps"]) for one in open_run(run).attrs["damaged"]]
+    assert told == [
+        ("geometry/b", "flipped bit", [0, 2550]),
+        ("geometry/b", "flipped bit", [4480, 5750]),
+        ("geometry/b", "flipped bit", [6400, 7030]),
+        ("geometry/b", "flipped bit", [10240, 10990]),
+        ("geometry/b", "truncated chunk", [5760, 6390]),
+    ]
+    missing = np.isnan(open_run(run)["geometry"]["b"].values[:, 0]).reshape(-1)
+    assert missing.nonzero()[0].tolist() == [*range(256), *range(448, 704), *range(1024, 1100)]
 
 
 def test_a_run_that_is_written_is_not_repaired(run):

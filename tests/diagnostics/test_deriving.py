@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from optiscope.diagnostics import allocation, deriving
 from optiscope.diagnostics.deriving import schedule_from_spectra
 from optiscope.diagnostics.polar_express import matched_coefficients
 from optiscope.diagnostics.recorded_spectra import RecordedSpectra
@@ -182,6 +183,14 @@ def test_an_operator_whose_halves_differ_gets_two_entries(tmp_path):
     assert whole.provenance["depth"]["variances"] == found.provenance["depth"]["variances"]
     # What it is for: less residual than one step count for both halves can leave.
     assert found.objective["mean_residual"] < whole.objective["mean_residual"] - 0.01
+
+
+def test_too_many_operators_are_refused_before_they_are_looked_at(example, monkeypatch):
+    many = replace(example, operator=example.name)  # 196 of them
+    monkeypatch.setattr(allocation, "MOST_GROUPS", 195)
+    monkeypatch.setattr(deriving, "depth_halves", None)  # what takes time that grows with their square
+    with pytest.raises(ValueError, match="expected at most 195 to give steps to, got 196"):
+        schedule_from_spectra(many)
 
 
 def permuted(window, rng, *, equal_cost):
