@@ -6,6 +6,7 @@ import numpy as np
 import xarray as xr
 
 from ..diagnostics.operators import ordered
+from .run import records
 
 
 def describe(run: xr.DataTree) -> dict[str, Any]:
@@ -20,13 +21,13 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
             "last_step": int(steps[-1]) if len(steps) else None,
             "variables": sorted(str(variable) for variable in group.data_vars),
         }
-    scalars = run["scalars"].to_dataset().load() if groups.get("scalars", {}).get("records") else xr.Dataset()
+    scalars = run["scalars"].to_dataset() if groups.get("scalars", {}).get("records") else xr.Dataset()
     own = {"overhead_seconds", "overhead_cpu_seconds", "background_cpu_seconds", "elapsed_seconds"}
     last = {}
     for name in sorted(set(map(str, scalars.data_vars)) - own):
-        values = scalars[name].values[np.isfinite(scalars[name].values)]
-        if len(values):
-            last[name] = float(values[-1])
+        values = scalars[name].values  # one at a time
+        if (known := np.isfinite(values)).any():
+            last[name] = float(values[known][-1])
     return {
         "lineage": run.attrs.get("lineage"),
         "lineages": run.attrs.get("lineages", []),
@@ -73,7 +74,7 @@ def _operators(run: xr.DataTree) -> list[dict[str, Any]]:
     group = next((g for g in ("update", "geometry") if g in run.children and run[g].sizes.get("step")), None)
     if group is None:
         return []
-    dataset = run[group].to_dataset()
+    dataset = records(run, group)
     found: dict[str, list[tuple[str, int]]] = {}
     for operator, m, n, layer in zip(*(dataset[name].values.tolist() for name in ("operator", "rows", "cols", "layer")), strict=True):
         found.setdefault(str(operator), []).append((f"{m}×{n}", int(layer)))

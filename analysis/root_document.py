@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.catalogue import in_group
 from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunks_written, newer_schema, schema_of, seal
-from .stored_array import StoredArray, stored_array
+from .stored_array import MOST_TEXT, StoredArray, stored_array
 from .stored_chunk import read_file
 
 MOST_NODES = 20_000  # groups and arrays
+MOST_OPENED = 2**29  # bytes of steps and names, which opening reads
 MOST_LOGGED = 100_000  # of what a run's attributes list
 MOST_UNMAPPED = 100_000  # files of which only a look tells whether they are there
 
@@ -62,7 +64,7 @@ def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list
         ValueError: one is damaged, or they are more than that; told without the run.
     """
     found: list[Contents] = []
-    most, nodes = MOST_BYTES, MOST_NODES
+    most, nodes, opened = MOST_BYTES, MOST_NODES, MOST_OPENED
     for entry in entries:
         place = f"{LINEAGES}/{entry['lineage']}"
         try:
@@ -74,6 +76,9 @@ def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list
             raise ValueError(f"{place}: {error}; `diag verify` tells what is whole") from error
         most -= len(content)
         nodes -= sum(1 + len(group.arrays) for group in found[-1].groups)
+        opened -= sum(map(_opened, found[-1].groups))
+        if opened < 0:
+            raise ValueError(f"{place}: {_TOO_LONG} in lineages that are read together")
         if nodes < 0:
             raise ValueError(f"{place}: expected at most {MOST_NODES:,} groups and arrays in lineages that are read together")
     return found
@@ -110,9 +115,21 @@ def contents(document: Mapping[str, Any]) -> Contents:
         if len(nodes) > MOST_NODES:
             raise ValueError(f"zarr.json: expected at most {MOST_NODES:,} groups and arrays, got {len(nodes):,}")
         maps = attributes.get("chunks", {})
-        return Contents(attributes, tuple(_groups(nodes, maps)))
+        groups = tuple(_groups(nodes, maps))
+        if sum(map(_opened, groups)) > MOST_OPENED:
+            raise ValueError(f"zarr.json: {_TOO_LONG}")
+        return Contents(attributes, groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"zarr.json: expected the metadata of groups and arrays, got something else ({error!r:.80})") from None
+
+
+_TOO_LONG = f"expected at most {MOST_OPENED:,} bytes of steps and names, got more"
+
+
+def _opened(group: Node) -> int:
+    """Bytes that opening a group may take: its steps, and the names of its matrices, which may be long."""
+    steps, names = (prod(group.arrays[name].shape) if name in group.arrays else 0 for name in ("step", "name"))
+    return 8 * steps + min(1_000 * names, MOST_TEXT)
 
 
 def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]:
@@ -154,10 +171,21 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
                 raise ValueError(
                     f"{path}: expected {coordinate}, {'whole numbers' if dtype else 'texts'} along {name}, got something else or none"
                 )
+        expected = {name: (("matrix",), kind) for name, kind in _COORDINATES.items()} | {
+            one.name: (("step", "matrix", *([one.extra] if one.extra else [])), np.dtype(one.dtype).kind) for one in in_group(path)
+        }
+        for name in expected.keys() & own.keys():
+            dimensions, kind = expected[name]
+            if own[name].dimensions != dimensions or ("T" if (dtype := own[name].dtype) is None else dtype.kind) != kind:
+                raise ValueError(f"{path}/{name}: expected {_KINDS[kind]} along {', '.join(dimensions)}, got something else")
         group = nodes[path]["attributes"]
         _check_schedules(path, group.get("ns_schedules", []))
         yield Node(path, group, own)
 
+
+# What every group may say of its matrices, and what kinds are in words.
+_COORDINATES = dict.fromkeys(("operator", "optimizer"), "T") | dict.fromkeys(("layer", "rows", "cols", "query_heads", "kv_heads"), "i")
+_KINDS = {"T": "texts", "i": "whole numbers", "f": "numbers", "b": "truth values"}
 
 # What the run's own attributes are lists of, and what each entry must hold.
 _LISTS: dict[str, dict[str, type | UnionType]] = {

@@ -20,10 +20,18 @@ from .lineages import of_lineage
 from .root_document import Contents, contents, lineage_contents, read_document
 
 LONG = 1_000  # characters of a name
-KEPT, SPECTRA_KEPT = (
-    20_000_000,
-    130_000_000,
-)  # bytes of an array, of one of spectra, up to which it is read once for all studies of an opened run
+# Bytes of an array, of one of spectra, up to which it is read once for all studies of an opened run, and of all that are.
+KEPT, SPECTRA_KEPT, ALL_KEPT = 20_000_000, 130_000_000, 400_000_000
+OF_MATRICES = ("name", "operator", "layer", "rows", "cols", "optimizer")  # coordinates along `matrix` that every recorder writes
+# Quantities that runs of all versions hold.
+IN_ALL_VERSIONS = {
+    "geometry": (
+        "sigma_quantile", "quantile_level", "condition_number", "condition_is_floor", "stable_rank", "ns_schedule", "ns_residual",
+        "ns_residual_achieved",
+    ),
+    "update": ("lr", "update_rms_per_lr", "update_rms_target", "update_noise"),
+}  # fmt: skip
+TEXTS = ("name", "operator", "optimizer", "of")  # coordinates along `matrix`
 
 
 def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
@@ -75,10 +83,29 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
         raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
-    _keep(dataset[[name for name, variable in dataset.data_vars.items() if variable.ndim < 3]], KEPT)
+    _keep(run, [variable.variable for variable in dataset.data_vars.values() if variable.ndim < 3], KEPT)
+    _keep(run, [coordinate.variable for name, coordinate in dataset.coords.items() if coordinate.dtype.kind != "T" or name in TEXTS], KEPT)
     # Zarr gives NumPy's variable-width strings, which few functions take.
-    texts = {name: ("matrix", _texts(dataset[name].values.tolist())) for name in ("name", "operator", "optimizer", "of") if name in dataset}
+    if "matrix" in dataset.dims:
+        _expect(dataset, group, OF_MATRICES)
+    texts = {name: ("matrix", _texts(dataset[name].values.tolist())) for name in TEXTS if name in dataset}
     return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+
+
+def whole_records(run: xr.DataTree, group: str) -> xr.Dataset:
+    """:func:`records` of a group with what runs of all versions hold in it.
+
+    Raises:
+        ValueError: there are none, or something else wrote them.
+    """
+    dataset = records(run, group)
+    _expect(dataset, group, IN_ALL_VERSIONS[group])
+    return dataset
+
+
+def _expect(dataset: xr.Dataset, group: str, names: Sequence[str]) -> None:
+    if missing := [name for name in names if name not in dataset.variables]:
+        raise ValueError(f"run: {group}: expected what every recorder writes, {', '.join(names)}; there is no {', '.join(missing)}")
 
 
 def _texts(values: list[str]) -> NDArray[Any]:
@@ -86,12 +113,16 @@ def _texts(values: list[str]) -> NDArray[Any]:
     return np.array(values, dtype=object if max(map(len, values), default=0) > LONG else str)
 
 
-def _keep(dataset: xr.Dataset, most: int) -> None:
-    """Read arrays of up to `most` bytes; a group's dataset shares its variables with the tree, so that the next study need not."""
-    for variable in dataset.variables.values():
-        if variable.nbytes <= min(most, KEPT):
+def _keep(run: xr.DataTree, variables: Sequence[xr.Variable], most: int) -> None:
+    """Read arrays of up to `most` bytes, and no more than `ALL_KEPT` of a run; a group's dataset shares its variables with the tree, so that the next study need not."""
+    kept = sum(one.nbytes for group in run.subtree for one in group.variables.values() if isinstance(one._data, np.ndarray))
+    for variable in variables:
+        if variable.nbytes > min(most, ALL_KEPT - kept) or isinstance(variable._data, np.ndarray):
+            continue
+        kept += variable.nbytes
+        if variable.nbytes <= KEPT:
             variable.load()
-        elif variable.nbytes <= most and not isinstance(variable._data, np.ndarray):
+        else:
             # In parts: read at once it would be in memory three times, packed and unpacked too.
             read = np.empty(variable.shape, variable.dtype)
             for window in windows(variable):
@@ -159,7 +190,7 @@ def spectra(run: xr.DataTree) -> xr.Dataset:
     Raises:
         ValueError: it holds none.
     """
-    geometry = records(run, "geometry")
+    geometry = whole_records(run, "geometry")
     if not np.isfinite(geometry["condition_number"].values).any():
         raise ValueError("run: every recorded NS input is zero or not finite, so there is no spectrum to study; see `diag check`")
     return geometry
@@ -173,7 +204,7 @@ def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     """
     if "geometry" in run.children:
         whole = run["geometry"].to_dataset()
-        _keep(whole[[name for name in ("sigma_quantile", "ns_residual") if name in whole]], SPECTRA_KEPT)
+        _keep(run, [whole[name].variable for name in ("sigma_quantile", "ns_residual") if name in whole], SPECTRA_KEPT)
     geometry = spectra(run)
     used = (geometry["ns_schedule"] >= 0).any("step").values
     if not used.any():

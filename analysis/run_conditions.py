@@ -73,8 +73,8 @@ def _text(value: Any) -> str:
 def _shapes(run: xr.DataTree) -> str | None:
     """How many matrices of which shape, all optimizers together."""
     for group in ("update", "geometry"):
-        if group in run.children and run[group].sizes.get("matrix"):
-            dataset = run[group].to_dataset()
+        if group in run.children and run[group].sizes.get("matrix") and run[group].sizes.get("step"):
+            dataset = records(run, group)
             counts = Counter(zip(dataset["rows"].values.tolist(), dataset["cols"].values.tolist(), strict=True))
             return ", ".join(f"{count} of {rows}×{cols}" for (rows, cols), count in sorted(counts.items()))
     return None

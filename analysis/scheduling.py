@@ -8,7 +8,7 @@ from ..diagnostics.evenly_spread import evenly_spread
 from ..diagnostics.observation_window import observation_window
 from ..diagnostics.recorded_spectra import RecordedSpectra
 from ..diagnostics.schedule import Schedule
-from .run import orthogonalised, own_residual, records
+from .run import orthogonalised, own_residual, whole_records
 
 
 def default_window(run: xr.DataTree) -> slice:
@@ -20,7 +20,7 @@ def default_window(run: xr.DataTree) -> slice:
     steps = geometry["step"].values
     rate_steps, rates = steps[:0], np.full(0, np.nan)
     if "update" in run.children and run["update"].sizes.get("step"):
-        update = records(run, "update")
+        update = whole_records(run, "update")
         # Of the orthogonalised matrices only: another optimizer may warm up differently, or not at all.
         rate_steps = update["step"].values
         rates = update["lr"].isel(matrix=np.isin(update["name"].values, geometry["name"].values)).max("matrix").values

@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 # A run of 80 layers has some 10⁴ records of 600 matrices; these are far from it, and what they allow fits in memory.
-MOST_RECORDS, MOST_MATRICES, MOST_CELLS = 10_000_000, 100_000, 200_000_000  # cells: records times matrices of a group
+MOST_RECORDS, MOST_MATRICES, MOST_CELLS = 10_000_000, 100_000, 60_000_000  # cells: records times matrices of a group
 MOST_ALONG = 4096  # any other dimension
 MOST_CHUNK = 2**29  # bytes of a chunk, decoded
-MOST_TEXT = 2**24  # of one of texts
+MOST_TEXT = 2**24  # of all texts of an array
 MOST_FILES = 400_000  # of an array
 MOST_SHARDED = 2**16  # chunks in a shard
 
@@ -75,8 +75,8 @@ class StoredArray:
 
     @property
     def chunk_bytes(self) -> int:
-        """Of a decoded chunk; of texts the most that one may have."""
-        return MOST_TEXT if self.dtype is None else prod(self.chunk) * self.dtype.itemsize
+        """Of a decoded chunk; of texts the most that one may have, so that all of an array's are bounded."""
+        return MOST_TEXT // max(prod(self.grid), 1) if self.dtype is None else prod(self.chunk) * self.dtype.itemsize
 
     def key(self, numbers: tuple[int, ...]) -> str:
         """The file of a chunk or shard, within the run."""

@@ -20,8 +20,9 @@ SHARED = (0.7, 1.5)
 
 def with_alignment(run: xr.DataTree) -> xr.DataTree:
     """The run with `alignment` made once, for all rules that read it."""
-    found = run.copy()
-    found[ALIGNMENT] = xr.DataTree(alignment(run))
+    ready = xr.DataTree(alignment(run))
+    found = run.copy()  # shares what has been read by now
+    found[ALIGNMENT] = ready
     return found
 
 

@@ -18,7 +18,7 @@ from ...diagnostics.rms_alignment import explained, is_readable, known_size, spl
 from ...diagnostics.update_size import ADAMW_RMS
 from ..by_operator import medians_by
 from ..figures import FEW, axes, finish, intervals, operator_palette
-from ..run import ns_schedules, operators_of, own_residual, ranks, records
+from ..run import ns_schedules, operators_of, own_residual, ranks, whole_records
 
 QUESTION = "Are update sizes what they are meant to be?"
 READING = (
@@ -47,7 +47,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     Raises:
         ValueError: no update records.
     """
-    update = records(run, "update")
+    update = whole_records(run, "update")
     # Without its texts, which would go on to what is computed from it.
     applied = update["update_rms_per_lr"].drop_attrs()
     intended = update["update_rms_intended"].drop_attrs() if "update_rms_intended" in update else xr.full_like(applied, np.nan)
@@ -59,7 +59,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     result = result.assign(residual=missing, under_lifted=missing.copy(), band=missing.copy(), off_target=xr.zeros_like(per_lr, dtype=bool))
     if "geometry" not in run.children or not run["geometry"].sizes.get("step"):
         return result
-    geometry = records(run, "geometry")
+    geometry = whole_records(run, "geometry")
     # A run may have been continued with other groups: only records and matrices that both groups have.
     _, steps, steps_there = np.intersect1d(update["step"].values, geometry["step"].values, return_indices=True)
     _, here, there = np.intersect1d(update["name"].values, geometry["name"].values, return_indices=True)

@@ -17,7 +17,7 @@ def falling(half, *, seed=0, shift=0.0, optimizer="torch.optim.AdamW", steps=STE
         logged["val_loss"] = np.where(steps % 500 == 0, validation, np.nan)
     scalars = xr.Dataset({name: ("step", values) for name, values in logged.items()}, coords={"step": steps})
     matrices = xr.Dataset({"lr": (("step", "matrix"), [[0.01]])}, coords={
-        "step": [1], "rows": ("matrix", [8]), "cols": ("matrix", [4]), "name": ("matrix", ["w"]), "operator": ("matrix", ["other"]), "optimizer": ("matrix", ["A"]),
+        "step": [1], "rows": ("matrix", [8]), "cols": ("matrix", [4]), "name": ("matrix", ["w"]), "layer": ("matrix", [0]), "operator": ("matrix", ["other"]), "optimizer": ("matrix", ["A"]),
     })  # fmt: skip
     about = {"data": "d", "tokens_per_step": 64, "seed": seed, **about}
     attrs = {

@@ -7,6 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
+from copy import deepcopy
 from pathlib import Path
 
 import google_crc32c
@@ -15,7 +16,8 @@ import pytest
 from numcodecs.blosc import Blosc
 from numcodecs.zstd import Zstd
 
-from optiscope.analysis import open_run
+from optiscope.analysis import check, open_run
+from optiscope.analysis.describe import describe
 from optiscope.diagnostics.catalogue import EXTRA_DIMENSIONS, GROUPS
 from optiscope.diagnostics.run_format import seal
 
@@ -110,8 +112,8 @@ def shard(*index):
     return both(of_array(change), write(CHUNK, bytes(100) + sealed(np.array(index, "<u8").tobytes())))
 
 
-def texts(count):
-    return write("geometry/name/c/0", sealed(Blosc("zstd").encode(struct.pack("<I", count) + bytes(64))))
+def texts(count, length=64):
+    return write("geometry/name/c/0", sealed(Blosc("zstd").encode(struct.pack("<I", count) + bytes(length))))
 
 
 def nested(depth):
@@ -129,12 +131,20 @@ def some_groups(document):
 
 
 def many_chunks(document):
-    """Of one element each, none of which was written: 10⁸ in every array."""
+    """Of one element each, none of which was written: 5·10⁷ in every array."""
     for path, node in nodes(document).items():
         if path.startswith("geometry/") and node["dimension_names"][:1] == ["step"] and path != "geometry/step":
-            node["shape"][:2] = [10_000, 10_000]
+            node["shape"][:2] = [10_000, 5_000]
             node["chunk_grid"]["configuration"]["chunk_shape"] = [1] * len(node["shape"])
             document["attributes"]["chunks"][path] = "0"
+
+
+def long_groups(document):
+    """Ten of as many records as a run may have, in which opening would look for their order."""
+    node = deepcopy(nodes(document)["geometry/step"])
+    node["shape"] = node["chunk_grid"]["configuration"]["chunk_shape"] = [10_000_000]
+    for i in range(10):
+        nodes(document)[f"g{i}"], nodes(document)[f"g{i}/step"] = nodes(document)["scalars"], node
 
 
 def unmapped(document):
@@ -170,7 +180,7 @@ ATTACKS = {
     "records that have no step": (longer("step", 1_000_000), "expected steps in ascending order"),
     "more cells than memory": (both(longer("matrix", 100_000), longer("step", 10_000_000)), "records times matrices"),
     "a chunk of 10¹² bytes": (of_array(lambda node: node["chunk_grid"]["configuration"].update(chunk_shape=[64, 2 * 10**9])), "expected chunks of at most"),
-    "10⁸ chunks": (edit(many_chunks), "expected at most 400,000 chunks"),
+    "5·10⁷ chunks": (edit(many_chunks), "expected at most 400,000 chunks"),
     "10⁶ chunks without a map": (edit(unmapped), "expected at most 100,000 chunks of arrays without a map"),
     "steps that are no whole numbers": (of_array(lambda node: node.update(data_type="float64", fill_value="NaN"), "geometry/step"), "expected step, whole numbers along step"),
     "names that are no texts": (of_array(lambda node: node.update(data_type="int64", fill_value=0, codecs=[{"name": "bytes"}, *node["codecs"][1:]]), "geometry/name"), "expected name, texts along matrix"),
@@ -178,6 +188,10 @@ ATTACKS = {
     "events that say nothing": (edit(lambda d: d["attributes"].update(alignment_events=[{"step": 1, "optimizer": "Muon"}])), "expected alignment_events to be a list"),
     "optimizers read by a number": (edit(lambda d: d["attributes"]["optimizers"][0].update(read_by=7)), "expected read_by of an optimizer to be texts"),
     "errors that are no count": (edit(lambda d: d["attributes"].update(errors=[1])), "expected errors to be a count"),
+    "layers that are no whole numbers": (of_array(lambda node: node.update(data_type="float32", fill_value="NaN"), "update/layer"), "update/layer: expected whole numbers along matrix"),
+    "a quantity of something else": (of_array(lambda node: node.update(dimension_names=["step", "column"]), "update/lr"), "update/lr: expected numbers along step, matrix"),
+    "more steps than memory": (edit(long_groups), "expected at most 536,870,912 bytes of steps and names"),
+    "a file of names for each": (both(of_array(lambda node: node["chunk_grid"]["configuration"].update(chunk_shape=[1]), "geometry/name"), texts(1, 6_000_000)), "it would become 6,000,004 bytes of"),
     "chunks of nothing": (of_array(lambda node: node["chunk_grid"]["configuration"].update(chunk_shape=[0, 5])), "whole numbers as chunk shape"),
     "lengths that contradict": (of_array(lambda node: node.update(shape=[11, 5])), "as elsewhere in its group"),
     "a million groups": (many_groups, "expected at most 16,000,000 bytes"),
@@ -229,6 +243,14 @@ def test_an_attack_is_refused_in_a_sentence(attack, outcomes):
     assert re.search(ATTACKS[attack][1], outcomes[attack]["outcome"])
 
 
+def test_matrices_of_which_nothing_says_what_they_are_are_refused_where_they_are_used(recorded, tmp_path):
+    run = shutil.copytree(recorded, tmp_path / "run.zarr")
+    edit(lambda document: [nodes(document).pop(f"{group}/layer") for group in ("geometry", "update")])(run)
+    for use in (describe, check):
+        with pytest.raises(ValueError, match=r"run: update: expected what every recorder writes, .* there is no layer"):
+            use(open_run(run))
+
+
 def test_whatever_chance_makes_of_a_run_is_read_or_refused(recorded):
     """60 of the mutations that `fuzzing.py` makes more of; it fails where one takes 5 s or 1.2 GB, or reading raises what is no sentence."""
     done = subprocess.run([sys.executable, FUZZING, "--run", recorded, "--rounds", "60"], capture_output=True, text=True, check=False)
@@ -237,6 +259,15 @@ def test_whatever_chance_makes_of_a_run_is_read_or_refused(recorded):
     # Some do harm and some do none, else nothing was tried.
     assert outcomes["refused"] > 15
     assert outcomes["read"] > 5
+
+
+def test_metadata_that_hold_anything_are_read_or_refused(recorded):
+    """40 of the examples that `metadata_fuzzing.py` makes more of: in each, a repair too ends in a whole run or a sentence, and nothing is written elsewhere."""
+    command = [sys.executable, FUZZING.with_name("metadata_fuzzing.py"), "--run", recorded, "--examples", "40"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    outcomes = json.loads(done.stdout)
+    assert min(outcomes[kind] for kind in ("refused", "read", "whole after repair")) > 5
 
 
 def test_a_large_run_of_odd_names_is_no_attack(tmp_path):

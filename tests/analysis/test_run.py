@@ -14,6 +14,7 @@ import xarray as xr
 
 from optiscope import analysis
 from optiscope.analysis import open_run
+from optiscope.analysis.findings.update_size import with_alignment
 from optiscope.analysis.run import common, median_by, ns_schedules, operators_of, orthogonalised, own_residual, records
 from optiscope.analysis.run import recorded as recorded_quantities
 
@@ -258,3 +259,25 @@ def test_common_records_and_matrices_of_groups(build_run):
         assert found["name"].values.tolist() == [names[2], names[0]]
     with pytest.raises(ValueError, match=r"^run: the groups this needs were never recorded together; attach with all of them"):
         common(geometry, update.isel(step=[0]))
+
+
+def test_only_so_much_of_a_run_is_kept_in_memory(recorded, monkeypatch):
+    """All quantities of a group are kept where there is room for them, and are the same where there is not."""
+
+    def kept(run):
+        return sum(one.nbytes for one in run["update"].to_dataset().data_vars.values() if isinstance(one.variable._data, np.ndarray))
+
+    whole, little = open_run(recorded), open_run(recorded)
+    expected = records(whole, "update")
+    assert kept(whole) == sum(variable.nbytes for variable in expected.data_vars.values())
+    monkeypatch.setattr("optiscope.analysis.run.ALL_KEPT", kept(whole) // 2)
+    assert records(little, "update").identical(expected)
+    assert kept(whole) / 3 < kept(little) < kept(whole) / 2
+
+
+def test_findings_read_a_quantity_once(recorded):
+    """What the alignment of updates was made from is the same memory as what the rules see."""
+    run = open_run(recorded)
+    ready = with_alignment(run)
+    for name in ("lr", "update_rms"):
+        assert np.shares_memory(run["update"][name].values, ready["update"][name].values)
