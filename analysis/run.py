@@ -26,7 +26,7 @@ OF_MATRICES = ("name", "operator", "layer", "rows", "cols", "optimizer")  # coor
 # Quantities that runs of all versions hold.
 IN_ALL_VERSIONS = {
     "geometry": (
-        "sigma_quantile", "quantile_level", "condition_number", "condition_is_floor", "stable_rank", "ns_schedule", "ns_residual",
+        "sigma_quantile", "condition_number", "condition_is_floor", "stable_rank", "ns_schedule", "ns_residual",
         "ns_residual_achieved",
     ),
     "update": ("lr", "update_rms_per_lr", "update_rms_target", "update_noise"),

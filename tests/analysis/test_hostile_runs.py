@@ -176,6 +176,7 @@ ATTACKS = {
     "10¹² elements": (of_array(lambda node: node.update(shape=[12, 10**12])), "whole numbers as shape"),
     "10¹² elements in two dimensions": (of_array(lambda node: node.update(shape=[10**6, 10**6])), "expected at most 100,000 along matrix"),
     "a size of 4,000 digits": (of_array(lambda node: node.update(shape=[10**4000, 5])), "whole numbers as shape"),
+    "spectra of 300 values": (longer("quantile", 300), "expected at most 256 along quantile; got 300"),
     "matrices that have no name": (longer("matrix", 90_000), "expected a file, got none"),
     "records that have no step": (longer("step", 1_000_000), "expected steps in ascending order"),
     "more cells than memory": (both(longer("matrix", 100_000), longer("step", 10_000_000)), "records times matrices"),
@@ -262,12 +263,12 @@ def test_whatever_chance_makes_of_a_run_is_read_or_refused(recorded):
 
 
 def test_metadata_that_hold_anything_are_read_or_refused(recorded):
-    """40 of the examples that `metadata_fuzzing.py` makes more of: in each, a repair too ends in a whole run or a sentence, and nothing is written elsewhere."""
-    command = [sys.executable, FUZZING.with_name("metadata_fuzzing.py"), "--run", recorded, "--examples", "40"]
+    """30 of the examples that `metadata_fuzzing.py` makes more of: in each, a repair too ends in a whole run or a sentence, and nothing is written elsewhere."""
+    command = [sys.executable, FUZZING.with_name("metadata_fuzzing.py"), "--run", recorded, "--examples", "30"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     outcomes = json.loads(done.stdout)
-    assert min(outcomes[kind] for kind in ("refused", "read", "whole after repair")) > 5
+    assert min(outcomes[kind] for kind in ("refused", "read", "whole after repair")) > 3
 
 
 def test_a_large_run_of_odd_names_is_no_attack(tmp_path):
