@@ -131,8 +131,16 @@ def test_a_damaged_run_ends_in_a_sentence_too(diag, bad, tmp_path):
     assert_one_sentence(diag("check", tmp_path / "run.zarr"), "zarr.json: its checksum is of something else")
     document["attributes"]["checksum"] = seal(document)
     (tmp_path / "run.zarr" / "zarr.json").write_text(json.dumps(document))
-    assert_one_sentence(diag("check", tmp_path / "run.zarr"), "unexpected KeyError: ")
-    assert_one_sentence(diag("check", tmp_path / "run.zarr"), "the run may be damaged (diag --debug shows where)")
+    assert_one_sentence(diag("check", tmp_path / "run.zarr"), "there is no operator")
+
+
+def test_an_error_that_is_none_of_ours_ends_in_a_sentence_too(diag, bad, monkeypatch):
+    def fail(path, lineage):
+        raise KeyError("operator")
+
+    monkeypatch.setattr("optiscope.analysis.open_run", fail)
+    result = diag("check", bad / "good.zarr")
+    assert_one_sentence(result, "unexpected KeyError: 'operator'; the run may be damaged (diag --debug shows where)")
 
 
 def test_a_message_of_several_lines_becomes_one(diag, bad, monkeypatch):
