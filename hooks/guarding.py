@@ -1,4 +1,4 @@
-"""Keeping what fails in a recorder's method out of the training, and what is the training's own from being kept."""
+"""Keeping what fails in a recorder's method out of the training, what is the training's own from being kept, and one call out of another."""
 
 import functools
 import os
@@ -6,8 +6,6 @@ import signal
 from collections.abc import Callable
 from types import CodeType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
-
-from .lifetime import still_open
 
 if TYPE_CHECKING:
     from .recorder import Recorder
@@ -25,15 +23,39 @@ def guarded(method: "Callable[Concatenate[Recorder, P], T]") -> "Callable[Concat
         # A forked child (a data loader's worker) shares the files but not the right to write them, and has no second thread.
         if os.getpid() != self._process:
             return result
-        # Optimizers may step in threads of their own.
-        with self._lock, self._journal.guard(self.step):
-            result = method(self, *args, **kwargs)
-        if self._journal.taken_over:
-            self._detach()
-            still_open.discard(self)
+        outermost = not _is_at_work(self)
+        try:
+            # Optimizers may step in threads of their own.
+            with self._lock, self._journal.guard(self.step):
+                result = method(self, *args, **kwargs)
+        finally:
+            if outermost:
+                self._catch_up()
         return result
 
     return kept_out
+
+
+def in_turn(method: "Callable[Concatenate[Recorder, P], object]") -> "Callable[Concatenate[Recorder, P], None]":
+    """Do it when the recorder's work ends, where this very thread is within some: a signal handler that interrupted that, or a listener, has called it.
+
+    Neither could wait for that end, and half of what the work does may be done.
+    """
+
+    @functools.wraps(method)
+    def when_it_is_time(self: "Recorder", /, *args: P.args, **kwargs: P.kwargs) -> None:
+        if _is_at_work(self):
+            self._later.append(functools.partial(method, self, *args, **kwargs))
+        else:
+            method(self, *args, **kwargs)
+
+    return when_it_is_time
+
+
+def _is_at_work(recorder: "Recorder") -> bool:
+    """Whether the calling thread is. The lock itself tells: a flag could be left standing by an exception of a signal handler."""
+    found: bool = recorder._lock._is_owned()  # type: ignore[attr-defined]
+    return found
 
 
 def raised_by_signal_handler(error: BaseException) -> bool:

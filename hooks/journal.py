@@ -39,7 +39,6 @@ class Journal:
         clock: time that the training thread spent under the guard.
         worker_clock: time that the worker did.
         errors: how many measurements failed.
-        dropped: records lost because the store could not be written for long.
         missed: records that were due while the one before was still being measured.
         raise_errors: failures are raised instead.
         taken_over: another recorder now writes to the run, and this one is to end.
@@ -50,10 +49,12 @@ class Journal:
         # The CPU time of the process is that of both threads, and of the training.
         self.clock = Stopwatch(None if worker is None else time.thread_time)
         self.worker_clock = Stopwatch(time.thread_time)
-        self.errors = self.dropped = self.missed = 0
+        self.errors = self.missed = 0
         self._counted_before = {name: writer.attributes[""].get(name, 0) for name in _COUNTERS}
         self._write_failures = 0
         self._lost: set[int] = set()  # steps of records that were dropped
+        self._lost_behind: set[int] = set()  # steps whose scalars were, a worker being busy
+        self._told = 0  # of how many lost steps it has been told at an end
         self.raise_errors = raise_errors
         self.taken_over = False
         self._writer = writer
@@ -63,6 +64,11 @@ class Journal:
         self.flush_cost = 0.0
         self._begun = self._flushed = time.perf_counter()
         self._asked_for = 0.0
+
+    @property
+    def dropped(self) -> int:
+        """Steps of which a record, or scalars alone, were lost: for long the store could not be written, or the worker was busy."""
+        return len(self._lost | self._lost_behind)
 
     @contextmanager
     def guard(self, step: int) -> Iterator[None]:
@@ -204,30 +210,38 @@ class Journal:
 
     def _tell_what_is_lost(self) -> None:
         lost = self._lost | (set() if self.taken_over else self._writer.unwritten)
+        if len(lost | self._lost_behind) <= self._told:
+            return
+        self._told = len(lost | self._lost_behind)
         if lost:
             log.warning(
                 "optiscope: %d records, of steps %d to %d, could not be written to %s and are lost.",
                 len(lost), min(lost), max(lost), self._writer.path.resolve(),
             )  # fmt: skip
-            self._lost.clear()
+        if behind := self._lost_behind:
+            log.warning("optiscope: what was logged at %d steps, of steps %d to %d, is lost.", len(behind), min(behind), max(behind))
 
     @property
     def flush_is_due(self) -> bool:
         """Whether the last flush is some time ago."""
         return time.perf_counter() - self._flushed > max(FLUSH_SECONDS, self.flush_cost / FLUSH_SHARE)
 
-    def flush_if_due(self, step: int) -> None:
-        """Flush if the last one is some time ago: at once, or in the background, where the training thread never waits for it."""
+    def flush_if_due(self, step: int, may_submit: bool) -> None:
+        """Flush if the last one is some time ago: at once, or in the background, where the training thread never waits for it, if it `may_submit`."""
         if self.worker is None:
             if self.flush_is_due:
                 self.flush()
-        elif not self.worker.busy and (self.flush_is_due or len(self._logged) > MOST_LOGGED // 16):
+        elif may_submit and not self.worker.busy and (self.flush_is_due or len(self._logged) > MOST_LOGGED // 16):
             self.worker.submit(partial(self._flush_behind, step))
         else:
             while len(self._logged) > MOST_LOGGED:
                 lost, *_ = self._logged.popleft()
-                self._lost.add(lost)
-                self.dropped += 1
+                if not self._lost_behind:
+                    log.warning(
+                        "optiscope: step %d: more than %d logged steps wait for the thread that measures and writes. Until it is done the oldest are "
+                        "lost, from step %d on, and counted in `dropped` without a message. Training goes on.", step, MOST_LOGGED, lost,
+                    )  # fmt: skip
+                self._lost_behind.add(lost)
 
     def _flush_behind(self, step: int) -> None:
         with self.guard(step):
@@ -296,9 +310,7 @@ class Journal:
             self._writer.release()
             return
         self._write_failures += 1
-        dropped = self._writer.trim()
-        self.dropped += len(dropped)
-        self._lost |= set(dropped)
+        self._lost |= set(self._writer.trim())
         if self._write_failures == 1:
             log.warning(
                 "optiscope: %s could not be written (%s: %s). Training goes on; the newest records are kept in memory and tried again, "

@@ -1,6 +1,6 @@
 """How a run is laid out: its groups, arrays and coordinates, from the catalogue and the matrices."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from copy import deepcopy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -90,10 +90,9 @@ class Layout:
         self._writer.flush()
 
     def keep(self, matrices: Iterable[Matrix]) -> None:
-        """Forget all other matrices; their rows stay in the run."""
+        """Forget all other matrices; their rows stay in the run, and records go on knowing theirs."""
         kept = set(matrices)
-        for group, row_of in self.row_of.items():
-            self.row_of[group] = {m: row for m, row in row_of.items() if m in kept}
+        self.row_of = {group: {m: row for m, row in row_of.items() if m in kept} for group, row_of in self.row_of.items()}
 
     def empty_rows(self) -> dict[str, dict[str, NDArray[Any]]]:
         """One record with everything missing, by group."""
@@ -115,8 +114,8 @@ class Layout:
                 self._writer.create_array(group, quantity.name, shape, dimensions, quantity.dtype, texts, quantity.missing)
 
 
-def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: Names) -> None:
-    """Give parameters that were added to an optimizer, or came with a new one, their rows in the run."""
+def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: Names, turn: Callable[[], None]) -> None:
+    """Give parameters that were added to an optimizer, or came with a new one, their rows in the run; `turn` waits until it can be written to."""
     held = {one.label: {id(p) for group in one.optimizer.param_groups for p in group["params"] if p.ndim >= 2} for one in watched}
     for one in watched:
         # What has left the optimizer is let go of; its row is found again by name should it come back. What has another shape is another matrix.
@@ -136,6 +135,7 @@ def include_new_parameters(layout: Layout, watched: "Sequence[Watched]", names: 
     made = {(m.kind, m.name) for m in before if m.members}
     new += [m for m in compose(watched, [*before, *new], layout.row_of) if (m.kind, m.name) not in made]
     if new:
+        turn()
         layout.include(new)
     for one in watched:
         one.matrices = one.matrices + [m for m in new if m.optimizer == one.label]

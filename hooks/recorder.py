@@ -4,6 +4,7 @@ import functools
 import logging
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -18,7 +19,7 @@ from .capturing import REFUSED, capturing
 from .closures import observed
 from .curvature import recording
 from .curvature.group import CurvatureGroup
-from .guarding import guarded
+from .guarding import guarded, in_turn
 from .journal import Journal
 from .layout import Layout, include_new_parameters
 from .lifetime import still_open
@@ -59,6 +60,7 @@ class Recorder:
         self._under_way = UnderWay(layout, cadence, self._journal)
         self._process = os.getpid()
         self._lock = threading.RLock()
+        self._later: deque[Callable[[], object]] = deque()  # what was asked for within the recorder's own work
         self._told_of_changes = False
         self._handles = [handle for one in watched for handle in self._hook(one)]
         still_open.add(self)
@@ -76,7 +78,7 @@ class Recorder:
 
     @property
     def dropped(self) -> int:
-        """Records lost because the store could not be written for long."""
+        """Steps of which a record, or scalars alone, were lost because for long the store could not be written, or the background's thread was busy."""
         return self._journal.dropped
 
     @property
@@ -99,6 +101,7 @@ class Recorder:
         """CPU time of the worker's thread; 0 where recording is not in the background."""
         return self._journal.worker_clock.finished_cpu
 
+    @in_turn
     @guarded
     def log(self, /, **scalars: Any) -> None:
         """Record numbers of your own (loss, accuracy, …) at the current step; several calls at one step are merged.
@@ -108,17 +111,19 @@ class Recorder:
         """
         self._journal.log(self.step, scalars)
         if self._handles:
-            self._journal.flush_if_due(self.step)
+            # Not before the last record was heard of: up to then a busy worker is one that measures.
+            self._journal.flush_if_due(self.step, self._under_way.ended is None)
         else:
             self._finish(compact=False)
 
+    @in_turn
     @guarded
     def flush(self) -> None:
         """Write and commit every complete record now. Where that fails, the newest records are kept and tried again."""
         self._under_way.wait(self.step)
         self._journal.flush()
 
-    curvature = guarded(recording.curvature)
+    curvature = in_turn(guarded(recording.curvature))
 
     def watch(self, *optimizers: Any, steps: int | None = None) -> None:
         """Record further optimizers, made after `attach`; those that are watched already stay as they are.
@@ -141,8 +146,9 @@ class Recorder:
 
         A record knows its `step`, its `rows` by group and, in `row_of`, which row is which matrix. They are the writer's too: look, do
         not change them. What the listener raises is counted and told of like any other error of the recorder. Its time is on
-        the recorder's clock, but records are not spaced by it. In the background it is called behind the first step by whose end the
-        record is written, which is later and depends on chance; in the training thread as ever.
+        the recorder's clock, but records are not spaced by it. What it calls of the recorder (`log`, `flush`, `curvature`, `close`) is done
+        when the listeners have returned. In the background it is called behind the first step by whose end the record is written, which is later
+        and depends on chance; in the training thread as ever.
 
         Returns:
             A handle, whose `remove()` ends it.
@@ -154,13 +160,15 @@ class Recorder:
             raise ValueError("recorder: expected one that is open, got one that is closed and makes no more records; attach again")
         return self._under_way.listen(listener)
 
+    @in_turn
+    @guarded
     def close(self, *, compact: bool = True) -> None:
         """Detach from the optimizers and commit what was recorded. Closing twice is harmless.
 
         With `compact`, a run of more than 1,024 records is then laid out for reading, which may take seconds; it is not when the process is being ended.
+        A signal handler may call it: where it interrupts the recorder's own work, this is finished first, and the recorder closed as soon as it is.
         """
-        # A forked child (a data loader's worker) shares the files but not the right to write them.
-        if self not in still_open or os.getpid() != self._process:
+        if self not in still_open:
             return
         self._detach()
         self._finish(compact)
@@ -170,8 +178,24 @@ class Recorder:
                 "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
                 ", ".join(w.label for w in self._watched),
             )
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Of the model, its parameters and the optimizers: a recorder may be kept for what it counted."""
         for watched in self._watched:
             watched.let_go()
+        self._watched = []
+        self._names.model = None
+        self._layout.keep(())
+        self._curvature.include(())
+
+    def _catch_up(self) -> None:
+        """Behind a piece of work: do what was asked for within it; and end, where another recorder has taken the run over."""
+        while self._later:
+            self._later.popleft()()
+        worker = self._journal.worker
+        if self._journal.taken_over and self in still_open and not (worker is not None and worker.busy):
+            self.close(compact=False)
 
     def _detach(self) -> None:
         for handle in self._handles:
@@ -323,4 +347,4 @@ class Recorder:
     @guarded
     def _include_new_parameters(self) -> None:
         with self._journal.writing(OSError):
-            include_new_parameters(self._layout, self._watched, self._names)
+            include_new_parameters(self._layout, self._watched, self._names, lambda: self._under_way.wait(self.step))

@@ -52,10 +52,11 @@ class ScalarRow:
 
     def hand_over(self) -> None:
         """Give the row to the writer."""
-        values, self._values = self._values, {}
+        values = self._values
         if values:
             self._writer.append("scalars", self.step, {name: np.float64(value) for name, value in values.items()})
         self._new.update(dict.fromkeys(name for name in values if not self._writer.has("scalars", name)))
+        self._values = {}  # last: an exception of a signal handler loses nothing, and the same row given twice is merged
 
     def make_arrays(self) -> list[Exception]:
         """Make the arrays of names that are new, and give what kept one from being made; such a name is forgotten.
@@ -66,7 +67,8 @@ class ScalarRow:
         errors: list[Exception] = []
         for name in list(self._new):
             try:
-                _create_array(self._writer, name)
+                if not self._writer.has("scalars", name):
+                    _create_array(self._writer, name)
             except OSError:
                 raise
             except Exception as error:

@@ -26,6 +26,7 @@ class UnderWay:
 
     def __init__(self, layout: Layout, cadence: Cadence, journal: Journal) -> None:
         self.record: Record | None = None
+        self._is_empty = True  # it, up to the first optimizer's step
         self.ended: Record | None = None
         self.memory = None if journal.worker is None else Memory()
         self._layout, self._cadence, self._journal = layout, cadence, journal
@@ -40,11 +41,10 @@ class UnderWay:
 
     def may_begin(self, step: int) -> bool:
         """Whether one that is due can be made now."""
-        worker = self._journal.worker
-        if worker is not None and worker.busy:
+        self.hear(step)
+        if self.ended is not None:  # behind a worker that only flushes, the record has its turn
             self._journal.missed += self._cadence.missed(step)
             return False
-        self.hear(step)
         return self._cadence.affords(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
 
     def is_next(self, step: int) -> bool:
@@ -53,21 +53,23 @@ class UnderWay:
 
     def begin(self, step: int, waits_for: set[str]) -> None:
         """Begin one that the optimizers of these labels are to fill."""
-        self.record = Record(step, self._layout, waits_for, self._journal.schedules)
+        self.record, self._is_empty = Record(step, self._layout, waits_for, self._journal.schedules), True
         self._spent_before, _ = self._journal.spent_and_elapsed()
 
     def add(self, label: str, part: Part, step: int) -> None:
         """Measure what one optimizer's step gives to it; the last one completes it."""
         if self.record is None:
             return
+        self._is_empty = False
         self._do(part.measure, self.record)
         self.record.waits_for.discard(label)
         if not self.record.waits_for:
             self.end(step)
 
     def end(self, step: int) -> None:
-        """Hand it to the writer; what an optimizer that did not step would have filled stays missing."""
-        if self.record is None:
+        """Hand it to the writer; what an optimizer that did not step would have filled stays missing. Where none did, there is no record."""
+        if self.record is None or self._is_empty:
+            self.record = None
             return
         self.ended, self.record = self.record, None
         self._journal.log_own_time(step)

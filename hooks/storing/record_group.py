@@ -27,6 +27,8 @@ class RecordGroup:
         committed: how many records are.
     """
 
+    # What belongs together is assigned in one statement, within which no signal handler runs: one that raises leaves it as before or as behind.
+
     def __init__(self, path: str, arrays: Mapping[str, StoredArray], steps: list[int], read: Read) -> None:
         self.path = path
         self.arrays = {name: array for name, array in arrays.items() if array.has_steps}
@@ -43,11 +45,13 @@ class RecordGroup:
         """Take a record, true where it ends a chunk; a further one of the last step is merged with it, so that steps stay unique."""
         if self.steps and self.steps[-1] == step:
             self._reach_back(len(self.steps) - 1)
-            self._rows[-1] = {**self._rows[-1], **row}
             self._changed = min(self._changed, len(self.steps) - 1)
+            self._rows[-1] = {**self._rows[-1], **row}
         else:
-            self.steps.append(step)
+            # An exception of a signal handler may have cut off the last time, the row being there and its step not.
+            del self._rows[len(self.steps) - self._start :]
             self._rows.append(row)
+            self.steps.append(step)
         return len(self.steps) % self.chunk_steps == 0
 
     def trim(self) -> list[int]:
@@ -56,8 +60,7 @@ class RecordGroup:
         dropped = self.steps[self.committed : self.committed + excess]
         if dropped:
             first = self.committed - self._start
-            del self._rows[first : first + excess]
-            del self.steps[self.committed : self.committed + excess]
+            del self._rows[first : first + excess], self.steps[self.committed : self.committed + excess]
         return dropped
 
     def write(self, files: Files, count: int) -> None:
@@ -77,8 +80,7 @@ class RecordGroup:
         full = count - count % self.chunk_steps
         let_go = full - self._start
         if let_go > 0:
-            del self._rows[:let_go]
-            self._start = full
+            self._rows, self._start = self._rows[let_go:], full
         return let_go > 0
 
     def cut(self, count: int) -> None:
@@ -110,5 +112,5 @@ class RecordGroup:
         if self._start > start:
             stop = self._start
             read = {name: self._read(array, start, stop) for name, array in self.arrays.items() if name != "step"}
-            self._rows[:0] = [{name: values[i] for name, values in read.items()} for i in range(stop - start)]
-            self._start = start
+            before: list[Row] = [{name: values[i] for name, values in read.items()} for i in range(stop - start)]
+            self._rows, self._start = before + self._rows, start

@@ -2,8 +2,10 @@
 
 import gc
 import logging
+import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,11 @@ Read = Callable[[str | Path], xr.DataTree]
 def backward(model: nn.Module, seed: int = 0) -> None:
     model.zero_grad()
     model(torch.randn(16, 8, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+
+
+def loss_of(model: nn.Module) -> Tensor:
+    loss: Tensor = model(torch.ones(2, 8)).square().mean()
+    return loss
 
 
 def steps(run: xr.DataTree) -> list[int]:
@@ -355,7 +362,31 @@ def test_closed_recorder_stays_closed_and_holds_no_weights(mlp: Make, tmp_path: 
         optimizer.step(closure)
     assert recorder._watched[0].snapshots  # copies that the step left behind
     recorder.close()
-    assert not recorder._watched[0].snapshots
-    recorder.watch(AdamW(mlp().parameters()))
-    assert len(recorder._watched) == 1
+    other = AdamW(mlp().parameters())
+    recorder.watch(other)
+    assert not other._optimizer_step_pre_hooks
     assert logging.getLogger("optiscope").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
+@pytest.mark.parametrize("end", ["close", "taken over"])
+def test_one_that_has_ended_lets_go_of_the_training(end: str, background: bool, mlp: Make, tmp_path: Path) -> None:
+    """It may be kept for its counters: neither the model nor a parameter, an optimizer, or a thread is kept with it."""
+    model = mlp(dropout=0.0)
+    optimizer = AdamW(model.parameters(), lr=0.1)
+    recorder = attach(optimizer, model, tmp_path / "run.zarr", every=1, measure=["update", "blocks"], background=background)
+    for t in range(3):
+        backward(model, t)
+        optimizer.step()
+    recorder.curvature(partial(loss_of, model))
+    if end == "close":
+        recorder.close()
+    else:
+        Writer(tmp_path / "run.zarr", {}).flush()
+        recorder.flush()
+    things = [weakref.ref(model), weakref.ref(optimizer), *map(weakref.ref, model.parameters())]
+    del model, optimizer
+    gc.collect()
+    assert [found() for found in things] == [None] * len(things)
+    assert recorder.step == 3
+    assert not any(thread.name == "optiscope" for thread in threading.enumerate())
