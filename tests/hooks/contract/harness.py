@@ -1,12 +1,13 @@
 """The contract that every supported optimizer is held to: one small training, plain and recorded, and what is compared.
 
 A `Case` says how a user makes the optimizer and steps it, and gives an independent float64 transcription of what it keeps.
-`run_case` trains twice, without and with a recorder, and returns a `Result`: the measured differences. The tests assert on
+`run_case` trains without and with a recorder, at once and in the background, and returns a `Result`: the measured differences. The tests assert on
 results, and the coverage document is printed from them.
 """
 
 import copy
 import importlib
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from optiscope.hooks import Recorder, attach
+from optiscope.hooks.measuring import Part
 from optiscope.hooks.snapshot import Snapshot
 
 Floats = NDArray[np.float64]
@@ -94,7 +96,8 @@ class Result:
     """What was measured of a case. Errors are the largest over steps and parameters; None where there is nothing to compare.
 
     Attributes:
-        neutral: training was the same to the bit with the recorder.
+        neutral: training was the same to the bit with the recorder, in the background too.
+        behind: what the run of a recorder in the background holds is, to the bit, what the other one's does at the same steps.
         recorded: steps of the records.
         fired: real steps taken.
         read_by, spectrum_of: as written into the run, of the group that the first hidden matrix is in.
@@ -108,6 +111,7 @@ class Result:
     """
 
     neutral: bool
+    behind: bool
     recorded: list[int]
     fired: int
     read_by: str
@@ -204,8 +208,13 @@ class Seen:
     scale: float
 
 
-def train(case: Case, store: Path | None, seen: dict[str, list[Seen]] | None = None) -> tuple[list[Tensor], int, "Recorder | None"]:
-    """Train a fresh model; weights, gradients, the optimizer's state and the random state of every step, and the real steps."""
+def train(
+    case: Case, store: Path | None, seen: dict[str, list[Seen]] | None = None, *, background: bool = False
+) -> tuple[list[Tensor], int, "Recorder | None"]:
+    """Train a fresh model; weights, gradients, the optimizer's state and the random state of every step, and the real steps.
+
+    In the background every other step is recorded, and measured only when the one behind it has overwritten all it may.
+    """
     torch.manual_seed(0)
     model = case.model()
     built = case.build(model)
@@ -215,7 +224,11 @@ def train(case: Case, store: Path | None, seen: dict[str, list[Seen]] | None = N
     with ExitStack() as stack:
         recorder = None
         if store is not None:
-            recorder = stack.enter_context(attach(built, model, store, every=1, on_error="raise"))
+            overwritten = stack.enter_context(_held()) if background else None
+            every = 2 if background else 1
+            recorder = stack.enter_context(attach(built, model, store, every=every, background=background, on_error="raise"))
+            if overwritten is not None:
+                stack.callback(overwritten.set)  # closing the recorder waits for the last record
             if seen is not None:
                 stack.enter_context(_watching(seen, names))
         for batch in data:
@@ -224,6 +237,11 @@ def train(case: Case, store: Path | None, seen: dict[str, list[Seen]] | None = N
                 return nn.functional.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())
 
             (case.step or plain_step)(built, model, loss)
+            if recorder is not None and overwritten is not None and recorder.step % 2:
+                overwritten.set()
+                assert recorder._journal.worker is not None
+                recorder._journal.worker.wait()
+                overwritten.clear()
             trace += [p.detach().clone() for p in model.parameters()]
             trace += [p.grad.clone() for p in model.parameters() if p.grad is not None]
             trace.append(torch.get_rng_state())
@@ -243,6 +261,19 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
     elif isinstance(state, (list, tuple)):
         for value in state:
             yield from tensors_in(value)
+
+
+@contextmanager
+def _held() -> Iterator[threading.Event]:
+    """No record is measured before the event."""
+    event, measure = threading.Event(), Part.measure
+
+    def late(self: Part, *of: Any) -> None:
+        assert event.wait(30)
+        measure(self, *of)
+
+    with patch.object(Part, "measure", late):
+        yield event
 
 
 @contextmanager
@@ -332,16 +363,20 @@ def run_case(case: Case) -> Result:
     with TemporaryDirectory() as folder:
         store = Path(folder) / "run.zarr"
         recorded, fired, _ = train(case, store)
-        neutral = len(plain) == len(recorded) and all(map(same, plain, recorded))
-        again = Path(folder) / "again.zarr"
+        again, late = Path(folder) / "again.zarr", Path(folder) / "background.zarr"
+        beside, _, _ = train(case, late, background=True)
+        neutral = all(len(plain) == len(trace) and all(map(same, plain, trace)) for trace in (recorded, beside))
         seen: dict[str, list[Seen]] = {}
         with intercepted(case.newton_schulz) as calls:
             train(case, again, seen)
         with xr.open_datatree(store, engine="zarr") as tree:
             run = tree.load()
+        with xr.open_datatree(late, engine="zarr") as tree:
+            behind = _holds_the_same(tree.load(), run)
     entry, group = _group_of_hidden(run)
     result = Result(
         neutral=neutral,
+        behind=behind,
         recorded=run["update"]["step"].values.tolist(),
         fired=fired,
         class_name="` around `".join([*entry["wrapped_by"], entry["class"]]),
@@ -359,6 +394,22 @@ def run_case(case: Case) -> Result:
 def same(a: Tensor, b: Tensor) -> bool:
     """Bitwise equal, NaN included."""
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b)))
+
+
+def _holds_the_same(behind: xr.DataTree, run: xr.DataTree) -> bool:
+    """Whether all variables of all records are, to the bit, those of the other run at the same steps."""
+    found = []
+    for name in set(run.children) - {"scalars"}:
+        group = behind[name].to_dataset()
+        other = run[name].to_dataset().sel(step=group["step"])
+        found.append(
+            set(group.variables) == set(other.variables)
+            and all(
+                a.tolist() == b.tolist() if a.dtype.kind in "TO" else a.tobytes() == b.tobytes()
+                for a, b in ((group[v].values, other[v].values) for v in group.variables)
+            )
+        )
+    return bool(found) and all(found) and behind["update"]["step"].values.tolist() == run["update"]["step"].values.tolist()[1::2]
 
 
 def _group_of_hidden(run: xr.DataTree) -> tuple[dict[str, Any], int]:

@@ -26,6 +26,10 @@ def test_training_is_bitwise_the_same(case: Case) -> None:
     assert result_of(case.system).neutral
 
 
+def test_in_the_background_the_run_holds_the_same_to_the_bit(case: Case) -> None:
+    assert result_of(case.system).behind
+
+
 def test_one_record_per_real_step(case: Case) -> None:
     result = result_of(case.system)
     assert result.recorded == list(range(1, result.fired + 1))
