@@ -82,8 +82,9 @@ if __name__ == "__main__":
     print(f"  default (1 %): a record every {int(np.ceil(cost / (0.01 * step - commit * step / COMMIT_SECONDS)))} steps")
     cost, wall, cpu, commit = recorded(training, arguments.records, background=True)
     print(
-        f"background: the training thread stalls {wall * 1e3:.1f} ms a record ({cpu * 1e3:.1f} ms of its CPU), {wall / step:.3%} of a step's CPU time;"
+        f"background: the training thread stalls {wall * 1e3:.1f} ms a record ({cpu * 1e3:.1f} ms of its CPU), {wall / step:.3%} of a step's CPU time,"
     )
+    print(f"  0.3 % of a step of {LARGE.batch * LARGE.sequence * wall / step / 0.003:.0f} tokens;")
     print(f"  CPU of both threads {cost:.3f} s a record")
     for process in others:
         process.terminate()
