@@ -362,6 +362,7 @@ def test_closed_recorder_stays_closed_and_holds_no_weights(mlp: Make, tmp_path: 
         optimizer.step(closure)
     assert recorder._watched[0].snapshots  # copies that the step left behind
     recorder.close()
+    assert open_run(tmp_path / "run.zarr")["update"].sizes["step"] == 0  # nor is a record of that step made
     other = AdamW(mlp().parameters())
     recorder.watch(other)
     assert not other._optimizer_step_pre_hooks
