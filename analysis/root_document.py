@@ -16,6 +16,7 @@ from .stored_array import MOST_TEXT, StoredArray, stored_array
 from .stored_chunk import read_file
 
 MOST_NODES = 20_000  # groups and arrays
+MOST_ALLEGED = 60_000_000  # records times matrices of a group that need not have a byte each in the run's files
 MOST_OPENED = 2**29  # bytes of steps and names, which opening reads
 MOST_LOGGED = 100_000  # of what a run's attributes list
 MOST_UNMAPPED = 100_000  # files of which only a look tells whether they are there
@@ -55,6 +56,19 @@ def read_document(folder: Path, given: Path | None = None) -> dict[str, Any]:
     if newer := newer_schema(attributes):
         raise ValueError(f"run: {given or folder} {newer}")
     return document
+
+
+def refuse_alleged(folder: Path, found: Contents) -> None:
+    """Refuse more cells than metadata alone may demand memory for, where the run's files do not hold a byte for each; a recorder writes hundreds.
+
+    Raises:
+        ValueError: it is so; told without the run.
+    """
+    cells = max((prod(array.shape[:2]) for group in found.groups for array in group.arrays.values()), default=0)
+    if cells > MOST_ALLEGED:
+        held = sum(file.lstat().st_size for file in folder.rglob("*"))
+        if held < cells:
+            raise ValueError(f"zarr.json: expected files of at least {cells:,} bytes for as many records times matrices, got {held:,}")
 
 
 def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list[Contents]:

@@ -17,7 +17,7 @@ from ..diagnostics.run_format import LINEAGES
 from .in_parts import windows
 from .lazy_arrays import Run
 from .lineages import of_lineage
-from .root_document import Contents, contents, lineage_contents, read_document
+from .root_document import Contents, contents, lineage_contents, read_document, refuse_alleged
 
 LONG = 1_000  # characters of a name
 # Bytes of an array, of one of spectra, up to which it is read once for all studies of an opened run, and of all that are.
@@ -63,6 +63,7 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
 
 
 def _tree(folder: Path, found: Contents) -> xr.DataTree:
+    refuse_alleged(folder, found)
     return xr.open_datatree(folder, engine=Run, chunks=None, cache=False, of=found)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # A run of 80 layers has some 10⁴ records of 600 matrices; these are far from it, and what they allow fits in memory.
-MOST_RECORDS, MOST_MATRICES, MOST_CELLS = 10_000_000, 100_000, 60_000_000  # cells: records times matrices of a group
+MOST_RECORDS, MOST_MATRICES, MOST_CELLS = 10_000_000, 100_000, 200_000_000  # cells: records times matrices of a group
 MOST_ALONG = 256  # any other dimension: tiles of a map are most
 MOST_CHUNK = 2**29  # bytes of a chunk, decoded
 MOST_TEXT = 2**24  # of all texts of an array

@@ -28,6 +28,7 @@ from torch import Tensor
 from optiscope.diagnostics import observation, second_moment
 from optiscope.diagnostics.catalogue import LEVELS
 from optiscope.diagnostics.log_bins import log_quantiles
+from optiscope.diagnostics.spectrum import GRAM_CONDITION_LIMIT
 from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import attach, measuring, moments, record, snapshot, under_way, watched
 
@@ -137,6 +138,8 @@ def report(name: str, warm: int, apart: int, repeats: int, clock: Clock, inputs:
     for part in rows[0]:
         values = np.array([[row[part] * 1e3, row[part] / row["svdvals"], row[part] / row["svdvals, turned tall"]] for row in rows])
         print("{:28} {:9.2f} {:9.3f} {:9.3f}".format(part, *np.median(values, axis=0)), flush=True)
+    beyond = np.mean([np.linalg.cond(matrix.double().numpy()) > GRAM_CONDITION_LIMIT for matrix in inputs])
+    print(f"κ above {GRAM_CONDITION_LIMIT:.0e}, where a float64 SVD is taken: {beyond:.0%} of the spectra of the last record")
     double = svdvals_pass([matrix.double() for matrix in tall])  # what it takes to have κ as right
     print(
         "{:28} {:9.2f}: whole/this {:.3f}".format(

@@ -180,6 +180,7 @@ ATTACKS = {
     "matrices that have no name": (longer("matrix", 90_000), "expected a file, got none"),
     "records that have no step": (longer("step", 1_000_000), "expected steps in ascending order"),
     "more cells than memory": (both(longer("matrix", 100_000), longer("step", 10_000_000)), "records times matrices"),
+    "more cells than bytes": (both(longer("matrix", 50_000), longer("step", 2_000)), "files of at least 100,000,000 bytes for as many"),
     "a chunk of 10¹² bytes": (of_array(lambda node: node["chunk_grid"]["configuration"].update(chunk_shape=[64, 2 * 10**9])), "expected chunks of at most"),
     "5·10⁷ chunks": (edit(many_chunks), "expected at most 400,000 chunks"),
     "10⁶ chunks without a map": (edit(unmapped), "expected at most 100,000 chunks of arrays without a map"),

@@ -50,7 +50,7 @@ FAULTS = {
     "update_rounded": ("warning", {ADAM: {"update": {"update_noise": 0.25}}}, {}, "rounding noise is up to 25% of an update", (ADAM,)),
     "norm_near_eps": ("warning", {Q: {"geometry": {"fro_norm": 5e-6}}}, {}, "falls to 50 times the optimizer's eps (1e-07)", (Q,)),
     "zero_input": ("warning", {Q: {"geometry": {"fro_norm": 0.0, **NO_SPECTRUM}}}, {}, "of 1 matrix was all zeros", (Q,)),
-    "dropped": ("warning", {}, {"attrs": {"dropped": 7}}, "7 records lost", ()),
+    "dropped": ("warning", {}, {"attrs": {"dropped": 7}}, "at 7 steps is lost", ()),
     "recording_errors": ("warning", {}, {"attrs": {"errors": 3}}, "Measuring failed 3 times", ()),
     "single_row": ("info", {ADAM: {"sigma": (1.0,), "shape": (1, 12)}}, {}, "1 matrix with a single row or column", (ADAM,)),
     "condition_bounded": ("info", {Q: {"floor": True}}, {}, "In 33% of the snapshots κ is only known to be at least", (Q,)),

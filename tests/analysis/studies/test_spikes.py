@@ -26,6 +26,7 @@ def noisy():
             values["weight_rms"][np.ix_((jump - 20 <= STEPS) & (jump > STEPS), [0, 1, 2])] *= np.exp(lead)
         labels = {"name": NAMES, "operator": ["attn_q"] * 3 + ["mlp_up"] * 3, "optimizer": ["AdamW"] * 6}
         coords = {"step": STEPS, **{key: ("matrix", np.array(texts, dtype=np.dtypes.StringDType())) for key, texts in labels.items()}}
+        coords |= {name: ("matrix", np.full(len(labels["name"]), 8)) for name in ("layer", "rows", "cols")}
         update = xr.Dataset({name: (("step", "matrix"), v) for name, v in values.items()}, coords=coords)
         return xr.DataTree.from_dict({"/update": update, "/scalars": xr.Dataset({"loss": ("step", loss)}, coords={"step": STEPS})})
 
