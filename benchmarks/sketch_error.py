@@ -12,21 +12,22 @@ only rounded. Under a residual of 1e-12, which is float64's own rounding, errors
 """
 
 import argparse
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from machine import machine
 from numpy.typing import NDArray
-from torch.optim import Optimizer
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch import Tensor
+from torch.optim import _muon
 
 from optiscope.diagnostics import FAMILIES, Coefficients, classify, gram_residual, matched_coefficients, ns_map, repeat_last, spectrum
 from optiscope.diagnostics.rounding import rounded
 from optiscope.diagnostics.spectrum_sketch import POINTS, sketch, unsketch
 from optiscope.examples.byte_llama import ByteLlama, Config, train
-from optiscope.hooks.adapters import adapter_for
 
 Floats = NDArray[np.float64]
 STEPS = range(3, 9)
@@ -38,29 +39,19 @@ def trained_spectra(every: int) -> dict[str, Floats]:
     config = Config()
     shapes = [(name, p.shape) for name, p in ByteLlama(config).layers.named_parameters() if p.ndim == 2]
     found: dict[str, list[Floats]] = {}
-    taken = 0
+    iterate, taken = _muon._zeropower_via_newtonschulz, itertools.count()
 
-    def capture(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        nonlocal taken
-        orthogonalisation = adapter_for(optimizer).orthogonalisation
-        if orthogonalisation is None:
-            return
-        taken += 1
-        if taken % every:
-            return
-        (group,) = optimizer.param_groups
-        for (name, shape), p in zip(shapes, group["params"], strict=True):
-            if p.shape != shape:
-                raise RuntimeError(f"expected {name} of shape {tuple(shape)}, got {tuple(p.shape)}")
-            ns_input = orthogonalisation.ns_input(p.grad, optimizer.state.get(p) or {}, group)
+    def capture(ns_input: Tensor, *settings: Any) -> Tensor:
+        step, matrix = divmod(next(taken), len(shapes))
+        if (step + 1) % every == 0:
+            name, shape = shapes[matrix]
+            if ns_input.shape != shape:
+                raise RuntimeError(f"expected {name} of shape {tuple(shape)}, got {tuple(ns_input.shape)}")
             found.setdefault(classify(name), []).append(spectrum(ns_input.numpy()).normalised)
+        return iterate(ns_input, *settings)
 
-    handle = register_optimizer_step_pre_hook(capture)
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            train(Path(folder) / "run.zarr", config, lambda step, loss: None)
-    finally:
-        handle.remove()
+    with tempfile.TemporaryDirectory() as folder, patch.object(_muon, "_zeropower_via_newtonschulz", capture):
+        train(Path(folder) / "run.zarr", config, lambda step, loss: None)
     return {operator: np.stack(spectra) for operator, spectra in found.items()}
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -250,12 +251,15 @@ def test_of_too_many_scalars_the_oldest_are_lost_by_whole_steps(
         kept = run["scalars"][name].dropna("step")
         assert kept["step"].values.tolist() == [108, 109, 110, 111, 112]
         assert kept.values.tolist() == [sign * step for step in (108, 109, 110, 111, 112)]
-    lost = [step for step in range(100, 113) if step not in run["scalars"]["step"]]
-    assert 7 <= recorder.dropped == run.attrs["dropped"] <= 8  # the recorder's own row of the record's step among them, or not
+    # Of the record's step there are two rows, the recorder's own and the loss; the worker took both, one, or none before it was held.
+    first = 108 - recorder.dropped
+    assert first in (100, 101)
+    assert run.attrs["dropped"] == recorder.dropped
     at_the_time, at_the_end = [record.getMessage() for record in caplog.records]
-    assert at_the_time.startswith(f"optiscope: step {lost[0] + 5}: more than 5 logged steps wait for the thread that measures and writes. ")
-    assert f"lost, from step {lost[0]} on" in at_the_time
-    assert at_the_end == f"optiscope: what was logged at {recorder.dropped} steps, of steps {lost[0]} to 107, is lost."
+    told = re.match(rf"optiscope: step (\d+): more than 5 logged steps wait for the thread .* lost, from step {first} on", at_the_time)
+    assert told is not None
+    assert first + 4 <= int(told[1]) <= first + 5
+    assert at_the_end == f"optiscope: what was logged at {recorder.dropped} steps, of steps {first} to 107, is lost."
     assert [entry["label"] for entry in run.attrs["optimizers"]] == ["SGD", "SGD#2"]  # what is no scalar is kept
 
 
