@@ -45,9 +45,11 @@ def read_document(folder: Path, given: Path | None = None) -> dict[str, Any]:
     Raises:
         ValueError: it is no run's, or one of a newer schema.
     """
-    why, document = "", None
+    why, document = " (there is no zarr.json in it)", None
     try:
-        document = parse_bounded(read_file(folder, "zarr.json", MOST_BYTES) or b"")
+        content = read_file(folder, "zarr.json", MOST_BYTES)
+        if content is not None:
+            why, document = "", parse_bounded(content)
     except (OSError, ValueError) as error:
         why = f" ({error})"
     attributes = document.get("attributes") if isinstance(document, dict) else None
