@@ -6,7 +6,7 @@ import numpy as np
 import xarray as xr
 
 from ..diagnostics.operators import ordered
-from .run import records
+from .run import unread
 
 
 def describe(run: xr.DataTree) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _operators(run: xr.DataTree) -> list[dict[str, Any]]:
     group = next((g for g in ("update", "geometry") if g in run.children and run[g].sizes.get("step")), None)
     if group is None:
         return []
-    dataset = records(run, group)
+    dataset = unread(run, group)
     found: dict[str, list[tuple[str, int]]] = {}
     for operator, m, n, layer in zip(*(dataset[name].values.tolist() for name in ("operator", "rows", "cols", "layer")), strict=True):
         found.setdefault(str(operator), []).append((f"{m}×{n}", int(layer)))

@@ -79,18 +79,28 @@ def records(run: xr.DataTree, group: str) -> xr.Dataset:
     """One group of a run, names as plain strings. What has one number per matrix and record is read, once for an opened run; all else when used.
 
     Raises:
-        ValueError: the run has no records of that group; the text says how to record them.
+        ValueError: as :func:`unread`.
+    """
+    dataset = unread(run, group)
+    _keep(run, [variable.variable for variable in dataset.data_vars.values() if variable.ndim < 3], KEPT)
+    _keep(run, [coordinate.variable for name, coordinate in dataset.coords.items() if coordinate.dtype.kind != "T" or name in TEXTS], KEPT)
+    # Zarr gives NumPy's variable-width strings, which few functions take.
+    texts = {name: ("matrix", _texts(dataset[name].values.tolist())) for name in TEXTS if name in dataset}
+    return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+
+
+def unread(run: xr.DataTree, group: str) -> xr.Dataset:
+    """One group of a run, nothing of it read.
+
+    Raises:
+        ValueError: the run has no records of that group, and the text says how to record them; or what every recorder says of matrices is not there.
     """
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
         raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
-    _keep(run, [variable.variable for variable in dataset.data_vars.values() if variable.ndim < 3], KEPT)
-    _keep(run, [coordinate.variable for name, coordinate in dataset.coords.items() if coordinate.dtype.kind != "T" or name in TEXTS], KEPT)
-    # Zarr gives NumPy's variable-width strings, which few functions take.
     if "matrix" in dataset.dims:
         _expect(dataset, group, OF_MATRICES)
-    texts = {name: ("matrix", _texts(dataset[name].values.tolist())) for name in TEXTS if name in dataset}
-    return dataset.assign_coords(texts) if "matrix" in dataset.dims else dataset
+    return dataset
 
 
 def whole_records(run: xr.DataTree, group: str) -> xr.Dataset:

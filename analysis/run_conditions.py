@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import xarray as xr
 
-from .run import records
+from .run import records, unread
 from .training_curve import stated
 
 SAME, DIFFERS, UNKNOWN = "same", "differs", "not stated"
@@ -74,7 +74,7 @@ def _shapes(run: xr.DataTree) -> str | None:
     """How many matrices of which shape, all optimizers together."""
     for group in ("update", "geometry"):
         if group in run.children and run[group].sizes.get("matrix") and run[group].sizes.get("step"):
-            dataset = records(run, group)
+            dataset = unread(run, group)
             counts = Counter(zip(dataset["rows"].values.tolist(), dataset["cols"].values.tolist(), strict=True))
             return ", ".join(f"{count} of {rows}×{cols}" for (rows, cols), count in sorted(counts.items()))
     return None

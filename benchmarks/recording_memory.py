@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torch import nn
 from optiscope.hooks import attach
 
 MODES = ("none", "foreground", "background")
-GIVEN_BACK = {"MALLOC_MMAP_THRESHOLD_": str(1 << 18)}
+GIVEN_BACK = str(1 << 18)
 
 
 def peak() -> int:
@@ -81,20 +81,21 @@ if __name__ == "__main__":
     print(
         f"{arguments.layers} matrices of {arguments.width}×{arguments.width}: {arguments.layers * matrix / 1e6:.0f} MB, in float64 {largest / 1e6:.0f} MB"
     )
+
+    @cache
+    def peak_of(mode: str, kind: str, threshold: str | None) -> int:
+        environment = os.environ | ({} if threshold is None else {"MALLOC_MMAP_THRESHOLD_": threshold})
+        return int(subprocess.check_output([sys.executable, __file__, *options, "--one", mode, kind], env=environment))
+
+    def adds(mode: str, kind: str, threshold: str | None = None) -> float:
+        """MB of the peak that are not there without a recorder."""
+        return (peak_of(mode, kind, threshold) - peak_of("none", kind, threshold)) / 1e6
+
+    options = ["--width", str(arguments.width), "--layers", str(arguments.layers), "--steps", str(arguments.steps)]
     for kind, copies in (("Muon", {"foreground": 3, "background": 5}), ("AdamW", {"foreground": 1, "background": 5})):
-        options = ["--width", str(arguments.width), "--layers", str(arguments.layers), "--steps", str(arguments.steps)]
-
-        def adds(mode: str, kind: str = kind, options: Sequence[str] = options, **environment: str) -> float:
-            """MB of the peak that are not there without a recorder."""
-            peaks = [
-                int(subprocess.check_output([sys.executable, __file__, *options, "--one", one, kind], env=os.environ | environment))
-                for one in (mode, "none")
-            ]
-            return (peaks[0] - peaks[1]) / 1e6
-
         for mode, count in copies.items():
             snapshot = count * arguments.layers * matrix
             print(
-                f"{kind:>6} {mode:>10}: recording adds {adds(mode, **GIVEN_BACK):4.0f} MB; allowed {(snapshot + largest) / 1e6:4.0f} MB "
-                f"(snapshot {snapshot / 1e6:.0f} MB); with what the C library keeps {adds(mode):4.0f} MB"
+                f"{kind:>6} {mode:>10}: recording adds {adds(mode, kind, GIVEN_BACK):4.0f} MB; allowed {(snapshot + largest) / 1e6:4.0f} MB "
+                f"(snapshot {snapshot / 1e6:.0f} MB); with what the C library keeps {adds(mode, kind):4.0f} MB"
             )

@@ -396,6 +396,11 @@ def same(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.dtype == b.dtype and torch.equal(*(t.flatten().view(torch.uint8) for t in (a, b)))
 
 
+def same_values(a: NDArray[Any], b: NDArray[Any]) -> bool:
+    """Bitwise equal, NaN included; texts as texts."""
+    return a.tolist() == b.tolist() if a.dtype.kind in "TO" else a.tobytes() == b.tobytes()
+
+
 def _holds_the_same(behind: xr.DataTree, run: xr.DataTree) -> bool:
     """Whether all variables of all records are, to the bit, those of the other run at the same steps."""
     found = []
@@ -403,11 +408,7 @@ def _holds_the_same(behind: xr.DataTree, run: xr.DataTree) -> bool:
         group = behind[name].to_dataset()
         other = run[name].to_dataset().sel(step=group["step"])
         found.append(
-            set(group.variables) == set(other.variables)
-            and all(
-                a.tolist() == b.tolist() if a.dtype.kind in "TO" else a.tobytes() == b.tobytes()
-                for a, b in ((group[v].values, other[v].values) for v in group.variables)
-            )
+            set(group.variables) == set(other.variables) and all(same_values(group[v].values, other[v].values) for v in group.variables)
         )
     return bool(found) and all(found) and behind["update"]["step"].values.tolist() == run["update"]["step"].values.tolist()[1::2]
 
