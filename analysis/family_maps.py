@@ -6,9 +6,9 @@ import numpy as np
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from ..diagnostics.newton_schulz import ns_map
-from ..diagnostics.ns_families import Coefficients
-from ..diagnostics.ns_hazards import LIFTED, output_band
+from ..diagnostics.newton_schulz.families import Coefficients
+from ..diagnostics.newton_schulz.hazards import LIFTED, output_band
+from ..diagnostics.newton_schulz.spectral_map import ns_map
 from .figures import axes, finish
 
 GRID = np.geomspace(1e-6, 1, 1201)

@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray, BackendEntrypoint
 from xarray.core import indexing
 
-from .root_document import Contents, Node
-from .stored_array import StoredArray
-from .stored_chunk import read_chunks
+from ..diagnostics.store.checked_array import StoredArray
+from ..diagnostics.store.reading import read_chunks
+from ..diagnostics.store.root_document import Contents, Node
 
 
 class LazyArray(BackendArray):  # type: ignore[misc, unused-ignore]

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from ..diagnostics.run_format import LINEAGES, OF_LINEAGE
+from ..diagnostics.store.format import LINEAGES, OF_LINEAGE
 
 _NOT_THE_RUNS = (*OF_LINEAGE, "chunks", "checksum")  # attributes of a lineage that are not those of the run at that time
 

@@ -10,13 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
 from ..diagnostics.catalogue import GROUPS
-from ..diagnostics.run_format import LINEAGES, OF_LINEAGE, chunk_map, consolidated, schema_of, seal
+from ..diagnostics.store.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.store.checked_array import StoredArray, stored_array
+from ..diagnostics.store.format import LINEAGES, OF_LINEAGE, chunk_map, consolidated, schema_of, seal
+from ..diagnostics.store.reading import decode_file, open_inside, read_file
+from ..diagnostics.store.root_document import MOST_NODES
 from .lazy_arrays import read
-from .root_document import MOST_NODES
-from .stored_array import StoredArray, stored_array
-from .stored_chunk import decode_file, open_inside, read_file
 
 _TOP = {*GROUPS, "scalars"}
 

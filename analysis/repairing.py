@@ -15,10 +15,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..diagnostics.run_format import DAMAGED, chunk_map, chunks_written, seal
-from ..diagnostics.run_lock import RunLock
-from .root_document import Node
-from .stored_array import StoredArray, stored_array
+from ..diagnostics.store.checked_array import StoredArray, stored_array
+from ..diagnostics.store.format import DAMAGED, chunk_map, chunks_written, seal
+from ..diagnostics.store.lock import RunLock
+from ..diagnostics.store.root_document import Node
 from .verifying import Damage, Verification, lineages_of, verify, verify_one
 
 # Coordinates without which the rows of a group mean nothing.

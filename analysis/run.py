@@ -10,14 +10,14 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ..diagnostics.nan_quantile import nan_quantile
-from ..diagnostics.ns_families import Coefficients
+from ..diagnostics.newton_schulz.families import Coefficients
+from ..diagnostics.newton_schulz.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
 from ..diagnostics.operators import ordered
-from ..diagnostics.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
-from ..diagnostics.run_format import LINEAGES
+from ..diagnostics.store.format import LINEAGES
+from ..diagnostics.store.root_document import Contents, contents, lineage_contents, read_document, refuse_alleged
 from .in_parts import windows
 from .lazy_arrays import Run
 from .lineages import of_lineage
-from .root_document import Contents, contents, lineage_contents, read_document, refuse_alleged
 
 LONG = 1_000  # characters of a name
 # Bytes of an array, of one of spectra, up to which it is read once for all studies of an opened run, and of all that are.

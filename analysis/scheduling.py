@@ -3,11 +3,11 @@
 import numpy as np
 import xarray as xr
 
-from ..diagnostics.deriving import RECORDS, check_choices, schedule_from_spectra
 from ..diagnostics.evenly_spread import evenly_spread
-from ..diagnostics.observation_window import observation_window
-from ..diagnostics.recorded_spectra import RecordedSpectra
-from ..diagnostics.schedule import Schedule
+from ..diagnostics.newton_schulz.recorded_spectra import RecordedSpectra
+from ..diagnostics.schedules.deriving import RECORDS, check_choices, schedule_from_spectra
+from ..diagnostics.schedules.observation_window import observation_window
+from ..diagnostics.schedules.schedule_file import Schedule
 from .run import orthogonalised, own_residual, whole_records
 
 

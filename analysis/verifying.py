@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
-from ..diagnostics.bounded_json import MOST_BYTES, parse_bounded
-from ..diagnostics.run_format import DAMAGED, LINEAGES, newer_schema, schema_of
-from ..diagnostics.run_lock import LOCK_FILES
+from ..diagnostics.store.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.store.checked_array import StoredArray
+from ..diagnostics.store.format import DAMAGED, LINEAGES, newer_schema, schema_of
+from ..diagnostics.store.lock import LOCK_FILES
+from ..diagnostics.store.reading import decode_file, open_inside, read_file
+from ..diagnostics.store.root_document import Contents, Node, contents, of_lineage
 from .lazy_arrays import read
 from .rebuilding import rebuilt
-from .root_document import Contents, Node, contents, of_lineage
 from .run import open_run
-from .stored_array import StoredArray
-from .stored_chunk import decode_file, open_inside, read_file
 
 MOST_DAMAGE = 10_000  # chunks that are found damaged in one go; a repair looks again
 

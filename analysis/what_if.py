@@ -7,14 +7,14 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ..diagnostics.evenly_spread import evenly_spread
-from ..diagnostics.low_precision import bfloat16_outcomes
-from ..diagnostics.newton_schulz import ns_flops
-from ..diagnostics.ns_families import FAMILIES, Coefficients
-from ..diagnostics.ns_schedules import SCHEDULE_FAMILIES, schedule_of
-from ..diagnostics.ns_validation import of_family
-from ..diagnostics.recorded_spectra import outputs_under
-from ..diagnostics.spectrum import BFLOAT16_ROUNDOFF, precision_floor
-from ..diagnostics.spectrum_sketch import unsketch
+from ..diagnostics.newton_schulz.coefficients import SCHEDULE_FAMILIES, coefficients_of
+from ..diagnostics.newton_schulz.families import FAMILIES, Coefficients
+from ..diagnostics.newton_schulz.recorded_spectra import outputs_under
+from ..diagnostics.newton_schulz.spectral_map import ns_flops
+from ..diagnostics.newton_schulz.validation import of_family
+from ..diagnostics.schedules.low_precision import bfloat16_outcomes
+from ..diagnostics.spectra.spectrum import BFLOAT16_ROUNDOFF, precision_floor
+from ..diagnostics.spectra.spectrum_sketch import unsketch
 from .run import ns_schedules, operators_of, orthogonalised
 from .scheduling import default_window
 
@@ -59,7 +59,7 @@ def what_if(
     """
     if not families or not steps:
         raise ValueError("families, steps: expected at least one of each, got none")
-    schedules = [schedule_of(family, k) for family in families for k in steps]
+    schedules = [coefficients_of(family, k) for family in families for k in steps]
     everything = orthogonalised(run)
     inside = everything.sel(step=default_window(run) if window is None else window)
     geometry = inside.isel(step=evenly_spread(inside.sizes["step"], records))

@@ -25,7 +25,7 @@ from machine import machine
 
 from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import attach
-from optiscope.hooks.accelerator import gram_matrix
+from optiscope.hooks.observing.accelerator import gram_matrix
 
 SHAPES = ((128, 128), (512, 512), (768, 768), (1024, 1024), (1024, 2816), (4096, 4096))
 MODEL = Config(d=1024, layers=8, heads=16, kv_heads=16, inner=2816, batch=8)

@@ -60,7 +60,7 @@ def profile(run: Path, folder: Path) -> None:
     began = time.perf_counter()
     from optiscope.analysis import STUDIES, open_run
     from optiscope.analysis.evenly_sampled import evenly_sampled
-    from optiscope.analysis.report_folder import analyse_study, finish_report
+    from optiscope.analysis.report.folder import analyse_study, finish_report
 
     tree = open_run(run)
     studied = evenly_sampled(tree)

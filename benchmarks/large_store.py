@@ -22,15 +22,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from optiscope.diagnostics.catalogue import LEVELS, NS_STEPS, ROUNDED
-from optiscope.diagnostics.newton_schulz import ns_map
-from optiscope.diagnostics.ns_families import JORDAN
+from optiscope.diagnostics.newton_schulz.families import JORDAN
+from optiscope.diagnostics.newton_schulz.spectral_map import ns_map
 from optiscope.diagnostics.operators import classify, layer_index
-from optiscope.diagnostics.rounding import rounded
-from optiscope.diagnostics.spectrum_sketch import POINTS, sketch_indices, sketch_levels
-from optiscope.hooks.layout import Layout
-from optiscope.hooks.matrices import Matrix
-from optiscope.hooks.provenance import describe_software
-from optiscope.hooks.writer import CHUNK_STEPS, Writer
+from optiscope.diagnostics.spectra.spectrum_sketch import POINTS, rounded, sketch_indices, sketch_levels
+from optiscope.diagnostics.store.writer import CHUNK_STEPS, Writer
+from optiscope.hooks.observing.matrices import Matrix
+from optiscope.hooks.recording.layout import Layout
+from optiscope.hooks.recording.provenance import describe_software
 
 GROUPS = ("geometry", "update", "second_moment")
 SHAPES = {

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from optiscope.analysis import open_run
-from optiscope.hooks.forking import fork
-from optiscope.hooks.writer import Writer
+from optiscope.diagnostics.store.forking import fork
+from optiscope.diagnostics.store.writer import Writer
 
 MATRICES, ARRAYS, NEW, LEFT = 4, 48, 12, 4
 

@@ -14,7 +14,8 @@ import torch
 from machine import machine
 from torch.optim import _muon as torch_muon
 
-from optiscope.diagnostics import JORDAN, achieved_residual, probed_residual
+from optiscope.diagnostics import JORDAN, achieved_residual
+from optiscope.diagnostics.newton_schulz.spectral_map import probed_residual
 
 SHAPES = ((512, 512), (1024, 1024), (1024, 3072))
 

@@ -25,12 +25,14 @@ import torch
 from machine import machine
 from torch import Tensor
 
-from optiscope.diagnostics import observation, second_moment
 from optiscope.diagnostics.catalogue import LEVELS
-from optiscope.diagnostics.log_bins import log_quantiles
-from optiscope.diagnostics.spectrum import GRAM_CONDITION_LIMIT
+from optiscope.diagnostics.quantities import moments, observation
+from optiscope.diagnostics.quantities.log_bins import log_quantiles
+from optiscope.diagnostics.spectra.spectrum import GRAM_CONDITION_LIMIT
 from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
-from optiscope.hooks import attach, measuring, moments, record, snapshot, under_way, watched
+from optiscope.hooks import attach
+from optiscope.hooks.observing import optimizer_state, snapshot, watched
+from optiscope.hooks.recording import measuring, record, under_way
 
 MODELS = {
     "26M": Config(d=512, layers=8, heads=8, kv_heads=8, inner=1408, batch=8),
@@ -51,10 +53,10 @@ PARTS: dict[str, Sequence[tuple[Any, str]]] = {
     "dispersion": [(observation, "row_dispersion")],
     "replayed Newton-Schulz": [(observation, "_replayed")],
     "rest of the geometry": [(record, "measure_geometry")],
-    "quantiles": [(second_moment, "log_quantiles")],
-    "rank 1": [(second_moment, "rank1")],
-    "blocks of Adam-mini": [(second_moment, "within_blocks")],
-    "rest of the second moment": [(record, "measure_second_moment"), (moments.Kept, "of")],
+    "quantiles": [(moments, "log_quantiles")],
+    "rank 1": [(moments, "rank1")],
+    "blocks of Adam-mini": [(moments, "within_blocks")],
+    "rest of the second moment": [(record, "measure_second_moment"), (optimizer_state.Kept, "of")],
 }
 
 

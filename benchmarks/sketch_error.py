@@ -24,9 +24,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim import _muon
 
-from optiscope.diagnostics import FAMILIES, Coefficients, classify, gram_residual, matched_coefficients, ns_map, repeat_last, spectrum
-from optiscope.diagnostics.rounding import rounded
-from optiscope.diagnostics.spectrum_sketch import POINTS, sketch, unsketch
+from optiscope.diagnostics import FAMILIES, Coefficients, classify, gram_residual, matched_coefficients, ns_map, repeat_last
+from optiscope.diagnostics.spectra import spectrum
+from optiscope.diagnostics.spectra.spectrum_sketch import POINTS, rounded, sketch, unsketch
 from optiscope.examples.byte_llama import ByteLlama, Config, train
 
 Floats = NDArray[np.float64]

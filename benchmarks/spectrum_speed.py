@@ -22,7 +22,7 @@ from machine import machine
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optiscope.diagnostics import spectrum
+from optiscope.diagnostics.spectra import spectrum
 
 SHAPES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (1024, 2048), (1024, 3072))
 PAUSE = 0.15  # seconds

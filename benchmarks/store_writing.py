@@ -23,10 +23,10 @@ from machine import machine
 from numpy.typing import NDArray
 from recorder_overhead import Training
 
-import optiscope.hooks.journal
-from optiscope.diagnostics.rounding import rounded
+import optiscope.hooks.recording.journal
+from optiscope.diagnostics.spectra.spectrum_sketch import rounded
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
-from optiscope.hooks.writer import Writer
 
 POINTS = 64
 
@@ -120,7 +120,7 @@ def told(path: Path, name: str, seconds: float) -> NDArray[np.float32]:
 
 def demo_flush(records: int) -> None:
     training = Training()
-    optiscope.hooks.journal.FLUSH_SECONDS = 1e9
+    optiscope.hooks.recording.journal.FLUSH_SECONDS = 1e9
     with tempfile.TemporaryDirectory() as folder:
         begun = time.process_time()
         recorder = attach(training.optimizers, training.model, Path(folder) / "run.zarr", every=1)

@@ -51,7 +51,7 @@ def reporting_errors(function: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, KeyboardInterrupt, BrokenPipeError):
             raise
         except Exception as error:
-            from ..diagnostics.inert import inert, shortened  # loads NumPy, which no help needs
+            from ..diagnostics.escape import inert, shortened  # loads NumPy, which no help needs
 
             if _debug:
                 print(*map(inert, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
@@ -63,14 +63,3 @@ def reporting_errors(function: Callable[P, None]) -> Callable[P, None]:
             raise typer.Exit(FAILED) from None
 
     return reporting
-
-
-def print_json(result: Any) -> None:
-    """One JSON document on standard output."""
-    from ..diagnostics.inert import json_text
-
-    print(json_text(result))
-
-
-# Importing a module of commands registers them.
-from . import compare, demo, ns, report, run, schedule, script, verify  # noqa: E402, F401

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import JsonOption, command, print_json
-from .run import LineageOption, print_table, say
+from .app import JsonOption, command
+from .console import LineageOption, print_json, print_table, say
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -34,8 +34,8 @@ def compare(
     """Compare runs: same data and budget or not, what each took to reach one loss, and how far seeds scatter."""
     from ..analysis import compare as comparison
     from ..analysis import open_run
-    from ..analysis.answer import Answer
-    from ..analysis.report_folder import write_answer
+    from ..analysis.report.answer import Answer
+    from ..analysis.report.folder import write_answer
 
     names = _names(runs)
     chosen = None if baseline is None else names.get(Path(baseline).resolve(), baseline)

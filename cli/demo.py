@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, command, print_json
-from .run import analyse_into, console, print_analysis, say, sibling
+from .analyze import analyse_into, print_analysis
+from .app import JsonOption, command
+from .console import console, print_json, say, sibling
 from .schedule import print_schedule
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .app import CLEAN, FINDINGS, JsonOption, app, print_json, reporting_errors
-from .run import print_table, say
+from .app import CLEAN, FINDINGS, JsonOption, app, reporting_errors
+from .console import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ..diagnostics.ns_validation import Validation
+    from ..diagnostics.newton_schulz.validation import Validation
 
 group = typer.Typer(invoke_without_command=True, add_completion=False)
 app.add_typer(group, name="ns")
@@ -29,9 +29,9 @@ def families(
     """Tell what the known Newton–Schulz families do to singular values; `diag ns validate` judges a list of your own."""
     if context.invoked_subcommand is not None:
         return
-    from ..diagnostics.ns_families import FAMILIES
-    from ..diagnostics.ns_schedules import matched
-    from ..diagnostics.ns_validation import of_family
+    from ..diagnostics.newton_schulz.coefficients import matched
+    from ..diagnostics.newton_schulz.families import FAMILIES
+    from ..diagnostics.newton_schulz.validation import of_family
 
     known = {"matched": matched(5), **FAMILIES}
     if unknown := sorted(set(family or ()) - set(known)):
@@ -67,9 +67,9 @@ def validate(
     as_json: JsonOption = False,
 ) -> None:
     """Judge coefficients: exit code 0 clean, 1 hazards, 2 unreadable."""
-    from ..diagnostics.bounded_json import MOST_BYTES, read_bounded
-    from ..diagnostics.coefficients_file import read_coefficients
-    from ..diagnostics.ns_validation import validate as measure
+    from ..diagnostics.newton_schulz.validation import validate as measure
+    from ..diagnostics.schedules.coefficients_file import read_coefficients
+    from ..diagnostics.store.bounded_json import MOST_BYTES, read_bounded
 
     standard = str(file) == "-"
     lists = read_coefficients(
@@ -109,7 +109,7 @@ def _row(name: str, found: "Validation") -> tuple[str, ...]:
 
 def _print_validation(name: str, found: "Validation") -> None:
     """Its facts in a few lines, what every number of steps reaches, and its hazards."""
-    from ..diagnostics.ns_verdict import told
+    from ..diagnostics.newton_schulz.verdict import told
 
     worst = ", ".join(f"{_number(error, '.3f')} from {lower:g}" for lower, error in found.worst.items())
     steps = len(found.coefficients)
@@ -152,7 +152,7 @@ def _draw(schedules: dict[str, Any], path: Path) -> None:
         raise ValueError(f"--output: the folder {path.parent} does not exist; make it, or write elsewhere")
 
     from ..analysis.family_maps import plot
-    from ..diagnostics.whole_file import write_whole
+    from ..diagnostics.store.whole_file import write_whole
 
     drawn = io.BytesIO()
     plot(schedules).savefig(drawn, format=path.suffix[1:])

@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from .app import JsonOption, command, print_json
-from .run import LineageOption, console, say
+from .app import JsonOption, command
+from .console import LineageOption, console, print_json, say
 
 RunArguments = Annotated[
     list[Path], typer.Argument(help="Folders of runs, as passed to attach; several give one comparing page.", metavar="RUN.zarr …")

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from .app import JsonOption, command
-from .run import LineageOption, RunArgument, print_table, say
+from .console import LineageOption, RunArgument, print_table, say
 from .what_if import answer_what_if
 
 if TYPE_CHECKING:
-    from ..diagnostics.schedule import Schedule
+    from ..diagnostics.schedules.schedule_file import Schedule
 
 
 @command
@@ -58,7 +58,7 @@ def schedule(
     from ..analysis import derive_schedule, open_run
 
     if what_if:
-        from ..diagnostics.deriving import check_choices
+        from ..diagnostics.schedules.deriving import check_choices
 
         check_choices(budget, rule, "matched", split)
         answer_what_if(open_run(run, lineage), family, parse_window(window), output, by_operator=by_operator, as_json=as_json)

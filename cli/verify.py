@@ -4,8 +4,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .app import CLEAN, FINDINGS, JsonOption, command, print_json
-from .run import RunArgument, say
+from .app import CLEAN, FINDINGS, JsonOption, command
+from .console import RunArgument, print_json, say
 
 _NAMED = 20
 

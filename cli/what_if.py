@@ -6,8 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .app import print_json
-from .run import print_table, say
+from .console import print_json, print_table, say
 
 if TYPE_CHECKING:
     import xarray as xr
@@ -20,9 +19,9 @@ def answer_what_if(
     run: "xr.DataTree", families: list[str] | None, window: slice | None, output: Path | None, *, by_operator: bool, as_json: bool
 ) -> None:
     """Compute, print, and write the table to `output` as CSV."""
-    from ..analysis.csv_tables import cell
+    from ..analysis.report.csv_tables import cell
     from ..analysis.what_if import DEFAULT_FAMILIES, hazardous, summary, table, what_if
-    from ..diagnostics.whole_file import write_whole
+    from ..diagnostics.store.whole_file import write_whole
 
     chosen = list(dict.fromkeys(families or DEFAULT_FAMILIES))
     if by_operator and not families:

@@ -1,13 +1,13 @@
 """What is measured: pure functions of arrays, the catalogue of quantities, operator names, the schedule file."""
 
 from .catalogue import QUANTITIES, Quantity
-from .newton_schulz import achieved_residual, alignment, gram_residual, ns_flops, ns_map, polar_residual, residual_curves
-from .ns_families import FAMILIES, JORDAN, Coefficients, Family, Triple, repeat_last
+from .newton_schulz.families import FAMILIES, JORDAN, Coefficients, Family, Triple, repeat_last
+from .newton_schulz.polar_express import matched_coefficients, polar_express
+from .newton_schulz.probed_residual import ProbedResidual, probed_residual
+from .newton_schulz.spectral_map import achieved_residual, alignment, gram_residual, ns_flops, ns_map, polar_residual, residual_curves
 from .operators import OPERATORS, classify, layer_index
-from .polar_express import matched_coefficients, polar_express
-from .probed_residual import ProbedResidual, probed_residual
-from .schedule import OperatorSchedule, Schedule
-from .spectrum import Spectrum, precision_floor, spectrum
+from .schedules.schedule_file import OperatorSchedule, Schedule
+from .spectra.spectrum import Spectrum, precision_floor, spectrum
 
 __all__ = [
     "FAMILIES", "JORDAN", "OPERATORS", "QUANTITIES",

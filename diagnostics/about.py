@@ -8,7 +8,7 @@ from math import isfinite
 from numbers import Integral, Real
 from typing import TypeAlias
 
-from .inert import storable
+from .escape import storable
 
 Value: TypeAlias = str | int | float | bool
 

@@ -6,8 +6,8 @@ attributes in the store.
 
 from dataclasses import dataclass
 
-from .spectrum_sketch import POINTS
-from .update_size import READABLE_NOISE
+from .quantities.update_size import READABLE_NOISE
+from .spectra.spectrum_sketch import POINTS
 
 SCHEMA = 2  # of the store; raised when a reader of the old one would misread a run
 NS_STEPS = 10  # residuals are predicted after 0, 1, …, NS_STEPS steps
@@ -274,7 +274,7 @@ QUANTITIES: tuple[Quantity, ...] = (
     Quantity("exact_gauss_newton_error", "curvature", "gradient units/parameter unit", "standard error of exact_gauss_newton_mean", "as gauss_newton_mean_error", dtype="float64"),
 )  # fmt: skip
 
-# Distributions, which are recorded with 12 bits of mantissa (see :mod:`.rounding`).
+# Distributions, which are recorded with 12 bits of mantissa (see :mod:`.spectra.spectrum_sketch`).
 ROUNDED = frozenset(q.name for q in QUANTITIES if q.extra in ("quantile", "level", "tile") and q.dtype == "float32")
 
 DEFAULT_GROUPS = ("geometry", "update", "second_moment")

@@ -1,11 +1,11 @@
 """Attaching to a training: recording its optimizers, and putting schedules into force."""
 
+from .acting.adaptive_schedule import AdaptiveSchedule
+from .acting.applying import apply_schedule
+from .acting.rms_guard import RmsAlignment
 from .adapters import Adapter, Orthogonalisation, Reading, SecondMoment, register_adapter
-from .adaptive_schedule import AdaptiveSchedule
-from .applying import apply_schedule
 from .attaching import attach
 from .recorder import Recorder
-from .rms_alignment import RmsAlignment
 
 __all__ = [
     "Adapter",

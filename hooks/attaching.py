@@ -13,21 +13,21 @@ from torch.optim import Optimizer
 from ..diagnostics.about import Value, checked
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
-from ..diagnostics.run_lock import RunLock
-from .cadence import Cadence
-from .composites import compose
-from .forking import fork
-from .heads import HeadsGiven, check_heads
-from .layout import Layout, belongs
-from .lifetime import writing_to
-from .matrices import Names, find_matrices
-from .provenance import describe_optimizer, describe_software
-from .readable_log import readable
+from ..diagnostics.store.forking import fork
+from ..diagnostics.store.lock import RunLock
+from ..diagnostics.store.opening import nothing_or_a_run
+from ..diagnostics.store.writer import Writer
+from .observing.composites import compose
+from .observing.heads import HeadsGiven, check_heads
+from .observing.matrices import Names, find_matrices
+from .observing.watched import watch
 from .recorder import Recorder
-from .resuming import own_steps, steps_taken
-from .storing.opening import nothing_or_a_run
-from .watched import watch
-from .writer import Writer
+from .recording.cadence import Cadence
+from .recording.layout import Layout, belongs
+from .recording.lifetime import writing_to
+from .recording.provenance import describe_optimizer, describe_software
+from .recording.readable_log import readable
+from .recording.resuming import own_steps, steps_taken
 
 log = logging.getLogger("optiscope")
 log.addFilter(readable)  # names of a model stand in what all modules log

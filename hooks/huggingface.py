@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
-from .callback_session import CallbackSession
+from .trainers.callback_session import CallbackSession
 
 if find_spec("transformers") is None:
     raise ImportError('optiscope.hooks.huggingface needs transformers: pip install "optiscope[hf]"')

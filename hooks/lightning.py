@@ -12,7 +12,7 @@ from torch import Tensor
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
-from .callback_session import CallbackSession
+from .trainers.callback_session import CallbackSession
 
 # The one library goes by two names, and a Trainer of either takes callbacks of its own name only.
 _NAMES = ("lightning.pytorch", "pytorch_lightning")

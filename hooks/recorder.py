@@ -14,24 +14,24 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from .cadence import Cadence
-from .capturing import REFUSED, capturing
-from .closures import observed
+from ..diagnostics.store.writer import Writer
 from .curvature import recording
 from .curvature.group import CurvatureGroup
-from .guarding import guarded, in_turn
-from .journal import Journal
-from .layout import Layout, include_new_parameters
-from .lifetime import still_open
-from .matrices import Names
-from .measuring import Part
-from .provenance import describe_optimizer
-from .record import Record
-from .snapshot import Snapshot
-from .under_way import UnderWay
-from .watched import Watched, watch
-from .worker import Worker
-from .writer import Writer
+from .observing.capturing import REFUSED, capturing
+from .observing.closures import observed
+from .observing.matrices import Names
+from .observing.snapshot import Snapshot
+from .observing.watched import Watched, watch
+from .recording.cadence import Cadence
+from .recording.guarding import guarded, in_turn
+from .recording.journal import Journal
+from .recording.layout import Layout, include_new_parameters
+from .recording.lifetime import still_open
+from .recording.measuring import Part
+from .recording.provenance import describe_optimizer
+from .recording.record import Record
+from .recording.under_way import UnderWay
+from .recording.worker import Worker
 
 log = logging.getLogger("optiscope")
 

@@ -59,7 +59,7 @@ def hostile_run(tmp_path_factory):
     import torch
     from hostile_names import HOSTILE
 
-    from optiscope.diagnostics.inert import storable
+    from optiscope.diagnostics.escape import storable
     from optiscope.hooks import attach
 
     class Model(torch.nn.Module):

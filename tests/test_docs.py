@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from optiscope.analysis import STUDIES
-from optiscope.analysis.drawable import LONGEST, MOST
-from optiscope.cli.run import ROWS
-from optiscope.diagnostics.allocation import MOST_GROUPS
-from optiscope.diagnostics.ns_families import FAMILIES
-from optiscope.diagnostics.ns_validation import of_family
+from optiscope.analysis.report.drawable import LONGEST, MOST
+from optiscope.cli.console import ROWS
+from optiscope.diagnostics.newton_schulz.families import FAMILIES
+from optiscope.diagnostics.newton_schulz.validation import of_family
+from optiscope.diagnostics.schedules.allocation import MOST_GROUPS
 
 ROOT = Path(__file__).parents[1]
 

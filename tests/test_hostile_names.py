@@ -16,8 +16,8 @@ from hostile_names import HOSTILE
 from typer.testing import CliRunner
 
 from optiscope.cli import app
-from optiscope.diagnostics.inert import inert, json_text, shortened, storable
-from optiscope.diagnostics.whole_file import write_whole
+from optiscope.diagnostics.escape import inert, json_text, shortened, storable
+from optiscope.diagnostics.store.whole_file import write_whole
 
 STUDIES = (
     "kappa_by_operator",
@@ -152,8 +152,8 @@ def build_labels():
     import numpy as np
     import xarray as xr
 
-    from optiscope.analysis.drawable import drawable
     from optiscope.analysis.figures import axes, finish, operator_lines
+    from optiscope.analysis.report.drawable import drawable
 
     def build_labels(operators):
         dataset = xr.Dataset(
@@ -174,7 +174,7 @@ def test_many_operators_are_drawn_as_far_as_there_is_room():
     import numpy as np
     import xarray as xr
 
-    from optiscope.analysis.drawable import MOST, fewer
+    from optiscope.analysis.report.drawable import MOST, fewer
 
     names = [f"o{i}" for i in range(10_000)]
     dataset = xr.Dataset(
@@ -191,7 +191,7 @@ def test_many_operators_are_drawn_as_far_as_there_is_room():
 
 
 def test_too_many_operators_for_an_exact_solution_are_refused():
-    from optiscope.diagnostics.allocation import problem
+    from optiscope.diagnostics.schedules.allocation import problem
 
     with pytest.raises(ValueError, match="operators: expected at most 400 to give steps to, got 401"):
         problem([[1.0, 0.5]] * 401, (4, 5), [1] * 401, [1.0] * 401)
@@ -199,7 +199,7 @@ def test_too_many_operators_for_an_exact_solution_are_refused():
 
 @pytest.mark.parametrize("name", ["zero", "endless", "marks"])
 def test_a_scalars_name_that_no_folder_can_have_is_refused(tmp_path, record, name):
-    from optiscope.hooks.scalars import _stored_name
+    from optiscope.hooks.recording.scalars import _stored_name
 
     with pytest.raises(ValueError, match="cannot be a scalar's name"):
         _stored_name(HOSTILE[name])
@@ -207,7 +207,7 @@ def test_a_scalars_name_that_no_folder_can_have_is_refused(tmp_path, record, nam
 
 @pytest.mark.parametrize("name", ["parents", "absolute", "windows"])
 def test_a_scalars_name_leads_out_of_no_folder(name):
-    from optiscope.hooks.scalars import _stored_name
+    from optiscope.hooks.recording.scalars import _stored_name
 
     assert not set("/\\") & set(_stored_name(HOSTILE[name]))
 
@@ -275,7 +275,7 @@ def test_a_kill_leaves_the_old_file_or_the_new_one(tmp_path):
     pages = {letter * 3_000_000 for letter in "ab"}
     target.write_text("a" * 3_000_000)
     code = (
-        "import sys; from optiscope.diagnostics.whole_file import write_whole\nprint('ready', flush=True)\n"
+        "import sys; from optiscope.diagnostics.store.whole_file import write_whole\nprint('ready', flush=True)\n"
         "while True:\n for letter in 'ab': write_whole(sys.argv[1], letter * 3_000_000)"
     )
     for attempt in range(5):

@@ -34,7 +34,7 @@ ATTRIBUTES = {"system", "popen", "load_pickle", "read_pickle", "mktemp", "execv"
 KEYWORDS = {("allow_pickle", True), ("weights_only", False), ("shell", True)}
 
 # `diag run` becomes the interpreter of the script that it was given: executing that is what it is for.
-ALLOWED = {("cli/script.py", "execve")}
+ALLOWED = {("cli/run_script.py", "execve")}
 
 
 def forbidden(tree):

@@ -6,12 +6,34 @@ recorded.
 
 import xarray as xr
 
-from . import blocks, coefficients, history, momentum, newton_schulz, recording, schedule, second_moment, unread_muon, update_size
+from . import (
+    adam_denominator,
+    blocks,
+    coefficients,
+    history,
+    momentum,
+    orthogonalisation,
+    recording,
+    steps_by_operator,
+    unread_muon,
+    update_size,
+)
 from .finding import SEVERITIES, Finding
 
 __all__ = ["SEVERITIES", "Finding", "check"]
 
-_SUBJECTS = (recording, newton_schulz, coefficients, momentum, update_size, unread_muon, history, second_moment, blocks, schedule)
+_SUBJECTS = (
+    recording,
+    orthogonalisation,
+    coefficients,
+    momentum,
+    update_size,
+    unread_muon,
+    history,
+    adam_denominator,
+    blocks,
+    steps_by_operator,
+)
 RULES = tuple(rule for subject in _SUBJECTS for rule in subject.RULES)
 
 

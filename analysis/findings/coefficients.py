@@ -7,11 +7,11 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
-from ...diagnostics.nearest_family import known_as_wrong
-from ...diagnostics.newton_schulz import gram_residual
-from ...diagnostics.ns_families import Coefficients, repeat_last
-from ...diagnostics.ns_hazards import LIFTED, attracting_cycle, escape, negative_intervals, output_band, restart
-from ...diagnostics.ns_verdict import outside, told
+from ...diagnostics.newton_schulz.families import Coefficients, repeat_last
+from ...diagnostics.newton_schulz.hazards import LIFTED, attracting_cycle, escape, negative_intervals, output_band, restart
+from ...diagnostics.newton_schulz.nearest_family import known_as_wrong
+from ...diagnostics.newton_schulz.spectral_map import gram_residual
+from ...diagnostics.newton_schulz.verdict import outside, told
 from ..in_parts import windows
 from ..run import ns_schedules
 from .finding import Finding, count, group, names

@@ -10,7 +10,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
+from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
 from .finding import Finding, count, group, names, typical
 from .size_causes import MOST
 

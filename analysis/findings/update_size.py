@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from ...diagnostics.rms_alignment import explained
-from ...diagnostics.update_size import ADAMW_RMS, READABLE_NOISE
+from ...diagnostics.quantities.update_alignment import explained
+from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
 from ..studies import rms_alignment
 from .finding import Finding, count, group, names, typical
 from .size_causes import explain, growth

@@ -14,7 +14,7 @@ from bokeh.plotting import figure as bokeh_figure
 from bokeh.resources import Resources
 from matplotlib.colors import to_hex
 
-from ...diagnostics.inert import inert
+from ...diagnostics.escape import inert
 from ..figures import operator_palette
 from ..run import operators_of, records
 

@@ -12,14 +12,14 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...diagnostics.inert import inert, shortened
-from ...diagnostics.whole_file import write_whole
+from ...diagnostics.escape import inert, shortened
+from ...diagnostics.store.whole_file import write_whole
 from .. import STUDIES, THEMES, compare
-from ..answer import Answer, ask
-from ..csv_tables import as_csv
 from ..describe import describe
 from ..evenly_sampled import TOLD, evenly_sampled
 from ..findings import check
+from .answer import Answer, ask
+from .csv_tables import as_csv
 from .curves import kappa_plot, loss_plot, script
 from .identity import identity
 from .matrices import matrices

@@ -16,11 +16,11 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from scipy.stats import kendalltau
 
-from ...diagnostics.allocation import Allocation, Problem, evaluate, least_mean, problem, uniform
-from ...diagnostics.deriving import SCHEDULES, STEPS, step_costs
 from ...diagnostics.evenly_spread import evenly_spread
-from ...diagnostics.newton_schulz import gram_residual, ns_map
-from ...diagnostics.refreshing import retained
+from ...diagnostics.newton_schulz.spectral_map import gram_residual, ns_map
+from ...diagnostics.schedules.allocation import Allocation, Problem, evaluate, least_mean, problem, uniform
+from ...diagnostics.schedules.deriving import SCHEDULES, STEPS, step_costs
+from ...diagnostics.schedules.refreshing import retained
 from ..figures import axes, finish
 from ..run import orthogonalised, residuals_of_records
 from ..scheduling import default_window

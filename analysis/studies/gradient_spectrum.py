@@ -8,7 +8,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...diagnostics.spectrum_sketch import TINY
+from ...diagnostics.spectra.spectrum_sketch import TINY
 from ..by_operator import median_and_extremes, medians_by
 from ..figures import axes, finish, intervals, operator_lines, operator_palette
 from ..run import common, median_by, operators_of, recorded, records

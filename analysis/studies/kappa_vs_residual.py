@@ -9,7 +9,7 @@ from scipy.stats import pearsonr, spearmanr
 
 from ...diagnostics.bootstrap import interval, resampled
 from ...diagnostics.evenly_spread import evenly_spread
-from ...diagnostics.spectrum_sketch import TINY
+from ...diagnostics.spectra.spectrum_sketch import TINY
 from ..figures import axes, finish
 from ..run import operators_of, orthogonalised, own_residual
 from ..shape_null import null_log10_condition

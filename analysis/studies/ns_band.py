@@ -7,10 +7,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from ...diagnostics.newton_schulz import ns_map
-from ...diagnostics.ns_families import FAMILIES, Coefficients, repeat_last
-from ...diagnostics.ns_hazards import negative_intervals, output_band
-from ...diagnostics.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from ...diagnostics.newton_schulz.families import FAMILIES, Coefficients, repeat_last
+from ...diagnostics.newton_schulz.hazards import negative_intervals, output_band
+from ...diagnostics.newton_schulz.polar_express import MATCHED_LOWER_BOUND, matched_coefficients
+from ...diagnostics.newton_schulz.spectral_map import ns_map
 from ..figures import axes, finish
 from ..run import ns_schedules, operators_of, orthogonalised
 

@@ -8,8 +8,8 @@ import xarray as xr
 from matplotlib.figure import Figure
 
 from ...diagnostics.bootstrap import interval, resampled, with_interval
-from ...diagnostics.deriving import RECORDS, SCHEDULES, STEPS, mean_residuals
 from ...diagnostics.evenly_spread import evenly_spread
+from ...diagnostics.schedules.deriving import RECORDS, SCHEDULES, STEPS, mean_residuals
 from ..figures import axes, finish, operator_palette
 from ..run import operators_of, orthogonalised, residuals_of_records
 

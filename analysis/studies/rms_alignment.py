@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from ...diagnostics.bootstrap import median_interval, with_interval
 from ...diagnostics.evenly_spread import evenly_spread
 from ...diagnostics.nan_quantile import nan_quantile
-from ...diagnostics.rms_alignment import explained, is_readable, known_size, split_excess
-from ...diagnostics.update_size import ADAMW_RMS
+from ...diagnostics.quantities.update_alignment import explained, is_readable, known_size, split_excess
+from ...diagnostics.quantities.update_size import ADAMW_RMS
 from ..by_operator import medians_by
 from ..figures import FEW, axes, finish, intervals, operator_palette
 from ..run import ns_schedules, operators_of, own_residual, ranks, whole_records

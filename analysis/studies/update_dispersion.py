@@ -8,7 +8,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
-from ...diagnostics.output_dispersion import dispersion_null
+from ...diagnostics.quantities.output_dispersion import dispersion_null
 from ..by_operator import by_operator
 from ..figures import axes, finish, intervals, operator_lines, operator_palette
 from ..run import recorded

@@ -95,7 +95,7 @@ class Start:
         asyncio.setLevel(logging.WARNING)
         about = json.loads(self._about or "{}")
         try:
-            self._recording = import_module("optiscope.hooks.script_run").ScriptRun(self._store, about=about, **self._options)
+            self._recording = import_module("optiscope.hooks.trainers.script_run").ScriptRun(self._store, about=about, **self._options)
             self._recording.before_step(optimizer)
             import_module("zarr").create_group({})  # makes that loop now
         finally:

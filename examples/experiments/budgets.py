@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from optiscope.analysis.figures import axes, finish, intervals
 from optiscope.analysis.training_curve import ema
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
 from optiscope.examples.experiments.command import Experiment, Result, options, run, table
 from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS
 from optiscope.examples.experiments.paired import Paired, mean_interval, paired, with_interval

@@ -9,12 +9,12 @@ import xarray as xr
 from torch import nn
 
 from optiscope.analysis import derive_schedule, residual_curves
-from optiscope.diagnostics.allocation import least_mean, problem
-from optiscope.diagnostics.deriving import STEPS
-from optiscope.diagnostics.newton_schulz import ns_flops
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.spectral_map import ns_flops
 from optiscope.diagnostics.operators import classify
-from optiscope.diagnostics.polar_express import matched_coefficients
-from optiscope.diagnostics.schedule import OperatorSchedule, Schedule
+from optiscope.diagnostics.schedules.allocation import least_mean, problem
+from optiscope.diagnostics.schedules.deriving import STEPS
+from optiscope.diagnostics.schedules.schedule_file import OperatorSchedule, Schedule
 from optiscope.examples.experiments.exact_polar import exact_polar
 from optiscope.examples.experiments.training import Treatment, hidden_matrices
 

@@ -22,7 +22,7 @@ from optiscope.analysis import kappa_by_layer, kappa_by_operator, kappa_vs_resid
 from optiscope.analysis.figures import axes, finish, intervals, operator_palette
 from optiscope.analysis.run import orthogonalised, residual_of_records
 from optiscope.analysis.shape_null import null_log10_condition
-from optiscope.diagnostics.ns_families import FAMILIES, repeat_last
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, repeat_last
 from optiscope.examples.experiments.budgets import BASELINE, plan_of
 from optiscope.examples.experiments.command import Experiment, Result, options, run, table
 from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS

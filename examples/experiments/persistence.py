@@ -22,9 +22,9 @@ from matplotlib.figure import Figure
 from optiscope.analysis import allocation_regret, open_run
 from optiscope.analysis.figures import axes, finish
 from optiscope.analysis.run import operators_of, orthogonalised, residuals_of_records
-from optiscope.diagnostics.allocation import least_mean, problem
-from optiscope.diagnostics.deriving import STEPS, step_costs
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.schedules.allocation import least_mean, problem
+from optiscope.diagnostics.schedules.deriving import STEPS, step_costs
 from optiscope.examples.experiments.budgets import BASELINE, plan_of
 from optiscope.examples.experiments.command import Experiment, Result, options, run, table
 from optiscope.examples.experiments.conditions import BUDGET, CONDITIONS

@@ -7,7 +7,7 @@ import numpy as np
 
 from optiscope.analysis import open_run
 from optiscope.analysis.run import ns_schedules, operators_of, orthogonalised, residuals_of_records
-from optiscope.diagnostics.ns_families import Coefficients
+from optiscope.diagnostics.newton_schulz.families import Coefficients
 
 
 def residuals(store: Path, baseline: Coefficients, *, exact: bool = False) -> dict[str, Any]:

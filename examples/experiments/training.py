@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from optiscope.analysis import open_run
-from optiscope.diagnostics.schedule import Schedule
+from optiscope.diagnostics.schedules.schedule_file import Schedule
 from optiscope.examples.byte_llama import SHORT, ByteLlama, Config, batches, language_reference, validation_loss
 from optiscope.hooks import apply_schedule, attach
 

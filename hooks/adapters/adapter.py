@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ...diagnostics.catalogue import SECOND_MOMENT_FORMS
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .kronecker import Kronecker
 
 Group: TypeAlias = Mapping[str, Any]  # a parameter group
@@ -169,7 +169,7 @@ class Adapter:
         stacks: the lists of a group's parameters whose Newton–Schulz problem is one matrix, their momenta side by side.
         correction: the variance-reduced gradient that is averaged in the place of the gradient, in the sign of that; None where there is none.
         rotation: R before and after the step, M, f(M) and R f(RᵀM) of an optimizer that works in rotated coordinates, as
-            :class:`...diagnostics.rotation.Rotation` describes them.
+            :class:`...diagnostics.quantities.rotation.Rotation` describes them.
         trust_ratio: the factor by which this parameter's step was scaled; NaN where there is none.
         read_by: how this adapter was chosen: "table", "names in the state", "numbers", one for each moment, or "nothing".
     """

@@ -9,8 +9,8 @@ from math import nan, sqrt
 
 from torch import Tensor
 
-from ...diagnostics.ns_families import FAMILIES, Coefficients
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import FAMILIES, Coefficients
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import NOT_ORTHOGONAL, Adapter, Group, Orthogonalisation, Reading, entry, group_setting, number, second_moment
 from .table import Row
 

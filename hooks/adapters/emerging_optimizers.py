@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ...diagnostics.ns_families import FAMILIES
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import FAMILIES
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import Adapter, Orthogonalisation, Reading, SecondMoment, entry, number
 from .table import Row, class_name
 

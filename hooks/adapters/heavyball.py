@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...diagnostics.ns_families import FAMILIES
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import FAMILIES
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import Adapter, Averages, Orthogonalisation, Reading, SecondMoment, number
 from .kronecker import Kronecker, kept_sides
 from .table import Row

@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ...diagnostics.ns_families import JORDAN, repeat_last
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, adam_update, corrected, entry, group_setting, second_moment
 from .table import Row
 

@@ -10,8 +10,8 @@ from math import nan, sqrt
 
 from torch import Tensor
 
-from ...diagnostics.ns_families import JORDAN, repeat_last
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import (
     NOT_ORTHOGONAL,
     Adapter,

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...diagnostics.ns_families import JORDAN, repeat_last
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, adam_update, entry, number, second_moment
 from .muons import scaled_output
 from .pytorch_optimizer import averages, debias_factors, decay_of

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...diagnostics.ns_families import JORDAN, repeat_last
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
+from ...diagnostics.quantities.observation import NewtonSchulz
 from . import dion, emerging_optimizers
 from .adapter import (
     NOT_ORTHOGONAL,

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...diagnostics.ns_families import Coefficients, repeat_last
-from ...diagnostics.observation import NewtonSchulz
+from ...diagnostics.newton_schulz.families import Coefficients, repeat_last
+from ...diagnostics.quantities.observation import NewtonSchulz
 from .adapter import (
     NOT_ORTHOGONAL,
     Adapter,

@@ -7,11 +7,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...diagnostics.adam_mini import row_blocks
 from ...diagnostics.catalogue import EXACT_BLOCKS
-from ..accelerator import as_array
-from ..matrices import Matrix
-from ..snapshot import tensor_rms
+from ...diagnostics.quantities.adam_mini import row_blocks
+from ..observing.accelerator import as_array
+from ..observing.matrices import Matrix
+from ..observing.snapshot import tensor_rms
 from .diagonal import Region
 from .hessian_products import Products
 from .probes import Probes

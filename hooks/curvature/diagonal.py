@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ...diagnostics.catalogue import LEVELS, PROBES
-from ...diagnostics.probe_error import debiased_rms, level_quantiles, probe_error
-from ..accelerator import as_array
-from ..matrices import Matrix
-from ..snapshot import tensor_mean, tensor_rms
+from ...diagnostics.quantities.probe_error import debiased_rms, level_quantiles, probe_error
+from ..observing.accelerator import as_array
+from ..observing.matrices import Matrix
+from ..observing.snapshot import tensor_mean, tensor_rms
 
 
 @dataclass(frozen=True, eq=False)

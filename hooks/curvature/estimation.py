@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import DISTRIBUTIONS, EXACT_BLOCKS, HESSIAN_METHODS, PARTITIONS
-from ...diagnostics.hessian_blocks import (
+from ...diagnostics.quantities.hessian_blocks import (
     POINTS_PER_BLOCK,
     diagonal_dominance,
     in_block_null,
@@ -16,9 +16,9 @@ from ...diagnostics.hessian_blocks import (
     preconditioning_effect,
     tile_map,
 )
-from ..accelerator import as_array
-from ..matrices import Matrix
-from ..snapshot import unit_roundoff
+from ..observing.accelerator import as_array
+from ..observing.matrices import Matrix
+from ..observing.snapshot import unit_roundoff
 from .blocks import block_probes, exact_hessian, partition, window
 from .diagonal import Diagonal, Region
 from .gauss_newton_bartlett import gauss_newton_bartlett

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...diagnostics.probe_error import bartlett_variance_bound
-from ..snapshot import tensor_mean
+from ...diagnostics.quantities.probe_error import bartlett_variance_bound
+from ..observing.snapshot import tensor_mean
 from .diagonal import Diagonal, Region, at_least_float32
 from .probes import Probes
 from .undisturbed import RandomState

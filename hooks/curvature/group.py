@@ -7,10 +7,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import ROUNDED
-from ...diagnostics.rounding import rounded
-from ..layout import Layout
-from ..matrices import Matrix
-from ..writer import Writer
+from ...diagnostics.spectra.spectrum_sketch import rounded
+from ...diagnostics.store.writer import Writer
+from ..observing.matrices import Matrix
+from ..recording.layout import Layout
 
 
 class CurvatureGroup:

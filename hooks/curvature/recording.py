@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import DISTRIBUTIONS, HESSIAN_METHODS, PROBE_SEED
-from ..capturing import capturing
-from ..matrices import Matrix
+from ..observing.capturing import capturing
+from ..observing.matrices import Matrix
 from .estimation import Estimation
 from .group import CurvatureGroup
 from .hessian_products import CentralDifference, DoubleBackward, Loss

@@ -6,7 +6,7 @@ import xarray as xr
 
 from optiscope.diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, GROUPS, PARTITIONS, SECOND_MOMENT_FORMS, in_group
 from optiscope.diagnostics.operators import classify, layer_index
-from optiscope.diagnostics.spectrum_sketch import sketch, sketch_levels
+from optiscope.diagnostics.spectra.spectrum_sketch import sketch, sketch_levels
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 

@@ -24,7 +24,7 @@ MATRICES, RECORDS = 3, 1300  # a run is longer than a chunk of scalars
 
 def write(folder):
     """Record one run after the other until killed."""
-    from optiscope.hooks.writer import Writer
+    from optiscope.diagnostics.store.writer import Writer
 
     names = np.array([f"layers.{i}.weight" for i in range(MATRICES)], np.dtypes.StringDType())
     for number in count():

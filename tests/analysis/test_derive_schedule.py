@@ -8,7 +8,7 @@ import pytest
 from optiscope.analysis import derive_schedule, open_run
 from optiscope.analysis.scheduling import default_window
 from optiscope.diagnostics import FAMILIES, Schedule, matched_coefficients
-from optiscope.diagnostics.deriving import SCHEDULES
+from optiscope.diagnostics.schedules.deriving import SCHEDULES
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 Q = "layers.0.attn.q_proj.weight"

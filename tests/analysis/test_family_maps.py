@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optiscope.analysis.family_maps import GRID, plot
-from optiscope.diagnostics.ns_families import FAMILIES
+from optiscope.diagnostics.newton_schulz.families import FAMILIES
 
 
 def test_lines_are_the_map_and_bands_are_where_it_ends():

@@ -19,7 +19,7 @@ from numcodecs.zstd import Zstd
 from optiscope.analysis import check, open_run
 from optiscope.analysis.describe import describe
 from optiscope.diagnostics.catalogue import EXTRA_DIMENSIONS, GROUPS
-from optiscope.diagnostics.run_format import seal
+from optiscope.diagnostics.store.format import seal
 
 FUZZING = Path(__file__).with_name("fuzzing.py")
 CHUNK = "geometry/fro_norm/c/0/0"
@@ -274,7 +274,7 @@ def test_metadata_that_hold_anything_are_read_or_refused(recorded):
 
 def test_a_large_run_of_odd_names_is_no_attack(tmp_path):
     """30,000 records of 2,000 matrices: nothing of it is refused; of its chunks, which are missing values, none is read."""
-    from optiscope.hooks.writer import Writer
+    from optiscope.diagnostics.store.writer import Writer
 
     writer = Writer(tmp_path / "run.zarr", {"optimizers": []})
     names = np.array([f"层.{i}.Ωμέγα \u202e'\"<b>.weight" for i in range(2000)], np.dtypes.StringDType())

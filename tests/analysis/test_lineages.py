@@ -10,8 +10,8 @@ import zarr
 from zarr.errors import ZarrUserWarning
 
 from optiscope.analysis import open_run
-from optiscope.analysis.root_document import lineage_contents
 from optiscope.diagnostics.catalogue import SCHEMA
+from optiscope.diagnostics.store.root_document import lineage_contents
 
 # By place in the run: after which step it was left, and by group its steps, its matrices, its variables beside "size".
 PLACES = {

@@ -1,7 +1,8 @@
 """A run analysed by two processes gives what one gives."""
 
-from optiscope.analysis import STUDIES, open_run, two_processes
-from optiscope.analysis.report_folder import analyse_study, found_in
+from optiscope.analysis import STUDIES, open_run
+from optiscope.analysis.report import two_processes
+from optiscope.analysis.report.folder import analyse_study, found_in
 
 
 def test_two_processes_write_and_say_what_one_does(recorded, tmp_path):

@@ -11,10 +11,10 @@ import xarray as xr
 from optiscope.analysis import open_run
 from optiscope.analysis.repairing import repair
 from optiscope.analysis.verifying import verify
-from optiscope.diagnostics.run_format import seal
-from optiscope.diagnostics.run_lock import RunLock
-from optiscope.hooks.forking import fork
-from optiscope.hooks.writer import Writer
+from optiscope.diagnostics.store.forking import fork
+from optiscope.diagnostics.store.format import seal
+from optiscope.diagnostics.store.lock import RunLock
+from optiscope.diagnostics.store.writer import Writer
 
 RECORDS, MATRICES = 1100, 3  # two chunks of steps, 18 of all else
 

@@ -10,7 +10,7 @@ import torch
 
 from optiscope.analysis import STUDIES, derive_schedule, open_run
 from optiscope.cli import app
-from optiscope.cli.run import sibling
+from optiscope.cli.console import sibling
 from optiscope.cli.schedule import parse_window, print_schedule
 from optiscope.diagnostics import OperatorSchedule, Schedule, matched_coefficients
 from optiscope.hooks import attach

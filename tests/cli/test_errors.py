@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from optiscope.diagnostics.run_format import seal
+from optiscope.diagnostics.store.format import seal
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,8 @@ import pytest
 from typer.main import get_command
 
 from optiscope.cli import app
-from optiscope.hooks.forking import fork
-from optiscope.hooks.writer import Writer
+from optiscope.diagnostics.store.forking import fork
+from optiscope.diagnostics.store.writer import Writer
 
 
 @pytest.fixture(scope="module")

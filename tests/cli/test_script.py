@@ -11,7 +11,7 @@ from textwrap import dedent
 import pytest
 
 from optiscope.analysis import open_run
-from optiscope.cli import script
+from optiscope.cli import run_script as script
 from optiscope.cli.startup import sitecustomize
 
 SCRIPTS = Path(__file__).with_name("scripts")

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from optiscope.diagnostics.inert import inert
+from optiscope.diagnostics.escape import inert
 
 
 def test_help_loads_nothing_heavy():

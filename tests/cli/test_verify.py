@@ -51,7 +51,7 @@ def test_json_of_a_stranger_ends_in_a_sentence(diag, recorded, tmp_path):
 
 
 def test_ten_thousand_decisions_do_not_fill_a_terminal(diag, recorded, tmp_path):
-    from optiscope.diagnostics.run_format import seal
+    from optiscope.diagnostics.store.format import seal
 
     run = tmp_path / "run.zarr"
     shutil.copytree(recorded, run)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.newton_schulz import ns_map
-from optiscope.diagnostics.ns_families import repeat_last
-from optiscope.diagnostics.output_dispersion import dispersion_null, row_dispersion
+from optiscope.diagnostics.newton_schulz.families import repeat_last
+from optiscope.diagnostics.newton_schulz.spectral_map import ns_map
+from optiscope.diagnostics.quantities.output_dispersion import dispersion_null, row_dispersion
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 YOU = (

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.adam_mini import row_blocks, within_blocks
 from optiscope.diagnostics.catalogue import BLOCK_STATISTICS, PARTITIONS
 from optiscope.diagnostics.operators import OPERATORS
+from optiscope.diagnostics.quantities.adam_mini import row_blocks, within_blocks
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from optiscope.diagnostics.allocation import RULES, evaluate, least_maximum, least_mean, lower_bound, problem, uniform
-from optiscope.diagnostics.newton_schulz import ns_flops
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.spectral_map import ns_flops
+from optiscope.diagnostics.schedules.allocation import RULES, evaluate, least_maximum, least_mean, lower_bound, problem, uniform
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 

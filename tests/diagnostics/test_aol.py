@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.aol import aol_scaled, aol_start
-from optiscope.diagnostics.newton_schulz import polar_residual
-from optiscope.diagnostics.observation import NewtonSchulz, Observation, measure_geometry
+from optiscope.diagnostics.newton_schulz.aol import aol_scaled, aol_start
+from optiscope.diagnostics.newton_schulz.spectral_map import polar_residual
+from optiscope.diagnostics.quantities.observation import NewtonSchulz, Observation, measure_geometry
 
 AOL = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790), (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.attention_blocks import attention_blocks
+from optiscope.diagnostics.quantities.attention_blocks import attention_blocks
 
 D, WIDTH = 12, 4
 

@@ -5,7 +5,7 @@ import pytest
 
 import optiscope.diagnostics
 from optiscope.diagnostics.catalogue import EXTRA_COORDINATES, EXTRA_DIMENSIONS, GROUPS, LEVELS, NS_STEPS, QUANTITIES, in_group
-from optiscope.diagnostics.spectrum_sketch import POINTS
+from optiscope.diagnostics.spectra.spectrum_sketch import POINTS
 
 # Names that runs already written, and their readers, rely on.
 RELIED_ON = {

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.depth_halves import depth_halves, entry_for
-from optiscope.diagnostics.schedule import OperatorSchedule, Schedule
+from optiscope.diagnostics.schedules.depth_halves import depth_halves, entry_for
+from optiscope.diagnostics.schedules.schedule_file import OperatorSchedule, Schedule
 
 
 def of(values):

@@ -7,12 +7,12 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from optiscope.diagnostics import allocation, deriving
-from optiscope.diagnostics.deriving import schedule_from_spectra
-from optiscope.diagnostics.polar_express import matched_coefficients
-from optiscope.diagnostics.recorded_spectra import RecordedSpectra
-from optiscope.diagnostics.schedule import Schedule
-from optiscope.diagnostics.spectrum_sketch import sketch
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.recorded_spectra import RecordedSpectra
+from optiscope.diagnostics.schedules import allocation, deriving
+from optiscope.diagnostics.schedules.deriving import schedule_from_spectra
+from optiscope.diagnostics.schedules.schedule_file import Schedule
+from optiscope.diagnostics.spectra.spectrum_sketch import sketch
 
 # The worked example: 28 layers of a Qwen3-0.6B, s_i = 10^(−L((i−1)/(r−1))^γ), L = μ + 0.25·N(0,1) + 0.3·cos(2πl/28), γ = e^(0.35·N(0,1)).
 SHAPES = {

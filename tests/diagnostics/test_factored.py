@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.factored import rank1, sums
+from optiscope.diagnostics.quantities.factored import rank1, sums
 
 
 def naive(v):

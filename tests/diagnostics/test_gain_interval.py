@@ -5,7 +5,7 @@ import pytest
 from scipy.stats import bootstrap
 
 from optiscope.diagnostics.bootstrap import RESAMPLES, multiplicities, resamples
-from optiscope.diagnostics.gain_interval import gain_intervals
+from optiscope.diagnostics.schedules.evidence import gain_intervals
 
 RNG = np.random.default_rng(2)
 

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.hessian_blocks import diagonal_dominance, in_block_null, in_block_share, preconditioning_effect, tile_map
+from optiscope.diagnostics.quantities.hessian_blocks import (
+    diagonal_dominance,
+    in_block_null,
+    in_block_share,
+    preconditioning_effect,
+    tile_map,
+)
 
 
 def rotated(eigenvalues, seed=0):

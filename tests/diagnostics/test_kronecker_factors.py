@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.factored import rank1, sums
-from optiscope.diagnostics.kronecker_factors import condition_and_rank, off_diagonal
+from optiscope.diagnostics.quantities.factored import rank1, sums
+from optiscope.diagnostics.quantities.kronecker_factors import condition_and_rank, off_diagonal
 
 
 def orthogonal(n, seed=0):

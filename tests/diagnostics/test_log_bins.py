@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from optiscope.diagnostics.catalogue import LEVELS
-from optiscope.diagnostics.log_bins import WIDTH, log_quantiles
+from optiscope.diagnostics.quantities.log_bins import WIDTH, log_quantiles
 
 TINY = {np.float32: 2.0**-130, np.float64: 2.0**-1026}  # width of a bin of denormals
 

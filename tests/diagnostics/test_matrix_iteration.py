@@ -5,10 +5,9 @@ import pytest
 import torch
 from torch.optim import _muon as torch_muon
 
-from optiscope.diagnostics.matrix_iteration import bfloat16_residuals, orthogonalised, to_bfloat16
-from optiscope.diagnostics.newton_schulz import residual_curves
-from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, repeat_last
-from optiscope.diagnostics.polar_factor import polar_factor
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, JORDAN, repeat_last
+from optiscope.diagnostics.newton_schulz.matrix_iteration import bfloat16_residuals, orthogonalised, polar_factor, to_bfloat16
+from optiscope.diagnostics.newton_schulz.spectral_map import residual_curves
 
 POLAR_EXPRESS = repeat_last(FAMILIES["polar_express"].coefficients, 10)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from optiscope.diagnostics.catalogue import MAP_SIDE
-from optiscope.diagnostics.factored import sums
-from optiscope.diagnostics.matrix_map import edges, log_map, rank1_log_map
+from optiscope.diagnostics.quantities.factored import sums
+from optiscope.diagnostics.quantities.matrix_map import edges, log_map, rank1_log_map
 
 
 def naive(v):

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.optim._muon import _zeropower_via_newtonschulz
 
-from optiscope.diagnostics.newton_schulz import (
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, JORDAN, repeat_last
+from optiscope.diagnostics.newton_schulz.spectral_map import (
     achieved_residual,
     alignment,
     gram_residual,
@@ -16,9 +17,8 @@ from optiscope.diagnostics.newton_schulz import (
     polar_residual,
     residual_curves,
 )
-from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, repeat_last
-from optiscope.diagnostics.output_dispersion import row_dispersion
-from optiscope.diagnostics.spectrum import spectrum
+from optiscope.diagnostics.quantities.output_dispersion import row_dispersion
+from optiscope.diagnostics.spectra.spectrum import spectrum
 
 
 def built(rows, cols, sigma, seed=0):

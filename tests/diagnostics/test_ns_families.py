@@ -6,10 +6,24 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linprog
 
-from optiscope.diagnostics.newton_schulz import gram_residual, ns_map
-from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, POLAR_EXPRESS_RAW, fold_normalisation, repeat_last, root, safety_scaled
-from optiscope.diagnostics.ns_schedules import SCHEDULE_FAMILIES, schedule_of
-from optiscope.diagnostics.polar_express import CUSHION, MATCHED_LOWER_BOUND, matched_coefficients, minimax_quintic, polar_express
+from optiscope.diagnostics.newton_schulz.coefficients import SCHEDULE_FAMILIES, coefficients_of
+from optiscope.diagnostics.newton_schulz.families import (
+    FAMILIES,
+    JORDAN,
+    POLAR_EXPRESS_RAW,
+    fold_normalisation,
+    repeat_last,
+    root,
+    safety_scaled,
+)
+from optiscope.diagnostics.newton_schulz.polar_express import (
+    CUSHION,
+    MATCHED_LOWER_BOUND,
+    matched_coefficients,
+    minimax_quintic,
+    polar_express,
+)
+from optiscope.diagnostics.newton_schulz.spectral_map import gram_residual, ns_map
 from optiscope.examples.optimizers.root import OF_SHAPE
 from optiscope.examples.optimizers.turbo_muon import AOL
 
@@ -211,21 +225,21 @@ def test_root_has_a_triple_per_shape_and_jordans_elsewhere():
 
 
 def test_a_schedule_of_any_family_and_length():
-    assert schedule_of("matched", 6) == matched_coefficients(6)
+    assert coefficients_of("matched", 6) == matched_coefficients(6)
     assert "aol_flash" not in SCHEDULE_FAMILIES
     assert set(SCHEDULE_FAMILIES) == {"matched", *FAMILIES} - {"aol_flash"}
     for name in set(SCHEDULE_FAMILIES) - {"matched"}:
         family = FAMILIES[name]
-        assert schedule_of(name, family.steps) == family.schedule(family.steps)
-        assert schedule_of(name, 12)[-1] == family.coefficients[-1]
-        assert len(schedule_of(name, 1)) == 1
+        assert coefficients_of(name, family.steps) == family.schedule(family.steps)
+        assert coefficients_of(name, 12)[-1] == family.coefficients[-1]
+        assert len(coefficients_of(name, 1)) == 1
     for arguments, message in {
         ("aol_flash", 4): r"^family: expected one of matched, jordan, .*, got 'aol_flash'$",
         ("jordan", 0): r"^steps: expected at least 1, got 0$",
         ("matched", 9): r"^steps: matched schedules exist for 3 to 8, got 9$",
     }.items():
         with pytest.raises(ValueError, match=message):
-            schedule_of(*arguments)
+            coefficients_of(*arguments)
 
 
 def test_every_family_is_named_by_its_key_and_has_a_source():

@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.newton_schulz import gram_residual
-from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, repeat_last
-from optiscope.diagnostics.ns_hazards import (
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, JORDAN, repeat_last
+from optiscope.diagnostics.newton_schulz.hazards import (
     attracting_cycle,
     escape,
     escape_radius,
@@ -14,7 +13,8 @@ from optiscope.diagnostics.ns_hazards import (
     output_band,
     restart,
 )
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.spectral_map import gram_residual
 
 YOU = (
     (4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012),

@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from optiscope.diagnostics.bfloat16_stability import largest_in_bfloat16
-from optiscope.diagnostics.nearest_family import nearest_family
-from optiscope.diagnostics.ns_families import FAMILIES, JORDAN, safety_scaled
-from optiscope.diagnostics.ns_validation import of_family, validate
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, JORDAN, safety_scaled
+from optiscope.diagnostics.newton_schulz.nearest_family import nearest_family
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.validation import largest_in_bfloat16, of_family, validate
 
 PE = FAMILIES["polar_express"].coefficients
 YOU = FAMILIES["you"].coefficients

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from optiscope.diagnostics.adam_mini import row_blocks
 from optiscope.diagnostics.catalogue import NS_STEPS, in_group
-from optiscope.diagnostics.ns_families import JORDAN
-from optiscope.diagnostics.observation import (
+from optiscope.diagnostics.newton_schulz.families import JORDAN
+from optiscope.diagnostics.quantities.adam_mini import row_blocks
+from optiscope.diagnostics.quantities.moments import Moments
+from optiscope.diagnostics.quantities.observation import (
     READABLE_NOISE,
     NewtonSchulz,
     Observation,
@@ -18,10 +19,9 @@ from optiscope.diagnostics.observation import (
     measure_second_moment_map,
     measure_update,
 )
-from optiscope.diagnostics.output_dispersion import dispersion_null, row_dispersion
-from optiscope.diagnostics.rotation import Rotation, rotation_drift
-from optiscope.diagnostics.second_moment import Moments
-from optiscope.diagnostics.spectrum_sketch import unsketch
+from optiscope.diagnostics.quantities.output_dispersion import dispersion_null, row_dispersion
+from optiscope.diagnostics.quantities.rotation import Rotation, rotation_drift
+from optiscope.diagnostics.spectra.spectrum_sketch import unsketch
 
 LR, DECAY = 0.02, 0.5
 DOUBLE, SINGLE, BFLOAT16 = 2.0**-53, 2.0**-24, 2.0**-8

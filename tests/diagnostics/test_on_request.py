@@ -7,10 +7,10 @@ import pytest
 from scipy.linalg import subspace_angles
 
 from optiscope.diagnostics.catalogue import NS_STEPS, in_group
-from optiscope.diagnostics.ns_families import JORDAN
-from optiscope.diagnostics.observation import NewtonSchulz, Observation, part_of
-from optiscope.diagnostics.on_request import measure_block, measure_gradient, measure_pair, measure_precision
-from optiscope.diagnostics.spectrum_sketch import unsketch
+from optiscope.diagnostics.newton_schulz.families import JORDAN
+from optiscope.diagnostics.quantities.observation import NewtonSchulz, Observation, part_of
+from optiscope.diagnostics.quantities.on_request import measure_block, measure_gradient, measure_pair, measure_precision
+from optiscope.diagnostics.spectra.spectrum_sketch import unsketch
 
 DOUBLE, BFLOAT16 = 2.0**-53, 2.0**-8
 

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.probe_error import FEW_PROBES, bartlett_variance_bound, debiased_rms, hutchinson_variance_bound, probe_error
+from optiscope.diagnostics.quantities.probe_error import (
+    FEW_PROBES,
+    bartlett_variance_bound,
+    debiased_rms,
+    hutchinson_variance_bound,
+    probe_error,
+)
 
 
 def symmetric(size, seed=0):

@@ -7,11 +7,11 @@ from itertools import product
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.deriving import schedule_from_spectra
-from optiscope.diagnostics.polar_express import matched_coefficients
-from optiscope.diagnostics.recorded_spectra import RecordedSpectra
-from optiscope.diagnostics.refreshing import Refresh, next_schedule, retained_gain
-from optiscope.diagnostics.schedule import OperatorSchedule, Schedule
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.recorded_spectra import RecordedSpectra
+from optiscope.diagnostics.schedules.deriving import schedule_from_spectra
+from optiscope.diagnostics.schedules.refreshing import Refresh, next_schedule, retained_gain
+from optiscope.diagnostics.schedules.schedule_file import OperatorSchedule, Schedule
 
 SHAPES = {"attn_q": (16, 16), "attn_v": (8, 16), "mlp_up": (48, 16), "mlp_down": (12, 32)}
 LAYERS, COUNTS = 4, range(3, 9)

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.ns_families import FAMILIES, repeat_last
-from optiscope.diagnostics.recorded_spectra import NsSchedule
-from optiscope.diagnostics.rms_alignment import band_of, explained, is_readable, known_size, split_excess
-from optiscope.diagnostics.spectrum_sketch import sketch
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, repeat_last
+from optiscope.diagnostics.newton_schulz.recorded_spectra import NsSchedule
+from optiscope.diagnostics.quantities.update_alignment import band_of, explained, is_readable, known_size, split_excess
+from optiscope.diagnostics.spectra.spectrum_sketch import sketch
 
 JORDAN = ((3.4445, -4.7750, 2.0315),) * 5
 

@@ -7,7 +7,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.rounding import rounded
+from optiscope.diagnostics.spectra.spectrum_sketch import rounded
 
 normal = st.floats(min_value=2.0**-126, max_value=1e38)
 

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 
-from optiscope.diagnostics.run_lock import LOCK, OWNER, RunLock, owner
+from optiscope.diagnostics.store.lock import LOCK, OWNER, RunLock, owner
 
 # Takes the lock; then forks a child that ends at once by the interpreter's way, and one that outlives it.
 HOLDER = """
 import os, sys, time
 from pathlib import Path
-from optiscope.diagnostics.run_lock import RunLock
+from optiscope.diagnostics.store.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 if os.fork() == 0:
     lock.release()

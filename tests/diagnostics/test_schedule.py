@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.ns_families import JORDAN
-from optiscope.diagnostics.polar_express import matched_coefficients
-from optiscope.diagnostics.schedule import FORMAT, VERSION, OperatorSchedule, Schedule
+from optiscope.diagnostics.newton_schulz.families import JORDAN
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.schedules.schedule_file import FORMAT, VERSION, OperatorSchedule, Schedule
 
 finite = st.floats(allow_nan=False, allow_infinity=False)
 entries = st.builds(

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.adam_mini import row_blocks
 from optiscope.diagnostics.catalogue import LEVELS, PARTITIONS, SECOND_MOMENT_FORMS
-from optiscope.diagnostics.log_bins import WIDTH
-from optiscope.diagnostics.second_moment import Moments, decay_spread, measure_maps, measure_moments, share_under, signal_to_noise
+from optiscope.diagnostics.quantities.adam_mini import row_blocks
+from optiscope.diagnostics.quantities.log_bins import WIDTH
+from optiscope.diagnostics.quantities.moments import Moments, decay_spread, measure_maps, measure_moments, share_under, signal_to_noise
 
 
 def adam(rows=40, cols=30, steps=7, beta1=0.9, beta2=0.999, eps=1e-8, **settings):

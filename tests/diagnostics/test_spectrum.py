@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.spectrum import precision_floor, spectrum
+from optiscope.diagnostics.spectra.spectrum import precision_floor, spectrum
 
 BFLOAT16 = 2.0**-8
 

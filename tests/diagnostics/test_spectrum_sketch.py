@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.newton_schulz import residual_curves
-from optiscope.diagnostics.ns_families import FAMILIES, repeat_last
-from optiscope.diagnostics.spectrum_sketch import POINTS, sketch, sketch_indices, sketch_levels, unsketch
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, repeat_last
+from optiscope.diagnostics.newton_schulz.spectral_map import residual_curves
+from optiscope.diagnostics.spectra.spectrum_sketch import POINTS, sketch, sketch_indices, sketch_levels, unsketch
 
 
 def normalised(sigma):

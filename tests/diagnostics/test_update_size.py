@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optiscope.diagnostics.update_size import ADAMW_RMS, reading_noise, rms, sizes, update_without_decay
+from optiscope.diagnostics.quantities.update_size import ADAMW_RMS, reading_noise, rms, sizes, update_without_decay
 
 
 def test_rms_by_hand():

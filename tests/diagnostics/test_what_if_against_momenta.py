@@ -3,13 +3,13 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.low_precision import bfloat16_outcomes
-from optiscope.diagnostics.matrix_iteration import iterates, start_of
-from optiscope.diagnostics.newton_schulz import gram_residual, ns_map
-from optiscope.diagnostics.ns_families import FAMILIES
-from optiscope.diagnostics.ns_schedules import SCHEDULE_FAMILIES, schedule_of
-from optiscope.diagnostics.probed_residual import probed_residual
-from optiscope.diagnostics.spectrum_sketch import sketch, unsketch
+from optiscope.diagnostics.newton_schulz.coefficients import SCHEDULE_FAMILIES, coefficients_of
+from optiscope.diagnostics.newton_schulz.families import FAMILIES
+from optiscope.diagnostics.newton_schulz.matrix_iteration import iterates, start_of
+from optiscope.diagnostics.newton_schulz.probed_residual import probed_residual
+from optiscope.diagnostics.newton_schulz.spectral_map import gram_residual, ns_map
+from optiscope.diagnostics.schedules.low_precision import bfloat16_outcomes
+from optiscope.diagnostics.spectra.spectrum_sketch import sketch, unsketch
 
 STEPS = range(3, 9)
 # ROOT's lists are fitted to single large shapes and escape beyond; withdrawn lists are not to be used.
@@ -62,7 +62,7 @@ def test_the_recurrence_is_the_float32_iteration(momenta, spectra, family):
     for operator, matrices in momenta.items():
         m, s = matrices[-1], spectra[operator][-1]
         for k in STEPS if family == "matched" else (8,):
-            schedule = schedule_of(family, k)
+            schedule = coefficients_of(family, k)
             for step, (_, gram) in enumerate(iterates(start_of(m, 1e-7, "frobenius"), schedule)):
                 if step < 3 or (family == "matched" and step < k):
                     continue
@@ -73,7 +73,7 @@ def test_the_recurrence_is_the_float32_iteration(momenta, spectra, family):
 @pytest.mark.parametrize("family", SOUND)
 def test_the_stored_sketch_gives_an_operators_mean(spectra, family):
     for k in STEPS:
-        schedule = schedule_of(family, k)
+        schedule = coefficients_of(family, k)
         for own in spectra.values():
             x = np.stack([s / np.linalg.norm(s) for s in own])
             stored = np.stack([sketch(row) for row in x]).astype(np.float32)
@@ -88,10 +88,10 @@ def test_the_stored_sketch_gives_an_operators_mean(spectra, family):
 def test_the_model_is_torchs_bfloat16_iteration(momenta, spectra, family):
     import torch
 
-    from optiscope.hooks.muon_iteration import newton_schulz_per_step
+    from optiscope.hooks.acting.muon_iteration import newton_schulz_per_step
 
     for k in STEPS:
-        schedule = schedule_of(family, k)
+        schedule = coefficients_of(family, k)
         for operator, matrices in momenta.items():
             measured, predicted = [], []
             for m, s in zip(matrices, spectra[operator], strict=True):
@@ -107,10 +107,10 @@ def test_the_model_is_torchs_bfloat16_iteration(momenta, spectra, family):
 
 
 def test_probes_estimate_the_residual_without_bias(momenta):
-    from optiscope.diagnostics.matrix_iteration import orthogonalised
+    from optiscope.diagnostics.newton_schulz.matrix_iteration import orthogonalised
 
     for matrices in momenta.values():
-        o = orthogonalised(matrices[-1], schedule_of("jordan", 5), 1e-7).astype(np.float64)
+        o = orthogonalised(matrices[-1], coefficients_of("jordan", 5), 1e-7).astype(np.float64)
         exact = np.linalg.norm(np.eye(len(o)) - o @ o.T) / np.sqrt(len(o))
         estimates = np.array([probed_residual(o, seed=seed) for seed in range(100)])
         squares = estimates[:, 0] ** 2

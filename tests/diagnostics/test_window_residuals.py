@@ -3,9 +3,8 @@
 import numpy as np
 import pytest
 
-from optiscope.diagnostics.polar_express import matched_coefficients
-from optiscope.diagnostics.recorded_spectra import RecordedSpectra
-from optiscope.diagnostics.window_residuals import window_residuals
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.recorded_spectra import RecordedSpectra, window_residuals
 
 SHAPES = [(20, 48), (32, 16), (20, 48)]
 SCHEDULES = [matched_coefficients(3), matched_coefficients(5), ((3.4445, -4.7750, 2.0315),) * 5]

@@ -7,7 +7,7 @@ import xarray as xr
 from contract.harness import Kept
 from torch import nn
 
-from optiscope.diagnostics.schedule import OperatorSchedule, Schedule
+from optiscope.diagnostics.schedules.schedule_file import OperatorSchedule, Schedule
 from optiscope.examples.optimizers.amo_muon import AMOMuon
 from optiscope.examples.optimizers.newton_schulz import JORDAN
 from optiscope.examples.optimizers.turbo_muon import TurboMuon

@@ -12,7 +12,8 @@ from torch import nn
 from optiscope.examples.optimizers import teon
 from optiscope.examples.optimizers.newton_schulz import JORDAN
 from optiscope.examples.optimizers.teon import TEON
-from optiscope.hooks import attach, record
+from optiscope.hooks import attach
+from optiscope.hooks.recording import record
 
 LR, DECAY, MU = 0.02, 0.5, 0.9
 # A classical triple and enough steps to reach the polar factor to float64.

@@ -7,18 +7,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 
-if __name__ == "__main__":
-    without_torch = ModuleType("optiscope.hooks")
-    without_torch.__path__ = [str(Path(__file__).parents[2] / "hooks")]
-    sys.modules["optiscope.hooks"] = without_torch
-
-from optiscope.hooks.forking import fork
-from optiscope.hooks.writer import Writer
+from optiscope.diagnostics.store.forking import fork
+from optiscope.diagnostics.store.writer import Writer
 
 MATRICES = 3
 

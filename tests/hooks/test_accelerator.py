@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from optiscope.diagnostics.spectrum import spectrum
-from optiscope.hooks.accelerator import Beside, arriving, eigenvalues_there, gram_matrix, gram_of
+from optiscope.diagnostics.spectra.spectrum import spectrum
+from optiscope.hooks.observing.accelerator import Beside, arriving, eigenvalues_there, gram_matrix, gram_of
 
 CPU = torch.device("cpu")
 

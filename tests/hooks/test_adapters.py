@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adagrad, Adam, AdamW, Muon, Optimizer
 from torch.optim import _muon as torch_muon
 
-import optiscope.hooks.record as record_module
-from optiscope.diagnostics.observation import Observation
+import optiscope.hooks.recording.record as record_module
+from optiscope.diagnostics.quantities.observation import Observation
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import row_of
 from optiscope.hooks.adapters.table import table

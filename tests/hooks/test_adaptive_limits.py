@@ -221,7 +221,7 @@ def no_gradients(training: Training) -> None:
 
 
 def failing(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("optiscope.hooks.adaptive_schedule.apply_schedule", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("optiscope.hooks.acting.adaptive_schedule.apply_schedule", lambda *args, **options: 1 / 0)
 
 
 def scheduled_later(training: Training, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,8 +17,8 @@ import zarr
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
-from optiscope.hooks.writer import Writer
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], Any]
@@ -192,7 +192,7 @@ def test_what_was_left_open_is_committed_at_exit(tmp_path: Path, read: Read) -> 
     script = """
 import sys, torch
 from optiscope.hooks import attach
-from optiscope.hooks.writer import Writer
+from optiscope.diagnostics.store.writer import Writer
 
 def train():
     model = torch.nn.Linear(3, 2)

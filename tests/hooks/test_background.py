@@ -19,12 +19,12 @@ from contract.harness import same_values
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-import optiscope.hooks.record as record_module
+import optiscope.hooks.recording.record as record_module
 from optiscope.diagnostics.catalogue import MEASURES
-from optiscope.diagnostics.run_lock import owner
+from optiscope.diagnostics.store.files import Files
+from optiscope.diagnostics.store.lock import owner
 from optiscope.hooks import AdaptiveSchedule, Recorder, RmsAlignment, attach
-from optiscope.hooks.journal import Journal
-from optiscope.hooks.storing.files import Files
+from optiscope.hooks.recording.journal import Journal
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], Any]
@@ -180,7 +180,7 @@ def test_a_slow_disk_holds_up_neither_steps_nor_log(mlp: Make, tmp_path: Path, r
     optimizers = build(model, "SGD")
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise")
     monkeypatch.setattr(Files, "replace", slow)
-    monkeypatch.setattr("optiscope.hooks.journal.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("optiscope.hooks.recording.journal.FLUSH_SECONDS", 0.0)
     begun = time.perf_counter()
     train(model, optimizers, recorder, 5, wait=False)
     assert time.perf_counter() - begun < 20  # of 30 that the disk would take
@@ -207,7 +207,7 @@ def test_a_record_that_is_due_amid_a_flush_of_scalars_is_made(
     optimizer = SGD([first] if grows else [first, *others], lr=0.05)
     recorder = attach(optimizer, model, tmp_path / "run.zarr", every=2, background=True, on_error="raise")
     monkeypatch.setattr(Files, "replace", slow)
-    monkeypatch.setattr("optiscope.hooks.journal.FLUSH_SECONDS", 0.0)
+    monkeypatch.setattr("optiscope.hooks.recording.journal.FLUSH_SECONDS", 0.0)
     train(model, [optimizer], recorder, 1, wait=False)
     assert begun.wait(30)
     if grows:
@@ -234,7 +234,7 @@ def test_of_too_many_scalars_the_oldest_are_lost_by_whole_steps(
         return measured(seen)
 
     monkeypatch.setattr(record_module, "measure_update", measure)
-    monkeypatch.setattr("optiscope.hooks.journal.MOST_LOGGED", 5)
+    monkeypatch.setattr("optiscope.hooks.recording.journal.MOST_LOGGED", 5)
     model = mlp()
     optimizers = build(model, "SGD")
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=100, first_step=99, background=True, on_error="raise")

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.optim import Optimizer
 
-import optiscope.hooks.journal as journal_module
-import optiscope.hooks.stopwatch as stopwatch_module
+import optiscope.hooks.recording.journal as journal_module
+import optiscope.hooks.recording.stopwatch as stopwatch_module
 from optiscope.hooks import attach
-from optiscope.hooks.cadence import FLUSH_SECONDS, GRAIN, LOOK, PATIENCE, WINDOW, Cadence
-from optiscope.hooks.watched import Watched
+from optiscope.hooks.observing.watched import Watched
+from optiscope.hooks.recording.cadence import FLUSH_SECONDS, GRAIN, LOOK, PATIENCE, WINDOW, Cadence
 
 Read = Callable[[str | Path], Any]
 Floats = NDArray[np.float64]

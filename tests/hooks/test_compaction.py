@@ -12,11 +12,11 @@ import torch
 import zarr
 from torch import nn
 
-from optiscope.diagnostics.run_format import chunks_written
+from optiscope.diagnostics.store import laying_out
+from optiscope.diagnostics.store.files import Files
+from optiscope.diagnostics.store.format import chunks_written
+from optiscope.diagnostics.store.writer import CHUNK_STEPS, Writer
 from optiscope.hooks import attach
-from optiscope.hooks.storing import laying_out
-from optiscope.hooks.storing.files import Files
-from optiscope.hooks.writer import CHUNK_STEPS, Writer
 
 Read = Callable[[str | Path], Any]
 
@@ -177,7 +177,7 @@ def test_a_full_disk_leaves_it_as_it_is_and_says_so(
     tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(laying_out, "SHARD_STEPS", 4)
-    monkeypatch.setattr("optiscope.hooks.writer.SHARD_STEPS", 4)
+    monkeypatch.setattr("optiscope.diagnostics.store.writer.SHARD_STEPS", 4)
 
     def train(store: Path, fails: bool, error: BaseException | None = None) -> None:
         model = nn.Linear(3, 2, bias=False)

@@ -13,9 +13,9 @@ import zarr
 from torch import nn
 
 from optiscope.diagnostics.catalogue import SCHEMA
+from optiscope.diagnostics.store.files import Files
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
-from optiscope.hooks.storing.files import Files
-from optiscope.hooks.writer import Writer
 
 Read = Callable[[str | Path], Any]
 

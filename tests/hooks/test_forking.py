@@ -23,9 +23,9 @@ from forked_runs import MATRICES, begin, record
 from torch import nn
 
 from optiscope.analysis import open_run
+from optiscope.diagnostics.store.forking import fork
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
-from optiscope.hooks.forking import fork
-from optiscope.hooks.writer import Writer
 
 KILLS, SEED = 12, 0
 

@@ -11,10 +11,10 @@ import xarray as xr
 from torch import nn
 from torch.optim import SGD, AdamW
 
-import optiscope.hooks.layout as layout_module
+import optiscope.hooks.recording.layout as layout_module
+from optiscope.diagnostics.store.files import Files
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
-from optiscope.hooks.storing.files import Files
-from optiscope.hooks.writer import Writer
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], xr.DataTree]

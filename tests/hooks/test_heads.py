@@ -8,9 +8,10 @@ import xarray as xr
 from torch import nn
 
 from optiscope.examples.byte_llama import SHORT, ByteLlama
-from optiscope.hooks import attach, layout
-from optiscope.hooks.heads import find_heads
-from optiscope.hooks.matrices import coordinates
+from optiscope.hooks import attach
+from optiscope.hooks.observing.heads import find_heads
+from optiscope.hooks.observing.matrices import coordinates
+from optiscope.hooks.recording import layout
 
 
 class Attention(nn.Module):

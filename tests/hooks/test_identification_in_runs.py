@@ -14,7 +14,7 @@ from unknown_class import DECOYS, EXACT, Keep, Make, Odd, Read, average, backwar
 
 from optiscope.hooks import attach
 from optiscope.hooks.adapters.identification import STEPS
-from optiscope.hooks.watched import watch
+from optiscope.hooks.observing.watched import watch
 
 # What is recorded
 

@@ -18,11 +18,11 @@ from torch.optim import SGD, AdamW, Optimizer
 
 from optiscope.analysis import open_run
 from optiscope.diagnostics.catalogue import PARTITIONS
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import Adapter, entry
 from optiscope.hooks.adapters.table import _registered
-from optiscope.hooks.watched import hookable_layers
-from optiscope.hooks.writer import Writer
+from optiscope.hooks.observing.watched import hookable_layers
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], xr.DataTree]

@@ -19,7 +19,7 @@ from optiscope.examples.optimizers.aro import ARO, BASES
 from optiscope.examples.optimizers.mars_m import MARSM
 from optiscope.examples.optimizers.teon import TEON
 from optiscope.hooks import attach
-from optiscope.hooks.composites import compose
+from optiscope.hooks.observing.composites import compose
 
 Read = Callable[[str | Path], xr.DataTree]
 NEW = ("gradient", "blocks", "stacking", "precision")

@@ -13,9 +13,9 @@ import pytest
 from torch import nn
 from torch.optim import Optimizer
 
-from optiscope.diagnostics.run_lock import OWNER, RunLock
+from optiscope.diagnostics.store.lock import OWNER, RunLock
+from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
-from optiscope.hooks.writer import Writer
 
 Read = Callable[[str | Path], Any]
 Two = tuple[nn.Module, Optimizer, Optimizer]
@@ -23,7 +23,7 @@ Two = tuple[nn.Module, Optimizer, Optimizer]
 HOLDER = """
 import sys
 from pathlib import Path
-from optiscope.diagnostics.run_lock import RunLock
+from optiscope.diagnostics.store.lock import RunLock
 lock = RunLock(Path(sys.argv[1]))
 print(flush=True)
 sys.stdin.readline()

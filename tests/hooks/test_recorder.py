@@ -11,13 +11,13 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
-import optiscope.hooks.record as record_module
+import optiscope.hooks.recording.record as record_module
+from optiscope.diagnostics.store.files import Files
 from optiscope.hooks import attach
-from optiscope.hooks.layout import Layout
-from optiscope.hooks.scalars import ScalarRow
-from optiscope.hooks.snapshot import Snapshot
-from optiscope.hooks.storing.files import Files
-from optiscope.hooks.watched import Watched
+from optiscope.hooks.observing.snapshot import Snapshot
+from optiscope.hooks.observing.watched import Watched
+from optiscope.hooks.recording.layout import Layout
+from optiscope.hooks.recording.scalars import ScalarRow
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], Any]

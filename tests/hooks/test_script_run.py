@@ -13,9 +13,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from optiscope.hooks import attach
-from optiscope.hooks import script_run as module
-from optiscope.hooks.model_search import Several, owners, parameters_of
-from optiscope.hooks.script_run import ScriptRun
+from optiscope.hooks.trainers import script_run as module
+from optiscope.hooks.trainers.model_search import Several, owners, parameters_of
+from optiscope.hooks.trainers.script_run import ScriptRun
 
 
 @pytest.fixture

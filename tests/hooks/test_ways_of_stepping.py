@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW, Muon
 
 from optiscope.hooks import attach
-from optiscope.hooks.lifetime import still_open
+from optiscope.hooks.recording.lifetime import still_open
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], xr.DataTree]

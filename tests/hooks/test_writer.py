@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from zarr.errors import ZarrUserWarning
 
 from optiscope.diagnostics.catalogue import SCHEMA
-from optiscope.diagnostics.run_format import chunks_written, seal
-from optiscope.hooks.storing.files import Files
-from optiscope.hooks.writer import CHUNK_STEPS, SCALAR_CHUNK_STEPS, TakenOver, Writer
+from optiscope.diagnostics.store.files import Files
+from optiscope.diagnostics.store.format import chunks_written, seal
+from optiscope.diagnostics.store.writer import CHUNK_STEPS, SCALAR_CHUNK_STEPS, TakenOver, Writer
 
 Read = Callable[[str | Path], Any]
 

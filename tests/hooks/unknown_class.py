@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import Adapter, Reading
 from optiscope.hooks.adapters.identification import STEPS
-from optiscope.hooks.watched import watch
+from optiscope.hooks.observing.watched import watch
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], Any]

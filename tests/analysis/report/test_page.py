@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from optiscope.analysis import STUDIES, THEMES, check, compare
-from optiscope.analysis.answer import ask
+from optiscope.analysis.report.answer import ask
 from optiscope.analysis.report.page import HERE, write_report
 
 

@@ -7,8 +7,8 @@ import matplotlib as mpl
 import numpy as np
 import xarray as xr
 
-from optiscope.analysis.drawable import LONGEST, drawable
 from optiscope.analysis.figures import axes
+from optiscope.analysis.report.drawable import LONGEST, drawable
 from optiscope.analysis.report.pictures import HEAVY, svg_uri
 
 SVG = "{http://www.w3.org/2000/svg}"

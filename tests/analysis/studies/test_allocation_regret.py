@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from optiscope.analysis import allocation_regret
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
 
 NAMES = {f"layers.{layer}.{part}.weight": part for layer in range(3) for part in ("attn.q_proj", "mlp.up_proj")}
 EASY, HARD = np.geomspace(1, 0.3, 16), np.geomspace(1, 1e-4, 16)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from optiscope.analysis import gradient_spectrum
-from optiscope.diagnostics.spectrum_sketch import sketch
+from optiscope.diagnostics.spectra.spectrum_sketch import sketch
 
 NAMES = [f"layers.{i}.{part}.weight" for i in range(4) for part in ("attn.q_proj", "mlp.up_proj")]
 

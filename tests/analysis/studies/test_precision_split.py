@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from optiscope.analysis import precision_split
-from optiscope.diagnostics.ns_families import FAMILIES, repeat_last
+from optiscope.diagnostics.newton_schulz.families import FAMILIES, repeat_last
 
 PE = repeat_last(FAMILIES["polar_express"].coefficients, 10)
 NAMES = [f"layers.{i}.attn.q_proj.weight" for i in range(3)]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from optiscope.analysis import residual_curves
-from optiscope.diagnostics.ns_families import FAMILIES
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.families import FAMILIES
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 OPERATORS = {"attn_q": "q_proj", "attn_k": "k_proj", "mlp_up": "up_proj"}

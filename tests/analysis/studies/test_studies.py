@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from optiscope import analysis
 from optiscope.analysis import figures
-from optiscope.analysis.report_folder import analyse_study, finish_report
+from optiscope.analysis.report.folder import analyse_study, finish_report
 from optiscope.diagnostics.operators import OPERATORS
 
 # Before any figure of this module was made.

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from optiscope.analysis import derive_schedule, open_run
-from optiscope.diagnostics.polar_express import matched_coefficients
+from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
 from optiscope.examples.byte_llama import SHORT, ByteLlama
 from optiscope.examples.experiments.conditions import permuted, relabelled, reversed_hardness, uniform
 from optiscope.examples.experiments.training import FULL, hidden_matrices

@@ -9,17 +9,7 @@ from torch.optim import AdamW
 
 from contract.harness import Case, Floats, float64, is_hidden
 from contract.transcriptions import adam
-from contract.transcriptions_elementwise import (
-    adabelief,
-    adabound,
-    adafactor,
-    lion,
-    lookahead,
-    mars,
-    rms,
-    sophia,
-    yogi,
-)
+from contract.transcriptions_elementwise import adabelief, adabound, adafactor, lion, lookahead, mars, rms, sophia, yogi
 from contract.transcriptions_layerwise import adam_mini, lamb, lars, novograd
 
 LIBRARY = "pytorch_optimizer"

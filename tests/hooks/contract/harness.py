@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from optiscope.hooks import Recorder, attach
-from optiscope.hooks.measuring import Part
-from optiscope.hooks.snapshot import Snapshot
+from optiscope.hooks.observing.snapshot import Snapshot
+from optiscope.hooks.recording.measuring import Part
 
 Floats = NDArray[np.float64]
 

@@ -13,7 +13,7 @@ from contract import cases_bases, cases_elementwise, cases_torch
 from contract.harness import Case, float64, relative_error, train
 from contract.one_matrix import by_name, momentum, random, recorded, second_moment
 from optiscope.hooks.adapters.pytorch_optimizer_bases import lifted
-from optiscope.hooks.snapshot import Snapshot
+from optiscope.hooks.observing.snapshot import Snapshot
 
 
 def test_soap_momentum_follows_the_gradients(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.optim import SGD
 
-from optiscope.diagnostics.adam_mini import row_blocks
 from optiscope.diagnostics.catalogue import LEVELS
+from optiscope.diagnostics.quantities.adam_mini import row_blocks
 from optiscope.hooks import attach
 
 PROBES = 400

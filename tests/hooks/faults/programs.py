@@ -24,7 +24,7 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
-import optiscope.hooks.journal as journal_module
+import optiscope.hooks.recording.journal as journal_module
 from faults.training import Training
 from optiscope.hooks import attach
 

@@ -17,13 +17,14 @@ import pytest
 import torch
 import xarray as xr
 
-import optiscope.hooks.journal as journal_module
 from faults.training import Training, assert_same_records, disturbed, read, steps_in, told
-from optiscope.diagnostics.run_lock import owner
-from optiscope.hooks import Recorder, attach, lifetime
+from optiscope.diagnostics.store.lock import owner
+from optiscope.hooks import Recorder, attach
+from optiscope.hooks.recording import lifetime
 
-FOLDER = str(Path(journal_module.__file__).parent)
-WRITING = tuple(f"{FOLDER}/{part}" for part in ("journal.py", "scalars.py", "writer.py", "storing/"))
+ROOT = Path(__file__).parents[3]
+OURS = (f"{ROOT}/hooks/", f"{ROOT}/diagnostics/")
+WRITING = tuple(f"{ROOT}/{part}" for part in ("hooks/recording/journal.py", "hooks/recording/scalars.py", "diagnostics/store/"))
 FEW = 3
 GROUPS = ("geometry", "update", "second_moment")
 
@@ -156,7 +157,7 @@ if __name__ == "__main__":
             chosen, behind = draw.choice(HANDLERS), draw.random() < 0.5
             place = draw.randrange(1, 26000)
             try:
-                assert_whole(chosen, place, here / f"{trial}.zarr", undisturbed, behind, FOLDER)
+                assert_whole(chosen, place, here / f"{trial}.zarr", undisturbed, behind, OURS)
             except Exception as error:
                 failed += 1
                 print(chosen.__name__, behind, place, type(error).__name__, str(error)[:300], flush=True)

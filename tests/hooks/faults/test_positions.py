@@ -15,7 +15,7 @@ import pytest
 
 from faults.disk import Disk, on
 from faults.training import read
-from optiscope.hooks.writer import CHUNK_STEPS, Writer
+from optiscope.diagnostics.store.writer import CHUNK_STEPS, Writer
 
 TEXT = np.dtypes.StringDType()
 COMMITTED = CHUNK_STEPS - 2

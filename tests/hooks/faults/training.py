@@ -17,7 +17,7 @@ from torch.optim import AdamW, Muon, Optimizer
 
 from optiscope.analysis.run import open_run
 from optiscope.hooks import Recorder, attach
-from optiscope.hooks.scalars import OWN_TEXTS
+from optiscope.hooks.recording.scalars import OWN_TEXTS
 
 GROUPS = ("geometry", "update", "second_moment")
 

@@ -1,0 +1,39 @@
+"""`diag check`: what is to be known of a run, and the exit code that says so."""
+
+from typing import Annotated, Any, Literal
+
+import typer
+
+from .app import CLEAN, FINDINGS, JsonOption, command
+from .console import LineageOption, RunArgument, print_json, say
+
+
+@command
+def check(
+    run: RunArgument,
+    fail_on: Annotated[Literal["info", "warning", "error"], typer.Option(help="Least severity that makes the exit code 1.")] = "warning",
+    lineage: LineageOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check update sizes and hazards: exit code 0 clean, 1 findings, 2 unreadable."""
+    from ..analysis import check as find
+    from ..analysis import open_run
+    from ..analysis.findings import SEVERITIES
+
+    findings = find(open_run(run, lineage))
+    failing = [f for f in findings if SEVERITIES.index(f.severity) >= SEVERITIES.index(fail_on)]
+    if as_json:
+        print_json({"findings": [f.as_dict() for f in findings], "failing": len(failing)})
+    else:
+        print_findings([f.as_dict() for f in findings])
+    raise typer.Exit(FINDINGS if failing else CLEAN)
+
+
+def print_findings(findings: list[dict[str, Any]]) -> None:
+    """A line for each finding."""
+    if not findings:
+        say("findings", "none")
+    for finding in findings:
+        names = finding["matrices"]
+        concerned = f" ({', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''})" if names else ""
+        say(f"{finding['severity']} {finding['rule']}", f"{finding['sentence']}{concerned} {finding['advice']}")

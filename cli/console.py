@@ -1,0 +1,75 @@
+"""What commands share: how a run is named, and how lines, tables and JSON are printed."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+ROWS = 1_000  # of a table on the terminal
+
+RunArgument = Annotated[Path, typer.Argument(help="The run's folder, as passed to attach.", metavar="RUN.zarr", show_default=False)]
+LineageOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Of a run that was restarted from an earlier checkpoint, one that was left, as `diag info` numbers them; by default the newest.",
+        metavar="N",
+        show_default=False,
+    ),
+]
+
+
+def sibling(run: Path, suffix: str) -> Path:
+    """A path beside the run: run.zarr → run-analysis."""
+    # From inside the run its path is ".", which has no name.
+    run = run.resolve() if run.name in ("", "..") else run
+    return run.with_name(run.name.removesuffix(".zarr") + suffix)
+
+
+def say(topic: object, text: str) -> None:
+    """One line: a topic in bold, and a sentence. Names and texts of a run are printed as they are, never as markup."""
+    from rich.text import Text
+
+    console().print(Text.assemble((_shown(topic), "bold"), ": ", _shown(text)))
+
+
+def first_of(what: str, entries: list[Any]) -> Iterator[Any]:
+    """The first entries, and a line that counts them where there are more."""
+    yield from entries[:ROWS]
+    if len(entries) > ROWS:
+        say(what, f"{ROWS} of {len(entries)}; --json has all")
+
+
+def console(stderr: bool = False) -> Any:
+    """A terminal that colours nothing by itself and leaves line breaks to the reader."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=True)
+
+
+def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, header_style="bold")
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for row in rows[:ROWS]:
+        table.add_row(*(Text(_shown(cell)) for cell in row))
+    # What is too wide goes on below, where soft wrapping would cut it.
+    console().print(table, soft_wrap=False)
+    if len(rows) > ROWS:
+        say("rows", f"{ROWS} of {len(rows)}; --json has all")
+
+
+def _shown(text: object) -> str:
+    from ..diagnostics.escape import inert, shortened
+
+    return shortened(inert(text), 1_000)
+
+
+def print_json(result: Any) -> None:
+    """One JSON document on standard output."""
+    from ..diagnostics.escape import json_text
+
+    print(json_text(result))

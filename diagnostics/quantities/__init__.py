@@ -1,0 +1,1 @@
+"""What is measured on one matrix at one step, one idea per file."""

@@ -1,0 +1,1 @@
+"""From recorded spectra to Newton–Schulz steps per operator, and the file that holds them."""

@@ -1,0 +1,1 @@
+"""Singular values of one matrix, and how a record keeps them."""

@@ -1,0 +1,307 @@
+"""The store on the writing side: one Zarr v3 group per run, appended in whole chunks, committed by one atomic write.
+
+The commit rule (`docs/store.md`). Chunks of a flush are written first. Then the root's document, which carries the metadata
+of every array, is replaced by one rename. Readers that open the run through it (plain xarray does) see either all arrays
+of a flush or none; what a killed process wrote after the last commit lies outside every committed shape, and the next
+writer removes it or writes over it.
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..catalogue import SCHEMA
+from .codecs import array_document
+from .commit import group_document, nodes_of, root_document
+from .files import Files
+from .laying_out import SHARD_STEPS, copy, for_reading, for_writing
+from .lock import RunLock
+from .opening import clear, committed, nothing_or_a_run, remove_chunks
+from .reading_by_zarr import reader_of
+from .record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row
+from .stored_array import StoredArray
+
+__all__ = ["CHUNK_STEPS", "SCALAR_CHUNK_STEPS", "Row", "TakenOver", "Writer"]
+
+
+class TakenOver(RuntimeError):
+    """Another writer has taken the run over."""
+
+
+class Writer:
+    """Appends records to one run. Rows are buffered until :meth:`flush`; :attr:`committed` counts those on disk per group."""
+
+    def __init__(self, path: str | Path, attributes: Mapping[str, Any], lock: RunLock | None = None) -> None:
+        """Open the run at `path`, making it if nothing is there; `lock` is kept until :meth:`release`.
+
+        Raises:
+            ValueError: `path` holds something else, or a run of another schema version.
+        """
+        self._lock = lock
+        self.path = Path(path)
+        self.is_new = nothing_or_a_run(self.path)
+        own = uuid4().hex
+        self._files = Files(self.path, own)
+        self._read = reader_of(self.path)
+        self._groups: dict[str, RecordGroup] = {}
+        self._coordinates: dict[str, NDArray[Any]] = {}  # values of static coordinates, by path
+        self._nodes: dict[str, dict[str, Any]] = {}  # metadata of all nodes but the root, as last committed
+        self._documents: dict[str, dict[str, Any]] = {}  # the same, as last written to their own files
+        self._full_chunks = False  # in the last commit
+        self._last_seen: tuple[int, int, int] | None = None  # what tells the root's document as this writer left it
+        # Attributes by group, "" the run's own: changed in memory, written by the next commit.
+        self.attributes: dict[str, dict[str, Any]] = {}
+        if self.is_new:
+            self._begin(attributes)
+        else:
+            self._adopt()
+        self._writers = (self.attributes[""].get("writer"), own)  # whoever wrote last, and this one
+        self.attributes[""]["writer"] = own
+
+    def _begin(self, attributes: Mapping[str, Any]) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        clear(self._files)
+        self.attributes[""] = {"optiscope_schema": SCHEMA, **attributes}
+        self._files.replace_document("", group_document(self.attributes[""]))
+
+    def _adopt(self) -> None:
+        """Take over what is committed, and lay it out for writing."""
+        self.attributes, self._groups = committed(self._files, self._read)
+        if self.attributes[""]["optiscope_schema"] != SCHEMA:
+            self._rewrite_earlier_schema()
+        else:
+            self._lay_out_for_writing(self._groups)
+
+    def _rewrite_earlier_schema(self) -> None:
+        """Every array anew, as this version has them, and one commit that changes over."""
+        old = [array for group in self._groups.values() for array in (group.static | group.arrays).values()]
+        for group in self._groups.values():
+            for arrays in (group.static, group.arrays):
+                for name, array in arrays.items():
+                    steps = SCALAR_CHUNK_STEPS if name == "step" else group.chunk_steps
+                    arrays[name] = for_writing(array, steps)
+                    copy(self._files, array, arrays[name], self._read)
+        self.attributes[""]["optiscope_schema"] = SCHEMA
+        self._commit_as_it_is()
+        self._let_go(old)
+
+    def _lay_out_for_writing(self, groups: Iterable[str]) -> None:
+        """Arrays of these groups that were compacted, each by a commit of its own."""
+        for group in map(self._groups.__getitem__, groups):
+            for name, array in group.arrays.items():
+                if array.inner is not None:
+                    self._change_layout(group, name, for_writing(array, group.chunk_steps))
+
+    def _change_layout(self, group: RecordGroup, name: str, new: StoredArray) -> None:
+        old = group.arrays[name]
+        copy(self._files, old, new, self._read)
+        group.arrays[name] = new
+        try:
+            self._commit_as_it_is()
+        except BaseException:
+            group.arrays[name] = old
+            raise
+        self._let_go([old])
+
+    def _commit_as_it_is(self) -> None:
+        self._commit({name: group.committed for name, group in self._groups.items()})
+
+    def _let_go(self, arrays: Iterable[StoredArray]) -> None:
+        """Remove the chunks of arrays that have been laid out anew, after their own documents say so."""
+        self._write_documents(self._nodes)
+        for array in arrays:
+            remove_chunks(self._files, array.path, array.separator)
+
+    def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
+        """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional).
+
+        Coordinates along other dimensions are added by :meth:`create_coordinate`.
+
+        Raises:
+            TakenOver: as in :meth:`flush`.
+        """
+        self._check_ours()
+        self._files.remove(name)
+        # Read by xarray as the names of its non-index coordinates.
+        declared = {"coordinates": " ".join(coordinates)} if coordinates else {}
+        self.attributes[name] = {**attributes, **declared}
+        for known in [path for path in self._documents if path == name or path.startswith(f"{name}/")]:
+            del self._documents[known]
+        static = {key: self._create_static(f"{name}/{key}", values, ("matrix", "quantile")) for key, values in coordinates.items()}
+        texts = {"long_name": "optimizer steps taken", "units": "1"}
+        step = array_document((0,), (SCALAR_CHUNK_STEPS,), np.dtype("int64"), -1, ("step",), texts)
+        self._groups[name] = RecordGroup(name, {**static, "step": StoredArray(f"{name}/step", step)}, [], self._read)
+
+    def extend_group(self, name: str, coordinates: Mapping[str, NDArray[Any]]) -> None:
+        """Add matrices to a group; earlier records hold missing values for them.
+
+        A reader goes on seeing the committed shapes, and no value within them changes, until the next commit.
+
+        Raises:
+            TakenOver: as in :meth:`flush`.
+        """
+        self._check_ours()
+        group = self._groups[name]
+        added = {key: np.concatenate([self._values(group.static[key]), values]) for key, values in coordinates.items()}
+        count = len(next(iter(coordinates.values())))
+        shapes = {key: array.shape for key, array in group.static.items()}
+        try:
+            for key, values in added.items():
+                group.static[key].resize(values.shape)
+                group.static[key].write_whole(self._files, values)
+        except BaseException:
+            # All or none: the next commit takes every array at the length it then has.
+            for key, shape in shapes.items():
+                group.static[key].resize(shape)
+            raise
+        self._coordinates.update({f"{name}/{key}": values for key, values in added.items()})
+        for array in group.arrays.values():
+            if len(array.shape) > 1:
+                array.resize((array.shape[0], array.shape[1] + count, *array.shape[2:]))
+
+    def create_coordinate(self, group: str, name: str, values: NDArray[Any]) -> None:
+        """Add a static coordinate along the dimension of its own name."""
+        self._groups[group].static[name] = self._create_static(f"{group}/{name}", values, (name,))
+
+    def create_array(
+        self,
+        group: str,
+        name: str,
+        shape: tuple[int, ...],
+        dimensions: tuple[str, ...],
+        dtype: str,
+        attributes: Mapping[str, Any],
+        missing: float = float("nan"),
+    ) -> None:
+        """Add a variable of `shape` and `dimensions` after `step`; `missing` for records already there."""
+        path, records = f"{group}/{name}", self._groups[group]
+        self._files.remove(path)  # a writer that was killed may have left one
+        self._documents.pop(path, None)
+        chunk = (records.chunk_steps, *(max(size, 1) for size in shape))
+        dimensions = ("step", *dimensions)
+        document = array_document((records.committed, *shape), chunk, np.dtype(dtype), missing, dimensions, dict(attributes))
+        records.arrays[name] = StoredArray(path, document)
+
+    def coordinate(self, group: str, name: str) -> list[Any]:
+        """A static coordinate of a group, as a list."""
+        return list(self._values(self._groups[group].static[name]))
+
+    def has(self, group: str, name: str | None = None) -> bool:
+        """Whether the run has the group, or the group the variable."""
+        found = self._groups.get(group)
+        return found is not None and (name is None or name in found.arrays or name in found.static)
+
+    @property
+    def committed(self) -> dict[str, int]:
+        """How many records are on disk, by group."""
+        return {name: group.committed for name, group in self._groups.items()}
+
+    @property
+    def last_step(self) -> int:
+        """Largest step of any record, committed or pending; 0 for an empty run."""
+        return max((group.steps[-1] for group in self._groups.values() if group.steps), default=0)
+
+    def append(self, group: str, step: int, row: Row) -> bool:
+        """Buffer one record; true when the group's buffer now ends a chunk and is best flushed.
+
+        A further row of the group's last step is merged with the one there, so that steps stay unique.
+        """
+        records = self._groups[group]
+        if any(array.inner for array in records.arrays.values()):  # one that comes after `close`
+            self._check_ours()
+            self._lay_out_for_writing([group])
+        return records.append(step, row)
+
+    def trim(self) -> list[int]:
+        """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; the step of each record."""
+        return [step for group in self._groups.values() for step in group.trim()]
+
+    @property
+    def unwritten(self) -> set[int]:
+        """Steps of the records that are not committed; those of scalars alone do not count."""
+        return {step for name, group in self._groups.items() if name != "scalars" for step in group.steps[group.committed :]}
+
+    def flush(self) -> None:
+        """Write what is buffered and commit it. Where that fails, nothing is committed and the buffer is kept.
+
+        Raises:
+            TakenOver: another writer has committed to the run since; going on would undo what it committed.
+        """
+        self._check_ours()
+        if self._full_chunks:
+            self._write_documents(self._nodes)
+        counts = {name: len(group.steps) for name, group in self._groups.items()}
+        for name, count in counts.items():
+            self._groups[name].write(self._files, count)
+        self._commit(counts)
+        # A list: all are told.
+        self._full_chunks = any([self._groups[name].settle(count) for name, count in counts.items()])
+
+    def close(self) -> None:
+        """Flush, and leave every array's own metadata as the run's."""
+        self.flush()
+        self._write_documents(self._nodes)
+
+    def lay_out_for_reading(self) -> None:
+        """Flush, then compact what has many records, each array by a commit of its own: where that is cut off, it is whole in one form or the other.
+
+        Raises:
+            ValueError: an array is damaged; it stays as it is.
+            TakenOver: as in :meth:`flush`.
+        """
+        if any(len(group.steps) > group.committed for group in self._groups.values()):
+            self.flush()  # rows that wait are for the chunks that there are now
+        for group in self._groups.values():
+            if group.committed > SHARD_STEPS:
+                for name, array in group.arrays.items():
+                    if len(array.shape) > 1 and array.inner is None:
+                        self._change_layout(group, name, for_reading(array))
+
+    def _commit(self, counts: Mapping[str, int]) -> None:
+        """Replace the root's document by one with so many records in each group."""
+        for name, count in counts.items():
+            self._groups[name].declare(count)
+        nodes = nodes_of(self.attributes, self._groups)
+        # Of nodes that are new; those of others follow now and then, for nothing but the root's document is needed to read.
+        self._write_documents({path: node for path, node in nodes.items() if path not in self._documents})
+        self._files.replace_document("", root_document(self.attributes[""], nodes, self._groups))
+        self._last_seen = self._files.signature()
+        self._nodes = nodes
+
+    def _write_documents(self, nodes: Mapping[str, dict[str, Any]]) -> None:
+        """Write the nodes' own documents, where they differ from what is there."""
+        for path, node in nodes.items():
+            if self._documents.get(path) != node:
+                self._files.replace_document(path, node)
+                self._documents[path] = node
+
+    def _check_ours(self) -> None:
+        # Whoever else writes puts another file into its place.
+        seen = self._last_seen is not None and self._files.signature() == self._last_seen
+        if not seen and self._files.document("")["attributes"].get("writer") not in self._writers:
+            raise TakenOver(f"{self.path} is now written by another recorder")
+
+    def release(self) -> None:
+        """Give the lock of the run back, where it was given one: another recorder may write."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def _values(self, array: StoredArray) -> NDArray[Any]:
+        """Of a static coordinate."""
+        if array.path not in self._coordinates:
+            self._coordinates[array.path] = self._read(array, 0, array.shape[0])
+        return self._coordinates[array.path]
+
+    def _create_static(self, path: str, values: NDArray[Any], dimensions: tuple[str, ...]) -> StoredArray:
+        self._files.remove(path)  # a writer that was killed may have left one
+        shape = values.shape
+        fill: Any = "" if values.dtype.kind == "T" else values.dtype.type(0).item()
+        document = array_document(shape, [max(size, 1) for size in shape], values.dtype, fill, dimensions[: len(shape)], {})
+        array = StoredArray(path, document)
+        array.write_whole(self._files, values)
+        self._coordinates[path] = values
+        return array

@@ -1,0 +1,122 @@
+"""The record under way: begun, filled by the steps of the optimizers, handed to the writer, and heard of."""
+
+import functools
+from collections import OrderedDict
+from collections.abc import Callable
+
+from torch.utils.hooks import RemovableHandle
+
+from ..observing.copies import Memory
+from .cadence import Cadence
+from .journal import Journal
+from .layout import Layout
+from .measuring import Part, behind, write
+from .record import Record
+from .worker import Worker
+
+
+class UnderWay:
+    """One record at a time: in the background the next one begins when the last one is written.
+
+    Attributes:
+        record: the one being filled.
+        ended: one that is filled, and may not be written yet.
+        memory: of copies, in the background.
+    """
+
+    def __init__(self, layout: Layout, cadence: Cadence, journal: Journal) -> None:
+        self.record: Record | None = None
+        self._is_empty = True  # it, up to the first optimizer's step
+        self.ended: Record | None = None
+        self.memory = None if journal.worker is None else Memory()
+        self._layout, self._cadence, self._journal = layout, cadence, journal
+        self._spent_before = 0.0
+        self._listeners: OrderedDict[int, Callable[[Record], None]] = OrderedDict()
+
+    def listen(self, listener: Callable[[Record], None]) -> RemovableHandle:
+        """Let a listener hear of every record; the handle ends it."""
+        handle = RemovableHandle(self._listeners)
+        self._listeners[handle.id] = listener
+        return handle
+
+    def may_begin(self, step: int) -> bool:
+        """Whether one that is due can be made now."""
+        self.hear(step)
+        if self.ended is not None:  # behind a worker that only flushes, the record has its turn
+            self._journal.missed += self._cadence.missed(step)
+            return False
+        return self._cadence.affords(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
+
+    def is_next(self, step: int) -> bool:
+        """Whether one that is due at the step behind this one will be made, as far as can be told."""
+        return self.record is not None or self._cadence.expects(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
+
+    def begin(self, step: int, waits_for: set[str]) -> None:
+        """Begin one that the optimizers of these labels are to fill."""
+        self.record, self._is_empty = Record(step, self._layout, waits_for, self._journal.schedules), True
+        self._spent_before, _ = self._journal.spent_and_elapsed()
+
+    def add(self, label: str, part: Part, step: int) -> None:
+        """Measure what one optimizer's step gives to it; the last one completes it."""
+        if self.record is None:
+            return
+        self._is_empty = False
+        self._do(part.measure, self.record)
+        self.record.waits_for.discard(label)
+        if not self.record.waits_for:
+            self.end(step)
+
+    def end(self, step: int) -> None:
+        """Hand it to the writer; what an optimizer that did not step would have filled stays missing. Where none did, there is no record."""
+        if self.record is None or self._is_empty:
+            self.record = None
+            return
+        self.ended, self.record = self.record, None
+        self._journal.log_own_time(step)
+        self._cadence.begun(self.ended.step)
+        self._do(write, self.ended)
+        if self._journal.worker is None:
+            self.hear(step)
+
+    @property
+    def is_written(self) -> bool:
+        """Whether there is one that has ended, is written, and has not been heard of."""
+        worker = self._journal.worker
+        return self.ended is not None and not (worker is not None and worker.busy)
+
+    def hear(self, step: int) -> None:
+        """If it is written, know what it took and tell of it."""
+        record = self.ended
+        if record is None or not self.is_written:
+            return
+        self.ended = None
+        spent, elapsed = self._journal.spent_and_elapsed()
+        self._cadence.recorded(max(record.step, step), spent - self._spent_before, spent, elapsed, self._journal.flush_cost)
+        for listener in list(self._listeners.values()):
+            with self._journal.guard(step), self._journal.asked_for():
+                listener(record)
+
+    def _do(self, action: Callable[[Record, Journal], None], record: Record) -> None:
+        """Work on the record, which fails on its own: at once, or by the worker in its turn."""
+        if self._journal.worker is None:
+            action(record, self._journal)
+        else:
+            self._journal.worker.submit(functools.partial(behind, action, record, self._journal))
+
+    # In the background.
+
+    def wait(self, step: int) -> None:
+        """Wait until all that was recorded is written; then the writer is the caller's until the next record."""
+        if self._journal.worker is not None:
+            with self._journal.asked_for():
+                self._journal.worker.wait()
+            self._journal.take_notes()
+            self.hear(step)
+
+    def end_worker(self, worker: Worker, step: int) -> None:
+        """From here on everything is done at once."""
+        worker.stop()
+        self.hear(step)
+        self.memory = self._journal.worker = None
+        if worker.error is not None:  # with `raise_errors`
+            raise worker.error

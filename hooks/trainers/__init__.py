@@ -1,0 +1,1 @@
+"""Attaching from trainers, and from scripts that know nothing of it."""

@@ -1,0 +1,129 @@
+"""The recording of one training, as the callback of a trainer sees it: its beginning, what is logged meanwhile, and its end."""
+
+import logging
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from numbers import Real
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...diagnostics.about import Value, checked
+from ...diagnostics.operators import OperatorRule
+from ..attaching import attach
+from ..recorder import Recorder
+from ..recording.cadence import Cadence
+from ..recording.guarding import raised_by_signal_handler
+
+log = logging.getLogger("optiscope")
+
+
+class CallbackSession:
+    """Attaches for a callback, and keeps every trouble with that out of the training.
+
+    A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open and
+    goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
+    and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
+
+    Attributes:
+        recorder: the present recorder, or the last one; None before the first training, and after `let_go`.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        every: int | None,
+        overhead: float,
+        measure: Sequence[str],
+        operators: OperatorRule | None,
+        on_error: Literal["warn", "raise"],
+        background: bool = False,
+        about: Mapping[str, Value] | None = None,
+    ) -> None:
+        """Options as of :func:`attach`.
+
+        Raises:
+            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
+        """
+        Cadence(every, overhead)  # refuses them here, long before the training begins
+        self.recorder: Recorder | None = None
+        self._store = Path(store)
+        self._options: dict[str, Any] = {
+            "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error, "about": checked(about),
+            "background": background,
+        }  # fmt: skip
+        self._steps: int | None = None  # of the training let go of last
+        self._close: weakref.finalize[Any, Any] | None = None
+        self._told: set[str] = set()
+
+    def begin(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> None:
+        """Attach to `optimizers`, which have taken `steps_taken` steps. Where that fails, the training is not recorded."""
+        self.let_go()
+        self._told.clear()
+        with self.guard("this training is not recorded"):
+            self.recorder = recorder = self._attach(optimizers, model, steps_taken)
+            # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
+            # with the callback. The interpreter's end is looked after by the recorder itself.
+            self._close = weakref.finalize(self, recorder.close)
+            self._close.atexit = False
+
+    def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> Recorder:
+        last, following = _last_and_following(self._store)
+        try:
+            # A trainer that trains anew counts from 0; the run goes on behind what it holds.
+            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **self._options)
+        except ValueError as refused:
+            # Where it was not the store that was refused, the same error comes again.
+            recorder = attach(optimizers, model, following, first_step=steps_taken, **self._options)
+            log.warning("optiscope: recording to %s, because %s cannot be continued (%s)", following, last, str(refused))
+            return recorder
+
+    def log(self, values: Mapping[str, Any]) -> None:
+        """Log the numbers among `values`; those that a trainer reports after its end are added to the last step."""
+        if self.recorder is not None:
+            with self.guard("numbers of the trainer were not logged"):
+                self.recorder.log(**{name: value for name, value in values.items() if _is_number(value)})
+
+    @contextmanager
+    def guard(self, trouble: str) -> Iterator[None]:
+        """Log an exception of the block, once per kind of trouble, and let the training go on; raise it with `on_error="raise"`."""
+        try:
+            yield
+        except Exception as error:
+            if self._options["on_error"] == "raise" or raised_by_signal_handler(error):
+                raise
+            if trouble not in self._told:
+                self._told.add(trouble)
+                log.warning("optiscope: %s (%s: %s)", trouble, type(error).__name__, error)
+
+    def flush(self) -> None:
+        """Commit what was recorded."""
+        if self.recorder is not None:
+            self.recorder.flush()
+
+    def end(self) -> None:
+        """Detach, and commit what was recorded. Ending twice is harmless."""
+        if self._close is not None:
+            self._close()
+
+    def let_go(self) -> None:
+        """End, and hold nothing of the training any more, whose memory its owner may want back."""
+        self.end()
+        if self.recorder is not None:
+            self._steps, self.recorder = self.recorder.step, None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
+
+
+def _last_and_following(store: Path) -> tuple[Path, Path]:
+    """The last of run.zarr, run-2.zarr, run-3.zarr, … that exists (the first, where none does), and the one after it."""
+    last, number = store, 2
+    while (following := store.with_name(f"{store.stem}-{number}{store.suffix}")).exists():
+        last, number = following, number + 1
+    return last, following

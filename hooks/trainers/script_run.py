@@ -1,0 +1,228 @@
+"""Recording what a script trains, which knows nothing of it: from the first step of each optimizer that it makes."""
+
+import logging
+import os
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from math import inf
+from pathlib import Path
+
+import zarr
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ...diagnostics.about import Value
+from ...diagnostics.catalogue import DEFAULT_GROUPS
+from ..observing.watched import hookable_layers
+from ..recording.lifetime import still_open
+from ..recording.stopwatch import Stopwatch
+from .callback_session import CallbackSession
+from .model_search import Several, live, owners, parameters_of
+
+log = logging.getLogger("optiscope")
+
+GRACE = 5.0  # seconds that beginnings may take however short the training: some ten of them, of a small model
+
+TAKES_TURNS = "optiscope: %s takes turns with another optimizer of the same parameters; it is not recorded any more"
+TOO_OFTEN = "optiscope: optimizers are made too often to record each of them; further ones, as this %s, are not recorded for now"
+
+
+class ScriptRun:
+    """Told of every step of every optimizer before it is taken, it attaches to those that are new.
+
+    All optimizers that are alive at the first step are attached to at once; one that is made later, for the same model, is
+    recorded with them. One that replaces another, or that belongs to another model, begins a new recording, which goes on
+    behind the first one, or in `run-2.zarr` beside it where the matrices are others: what a script has done with is let go of,
+    and its memory with it. Should an optimizer that was let go of step again, all are recorded together; but one that takes turns
+    with what replaced it, over the same parameters, is recorded until then only.
+
+    What beginnings take is kept under `overhead` too, after a grace: a script that makes its optimizers anew every few steps has
+    the first ones recorded, and then one from time to time.
+
+    Attributes:
+        outcome: what was recorded, in a clause; known after the end.
+    """
+
+    def __init__(
+        self,
+        store: str | Path,
+        *,
+        every: int | None,
+        overhead: float,
+        measure: Sequence[str] = DEFAULT_GROUPS,
+        background: bool = False,
+        about: Mapping[str, Value] | None = None,
+    ) -> None:
+        """Options as of :func:`optiscope.hooks.attach`.
+
+        Raises:
+            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
+        """
+        self._session = CallbackSession(
+            store, every=every, overhead=overhead, measure=measure, operators=None, background=background, about=about, on_error="warn"
+        )
+        self._optimizers: list[Optimizer] = []  # attached to
+        self._layers: set[int] = set()  # ids of them, and of those that they wrap
+        self._models: list[nn.Module] = []
+        self._former: list[weakref.ref[Optimizer]] = []  # let go of
+        # Not recorded, and not to be looked at again at every step; until there is another recording, or time for one.
+        self._passed_over: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
+        self._look_again = inf
+        self._told: set[str] = set()
+        self._overhead, self._budgeted = overhead, every is None
+        self._started = time.perf_counter()
+        self._beginnings = Stopwatch()
+        self._records = 0.0  # seconds that recorders of before took
+        self._stores: dict[Path, None] = {}
+        self._process = os.getpid()
+        self._ended = False
+        self.outcome = "nothing was recorded"
+        # Not by `atexit`: then the last records could not be written any more (see lifetime.py).
+        threading._register_atexit(self.end)  # type: ignore[attr-defined]
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """See to it that this optimizer is recorded, the step that it is about to take included."""
+        if id(optimizer) in self._layers or self._ended or os.getpid() != self._process:
+            return
+        if time.perf_counter() >= self._look_again:
+            self._passed_over.clear()
+            self._look_again = inf
+        if id(optimizer) in self._passed_over or not _has_matrix(optimizer):
+            return
+        if self._belongs(optimizer):
+            self._join(optimizer)
+        elif self._takes_turns(optimizer):
+            self._pass_over(optimizer, TAKES_TURNS)
+        elif (debt := self._debt()) > max(GRACE, self._overhead * self._elapsed()):
+            self._look_again = self._started + debt / self._overhead
+            self._pass_over(optimizer, TOO_OFTEN)
+            self._let_go()
+        else:
+            with self._beginnings:
+                self._begin(optimizer)
+
+    def end(self) -> None:
+        """Detach, and commit what was recorded. Ending twice is harmless."""
+        if not self._ended and os.getpid() == self._process:
+            self._ended = True
+            self._session.end()
+            try:
+                self.outcome = self._describe()
+            except Exception as error:
+                self.outcome = f"what was recorded could not be read back ({type(error).__name__}: {error})"
+
+    def _describe(self) -> str:
+        counts = [(store, _steps_of_records(store)) for store in self._stores]
+        told = [f"{store} holds {len(steps)} records, the last of step {steps[-1]}" for store, steps in counts if steps]
+        return "; ".join(told) or self.outcome
+
+    def _belongs(self, optimizer: Optimizer) -> bool:
+        """Whether it is one more optimizer of what is being recorded: same model, other parameters."""
+        ours = _ids(optimizer)
+        return self._is_apart(ours) and ours <= {id(p) for model in self._models for p in parameters_of(model)}
+
+    def _is_apart(self, ids: set[int]) -> bool:
+        return all(ids.isdisjoint(_ids(one)) for one in self._optimizers)
+
+    def _join(self, optimizer: Optimizer) -> None:
+        recorder = self._session.recorder
+        if recorder is not None and recorder in still_open:
+            # Met inside its first step, as a rule after the others have taken theirs of the same iteration.
+            recorder.watch(optimizer, steps=max(recorder.step - 1, 0))
+        self._keep([*self._optimizers, optimizer])
+
+    def _takes_turns(self, optimizer: Optimizer) -> bool:
+        """Whether it, or what wraps it, was replaced by one that is being recorded, and yet steps again."""
+        let_go = (layer for reference in self._former if (one := reference()) is not None for layer in (one, *hookable_layers(one)))
+        return any(layer is optimizer for layer in let_go) and not self._is_apart(_ids(optimizer))
+
+    def _debt(self) -> float:
+        """Seconds that beginnings took, and records beyond their share: each recording begins with one, paid for or not."""
+        recorder = self._session.recorder
+        records = self._records + (recorder.overhead_seconds if recorder is not None else 0)
+        return self._beginnings.wall + (max(records - self._overhead * self._elapsed(), 0) if self._budgeted else 0)
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started
+
+    def _pass_over(self, optimizer: Optimizer, told: str) -> None:
+        self._passed_over[id(optimizer)] = optimizer
+        if told not in self._told:
+            self._told.add(told)
+            log.warning(told, type(optimizer).__name__)
+
+    def _let_go(self) -> None:
+        """Hold nothing of what may be over: a model that follows it may need its memory."""
+        recorder = self._session.recorder
+        self._session.let_go()
+        self._records += recorder.overhead_seconds if recorder is not None else 0
+        self._former = [*map(weakref.ref, self._optimizers), *self._former]
+        self._models = []
+        self._optimizers, self._layers = [], set()
+
+    def _begin(self, optimizer: Optimizer) -> None:
+        self._let_go()
+        former = [one for reference in self._former if (one := reference()) is not None]
+        if any(one is optimizer for one in former):
+            former = []  # it was let go of too early, and so may the others have been
+        new = [one for one in live(Optimizer) if all(one is not other for other in former)]
+        self._models = owners(p for one in (optimizer, *new) for p in _parameters(one))
+        position = {id(p): i for i, p in enumerate(p for model in self._models for p in parameters_of(model))}
+        # In an order that does not depend on chance, for that is how those of one class are numbered.
+        new.sort(key=lambda one: min((position.get(i, len(position)) for i in _ids(one)), default=len(position)))
+        kept = [one for one in former if _ids(one) <= position.keys()]
+        optimizers = _disjoint(optimizer, [*sorted(new, key=lambda one: -len(hookable_layers(one))), *kept])
+        self._former = [weakref.ref(one) for one in former if all(one is not other for other in optimizers)]
+        self._keep(optimizers)
+        unnamed = [p for one in optimizers for group in one.param_groups for p in group["params"] if p.ndim >= 2 and id(p) not in position]
+        if unnamed:
+            log.warning(
+                "optiscope: no module was found that holds %d of the matrices of %s; these are named by optimizer and group",
+                len(unnamed),
+                ", ".join(type(one).__name__ for one in optimizers),
+            )
+        model = Several(self._models) if len(self._models) > 1 else next(iter(self._models), None)
+        self._session.begin(optimizers, model, 0)
+        if self._session.recorder is not None:
+            self._stores[self._session.recorder.store] = None
+
+    def _keep(self, optimizers: list[Optimizer]) -> None:
+        self._optimizers = optimizers
+        self._passed_over.clear()
+        self._layers = {id(layer) for one in optimizers for layer in (one, *hookable_layers(one))}
+
+
+def _disjoint(first: Optimizer, others: Sequence[Optimizer]) -> list[Optimizer]:
+    """Those that share no parameter with one before: a wrapper without what it wraps, a replacement without what it replaced."""
+    chosen, claimed = [first], _ids(first)
+    for one in others:
+        ids = _ids(one)
+        if ids and claimed.isdisjoint(ids):
+            chosen.append(one)
+            claimed |= ids
+    return chosen
+
+
+def _ids(optimizer: Optimizer) -> set[int]:
+    return {id(p) for p in _parameters(optimizer)}
+
+
+def _parameters(optimizer: Optimizer) -> list[Tensor]:
+    """Of any that is alive: one that is still being made has no groups yet, and one that is no business of ours may raise."""
+    try:
+        return [p for group in optimizer.param_groups for p in group["params"]]
+    except Exception:
+        return []
+
+
+def _has_matrix(optimizer: Optimizer) -> bool:
+    return any(p.ndim >= 2 and p.is_floating_point() and p.numel() for group in optimizer.param_groups for p in group["params"])
+
+
+def _steps_of_records(store: Path) -> list[int]:
+    """Steps of the committed records."""
+    steps = zarr.open_group(store, mode="r")["update/step"]
+    assert isinstance(steps, zarr.Array)
+    return [int(step) for step in steps[:]]  # type: ignore[union-attr]
