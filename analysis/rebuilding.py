@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from ..diagnostics.catalogue import GROUPS
-from ..diagnostics.store.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.store.bounded_json import MAX_BYTES, parse_bounded
 from ..diagnostics.store.checked_array import StoredArray, stored_array
 from ..diagnostics.store.format import LINEAGES, OF_LINEAGE, chunk_map, consolidated, schema_of, seal
 from ..diagnostics.store.reading import decode_file, open_inside, read_file
-from ..diagnostics.store.root_document import MOST_NODES
+from ..diagnostics.store.root_document import MAX_NODES
 from .lazy_arrays import read
 
 _TOP = {*GROUPS, "scalars"}
@@ -70,7 +70,7 @@ def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
         if path == "." or "zarr.json" not in files:
             continue
         try:
-            node = parse_bounded(read_file(folder, f"{path}/zarr.json", MOST_BYTES) or b"")
+            node = parse_bounded(read_file(folder, f"{path}/zarr.json", MAX_BYTES) or b"")
             if node["node_type"] == "array":
                 stored_array(path, node)
                 nodes[path] = node
@@ -78,8 +78,8 @@ def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
                 nodes[path] = {"attributes": node["attributes"], "zarr_format": 3, "node_type": "group"}
         except (ValueError, KeyError, TypeError):
             continue
-        if len(nodes) > MOST_NODES:
-            raise ValueError(f"run: {folder}: expected at most {MOST_NODES:,} groups and arrays, got more")
+        if len(nodes) > MAX_NODES:
+            raise ValueError(f"run: {folder}: expected at most {MAX_NODES:,} groups and arrays, got more")
     # An array whose group's own document is lost has one without attributes.
     for path in list(nodes):
         parent = path.rpartition("/")[0]
@@ -112,7 +112,7 @@ def _left(folder: Path, told: Any) -> dict[str, Any]:
         content = b""
         attributes: Any = told[number] if told else None
         try:
-            content = read_file(own, "zarr.json", MOST_BYTES) or b""
+            content = read_file(own, "zarr.json", MAX_BYTES) or b""
             document = parse_bounded(content)
             if document["attributes"]["checksum"] == seal(document):
                 attributes = document["attributes"]

@@ -14,7 +14,7 @@ from ..diagnostics.newton_schulz.families import Coefficients
 from ..diagnostics.newton_schulz.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
 from ..diagnostics.operators import ordered
 from ..diagnostics.store.format import LINEAGES
-from ..diagnostics.store.root_document import Contents, contents, lineage_contents, read_document, refuse_alleged
+from ..diagnostics.store.root_document import Contents, contents, lineage_contents, read_document, refuse_unbacked
 from .in_parts import windows
 from .lazy_arrays import Run
 from .lineages import of_lineage
@@ -63,7 +63,7 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
 
 
 def _tree(folder: Path, found: Contents) -> xr.DataTree:
-    refuse_alleged(folder, found)
+    refuse_unbacked(folder, found)
     return xr.open_datatree(folder, engine=Run, chunks=None, cache=False, of=found)
 
 

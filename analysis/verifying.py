@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ..diagnostics.store.bounded_json import MOST_BYTES, parse_bounded
+from ..diagnostics.store.bounded_json import MAX_BYTES, parse_bounded
 from ..diagnostics.store.checked_array import StoredArray
 from ..diagnostics.store.format import DAMAGED, LINEAGES, newer_schema, schema_of
 from ..diagnostics.store.lock import LOCK_FILES
@@ -18,7 +18,7 @@ from .lazy_arrays import read
 from .rebuilding import rebuilt
 from .run import open_run
 
-MOST_DAMAGE = 10_000  # chunks that are found damaged in one go; a repair looks again
+MAX_DAMAGE = 10_000  # chunks that are found damaged in one go; a repair looks again
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Verification:
     """What was found.
 
     Attributes:
-        damage: what is not whole; no more chunks are looked at after `MOST_DAMAGE`.
+        damage: what is not whole; no more chunks are looked at after `MAX_DAMAGE`.
         harmless: of which files that belong to no commit there are how many: a writer that was killed leaves them.
         arrays, chunks: how many were checked; chunks that were never written, and hold missing values alone, are none.
         checksums: whether chunks carry one; without, a flipped bit that still decodes is not seen.
@@ -130,7 +130,7 @@ def verify_one(folder: Path, lineage: Mapping[str, Any] | None = None) -> Verifi
             damage.append(Damage("disorder", f"{node.path}/step", "steps are not in ascending order from 0 on", f"{node.path}/step"))
         for array in node.arrays.values():
             for numbers in array.files_among(list(map(range, array.grid))):
-                if len(damage) >= MOST_DAMAGE:
+                if len(damage) >= MAX_DAMAGE:
                     break
                 chunks += 1
                 if (one := _chunk(folder, array, numbers)) is not None:
@@ -146,7 +146,7 @@ def verify_one(folder: Path, lineage: Mapping[str, Any] | None = None) -> Verifi
 
 def _root(folder: Path, lineage: Mapping[str, Any] | None) -> tuple[dict[str, Any], Contents, list[Damage]]:
     """The root's document, or one made from the others where it is lost."""
-    content = read_file(folder, "zarr.json", MOST_BYTES)
+    content = read_file(folder, "zarr.json", MAX_BYTES)
     try:
         if content is None:
             raise ValueError("there is no such file")
@@ -169,7 +169,7 @@ def _own_documents(folder: Path, document: Mapping[str, Any]) -> Iterator[Damage
     for path, node in document.get("consolidated_metadata", {}).get("metadata", {}).items():
         file = f"{path}/zarr.json"
         try:
-            content = read_file(folder, file, MOST_BYTES)
+            content = read_file(folder, file, MAX_BYTES)
             if content is None:
                 yield Damage("missing metadata", file, "there is no such file; the root's has the same")
                 continue

@@ -39,11 +39,11 @@ MODELS = {
     "demo": Config(),
 }
 
-# Part → the functions whose time it is, each where it is called from.
+# Readings → the functions whose time it is, each where it is called from.
 PARTS: dict[str, Sequence[tuple[Any, str]]] = {
     "copies before the step": [(watched.Watched, "take_snapshots"), (snapshot.Snapshot, "see_gradient")],
     "changes from outside": [(watched.Watched, "note_weights"), (watched.Watched, "changed_since")],
-    "reading the state": [(snapshot.Snapshot, "read"), (measuring.Part, "measure")],
+    "reading the state": [(snapshot.Snapshot, "read"), (measuring.Readings, "measure")],
     "writing": [(under_way, "write")],
     "update sizes": [(record, "measure_update")],
     "spectrum": [(observation, "spectrum")],
@@ -56,7 +56,7 @@ PARTS: dict[str, Sequence[tuple[Any, str]]] = {
     "quantiles": [(moments, "log_quantiles")],
     "rank 1": [(moments, "rank1")],
     "blocks of Adam-mini": [(moments, "within_blocks")],
-    "rest of the second moment": [(record, "measure_second_moment"), (optimizer_state.Kept, "of")],
+    "rest of the second moment": [(record, "measure_second_moment"), (optimizer_state.OptimizerState, "of")],
 }
 
 

@@ -51,15 +51,15 @@ def reporting_errors(function: Callable[P, None]) -> Callable[P, None]:
         except (typer.Exit, KeyboardInterrupt, BrokenPipeError):
             raise
         except Exception as error:
-            from ..diagnostics.escape import inert, shortened  # loads NumPy, which no help needs
+            from ..diagnostics.escape import escaped, shortened  # loads NumPy, which no help needs
 
             if _debug:
-                print(*map(inert, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
+                print(*map(escaped, traceback.format_exc().splitlines()), sep="\n", file=sys.stderr)
             text = str(error)
             if not isinstance(error, (ValueError, TypeError, OSError, RuntimeError)):
                 # Not one of ours: a damaged run, or a mistake in this program.
                 text = f"unexpected {type(error).__name__}: {text}; the run may be damaged (diag --debug shows where)"
-            print(f"diag: {shortened(inert(' '.join(text.split())), 1_000)}", file=sys.stderr)
+            print(f"diag: {shortened(escaped(' '.join(text.split())), 1_000)}", file=sys.stderr)
             raise typer.Exit(FAILED) from None
 
     return reporting

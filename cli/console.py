@@ -63,9 +63,9 @@ def print_table(header: tuple[str, ...], rows: list[tuple[Any, ...]]) -> None:
 
 
 def _shown(text: object) -> str:
-    from ..diagnostics.escape import inert, shortened
+    from ..diagnostics.escape import escaped, shortened
 
-    return shortened(inert(text), 1_000)
+    return shortened(escaped(text), 1_000)
 
 
 def print_json(result: Any) -> None:

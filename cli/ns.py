@@ -69,11 +69,11 @@ def validate(
     """Judge coefficients: exit code 0 clean, 1 hazards, 2 unreadable."""
     from ..diagnostics.newton_schulz.validation import validate as measure
     from ..diagnostics.schedules.coefficients_file import read_coefficients
-    from ..diagnostics.store.bounded_json import MOST_BYTES, read_bounded
+    from ..diagnostics.store.bounded_json import MAX_BYTES, read_bounded
 
     standard = str(file) == "-"
     lists = read_coefficients(
-        sys.stdin.buffer.read(MOST_BYTES + 1) if standard else read_bounded(file), "standard input" if standard else str(file)
+        sys.stdin.buffer.read(MAX_BYTES + 1) if standard else read_bounded(file), "standard input" if standard else str(file)
     )
     found: dict[str, Validation] = {}
     for one in lists:

@@ -13,10 +13,10 @@ WORD = 160  # characters of a word that is shown whole on a page
 MARKS = 4  # combining marks on one letter; the scripts that need most have three
 
 
-def inert(text: object) -> str:
+def escaped(text: object) -> str:
     r"""The text with what would steer a terminal or a line spelled out, and marks piled up on one letter from the fifth on.
 
-    >>> inert("κ\x1b[2J")
+    >>> escaped("κ\x1b[2J")
     'κ\\x1b[2J'
     """
     text = str(text)

@@ -27,7 +27,7 @@ from .recording.guarding import guarded, in_turn
 from .recording.journal import Journal
 from .recording.layout import Layout, include_new_parameters
 from .recording.lifetime import still_open
-from .recording.measuring import Part
+from .recording.measuring import Readings
 from .recording.provenance import describe_optimizer
 from .recording.record import Record
 from .recording.under_way import UnderWay
@@ -334,7 +334,7 @@ class Recorder:
         snapshots, watched.snapshots = watched.snapshots, []
         if self._take_off_skipped(watched):
             return  # the scaler skipped this step; the record waits for the next
-        part = Part(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
+        part = Readings(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
         part.read(snapshots, self._journal, self.step)
         self._under_way.add(watched.label, part, self.step)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from optiscope.analysis import STUDIES
-from optiscope.analysis.report.drawable import LONGEST, MOST
+from optiscope.analysis.report.drawable import LONGEST, MAX_DRAWN
 from optiscope.cli.console import ROWS
 from optiscope.diagnostics.newton_schulz.families import FAMILIES
 from optiscope.diagnostics.newton_schulz.validation import of_family
-from optiscope.diagnostics.schedules.allocation import MOST_GROUPS
+from optiscope.diagnostics.schedules.allocation import MAX_GROUPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -66,5 +66,5 @@ def test_the_security_page_names_what_exists_and_invents_no_address():
     assert "@" not in text.replace("`@`", "")
     # Its numbers are those in force.
     for value, words in ((1_000, "words of more than {:,} characters"), (ROWS, "tables and lists of `info` end after {:,} rows"), (LONGEST, "cut at {} characters"),
-                         (MOST, "{} operators are drawn"), (MOST_GROUPS, "refused beyond {} operators")):  # fmt: skip
+                         (MAX_DRAWN, "{} operators are drawn"), (MAX_GROUPS, "refused beyond {} operators")):  # fmt: skip
         assert words.format(value) in text

@@ -16,7 +16,7 @@ from hostile_names import HOSTILE
 from typer.testing import CliRunner
 
 from optiscope.cli import app
-from optiscope.diagnostics.escape import inert, json_text, shortened, storable
+from optiscope.diagnostics.escape import escaped, json_text, shortened, storable
 from optiscope.diagnostics.store.whole_file import write_whole
 
 STUDIES = (
@@ -174,7 +174,7 @@ def test_many_operators_are_drawn_as_far_as_there_is_room():
     import numpy as np
     import xarray as xr
 
-    from optiscope.analysis.report.drawable import MOST, fewer
+    from optiscope.analysis.report.drawable import MAX_DRAWN, fewer
 
     names = [f"o{i}" for i in range(10_000)]
     dataset = xr.Dataset(
@@ -182,11 +182,11 @@ def test_many_operators_are_drawn_as_far_as_there_is_room():
         coords={"operator": names, "matrix_name": ("matrix", ["x"] * 20_000)},
     )
     kept, note = fewer(dataset)
-    assert kept.sizes == {"step": 2, "operator": MOST, "matrix": 20_000}
+    assert kept.sizes == {"step": 2, "operator": MAX_DRAWN, "matrix": 20_000}
     assert note == "Drawn: 20 of 10000 operators; the tables hold all"
     of_matrices = xr.Dataset({"of": ("matrix", np.ones(10_000))}, coords={"operator": ("matrix", names)})
-    assert fewer(of_matrices)[0].sizes == {"matrix": MOST}
-    few = dataset.isel(operator=slice(MOST))
+    assert fewer(of_matrices)[0].sizes == {"matrix": MAX_DRAWN}
+    few = dataset.isel(operator=slice(MAX_DRAWN))
     assert fewer(few) == (few, "")
 
 
@@ -231,17 +231,17 @@ def test_what_is_logged_is_one_line_of_text(caplog, name):
 @pytest.mark.parametrize("name", HOSTILE)
 def test_texts_keep_what_can_be_read(name):
     text = HOSTILE[name]
-    assert inert(text).isprintable()
-    assert inert(inert(text)) == inert(text)
+    assert escaped(text).isprintable()
+    assert escaped(escaped(text)) == escaped(text)
     assert strict(json_text({text: [text, float("nan")]})) == {text: [text, None]}
     assert json_text({text: text}).encode("utf-8")
-    assert len(shortened(inert(text))) <= 40 * 160
+    assert len(shortened(escaped(text))) <= 40 * 160
     assert storable(text) == (text if name != "surrogate" else "a\\ud800b")
 
 
 @pytest.mark.parametrize("text", ["κ ε̃ √ × – 語", "สวัสดี ที่นี่", "क्षत्रिय", "a b", "é e\u0301", "Việt"])
 def test_what_people_write_is_left_alone(text):
-    assert inert(text) == text
+    assert escaped(text) == text
     assert shortened(text) == text
 
 

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 # Of an optimizer's matrices, how many a cause must explain.
-MOST = 0.9
+MAJORITY = 0.9
 # How much worse than the best a cause may fit and still be named: bfloat16 moves an update's size by up to some percent.
 ALIKE = 0.05
 
@@ -48,7 +48,7 @@ def explain(ratio: ArrayLike, low: ArrayLike, high: ArrayLike, expected: ArrayLi
     found: list[tuple[float, Cause]] = []
     for cause in CAUSES:
         remains = ratio / [cause.factor(int(m), int(n)) for m, n in zip(np.asarray(rows), np.asarray(cols), strict=True)]
-        if ((remains >= low) & (remains <= high)).mean() >= MOST:
+        if ((remains >= low) & (remains <= high)).mean() >= MAJORITY:
             found.append((float(np.median(np.abs(np.log(remains / expected)))), cause))
     best = min((distance for distance, _ in found), default=0.0)
     return [cause for distance, cause in sorted(found, key=lambda entry: entry[0]) if distance <= best + ALIKE]

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
 from .finding import Finding, count, group, names, typical
-from .size_causes import MOST
+from .size_causes import MAJORITY
 
 # a of Jordan's coefficients at 3 to 8 steps (0.85 to 0.98), and the edges of the bands of others.
 BAND = (0.8, 1.15)
@@ -114,7 +114,7 @@ def _within(ratio: NDArray[np.float64]) -> bool:
 
 
 def _most(holds: NDArray[np.bool_]) -> bool:
-    return bool(holds.mean() >= MOST)
+    return bool(holds.mean() >= MAJORITY)
 
 
 RULES = (own_muons,)

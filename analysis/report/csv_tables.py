@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from ...diagnostics.escape import inert
+from ...diagnostics.escape import escaped
 
 FORMULA = re.compile(r"\s*[=+\-@＝＋－＠]")
 
@@ -29,4 +29,4 @@ def cell(value: Any) -> Any:
     """
     if not isinstance(value, str):
         return value
-    return f"'{inert(value)}" if FORMULA.match(value) else inert(value)
+    return f"'{escaped(value)}" if FORMULA.match(value) else escaped(value)

@@ -14,7 +14,7 @@ from bokeh.plotting import figure as bokeh_figure
 from bokeh.resources import Resources
 from matplotlib.colors import to_hex
 
-from ...diagnostics.escape import inert
+from ...diagnostics.escape import escaped
 from ..figures import operator_palette
 from ..run import operators_of, records
 
@@ -150,7 +150,7 @@ def _item(plot: Any, target: str) -> dict[str, Any]:
 
 def _label(text: object, longest: int = 80) -> str:
     """A text of the run for the plotting library, which would fetch a typesetter for what it takes for a formula."""
-    text = re.sub(r"\$(?=\$)|\\(?=[(\[])", r"\g<0> ", inert(text))
+    text = re.sub(r"\$(?=\$)|\\(?=[(\[])", r"\g<0> ", escaped(text))
     return text if len(text) <= longest else f"{text[: longest // 2]}…{text[1 - longest // 2 :]}"
 
 

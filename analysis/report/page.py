@@ -12,7 +12,7 @@ import xarray as xr
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from ...diagnostics.escape import inert, shortened
+from ...diagnostics.escape import escaped, shortened
 from ...diagnostics.store.whole_file import write_whole
 from .. import STUDIES, THEMES, compare
 from ..describe import describe
@@ -86,7 +86,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: value if isinstance(value, Markup) else shortened(inert(value)),
+        finalize=lambda value: value if isinstance(value, Markup) else shortened(escaped(value)),
     )
     environment.filters["number"] = number
     # The plotting library reads a reference only behind the object that it refers to.

@@ -126,9 +126,9 @@ class Start:
 def tell(sentence: str) -> None:
     """One line on standard error, if there is one."""
     try:
-        # As `diagnostics.inert` does, of which nothing is loaded yet.
-        inert = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(sentence.split()))
-        os.write(2, f"diag run: {inert}\n".encode())
+        # As `diagnostics.escape` does, of which nothing is loaded yet.
+        printable = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(sentence.split()))
+        os.write(2, f"diag run: {printable}\n".encode())
     except OSError:
         pass
 

@@ -26,7 +26,7 @@ from .verdict import Hazard, verdict
 POINTS = tuple(10.0**-k for k in range(1, 7))
 INTERVALS = (1e-2, 1e-3, 1e-4)
 ENOUGH = 0.5
-MOST_STEPS = 100
+MAX_STEPS = 100
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ def validate(
     """
     given = _triples(coefficients)
     steps = len(given) if steps is None else steps
-    if not 1 <= steps <= MOST_STEPS:
-        raise ValueError(f"steps: expected 1 to {MOST_STEPS}, got {steps}")
+    if not 1 <= steps <= MAX_STEPS:
+        raise ValueError(f"steps: expected 1 to {MAX_STEPS}, got {steps}")
     if after_last not in ("repeat", "cycle", "exact"):
         raise ValueError(f"after_last: expected repeat, cycle or exact, got {after_last!r}")
     if after_last == "exact" and steps != len(given):
@@ -174,7 +174,7 @@ def _worst(band: Interval) -> float:
 
 
 def _lifted(x: float, given: Coefficients) -> int | None:
-    for k, triple in enumerate(repeat_last(given, MOST_STEPS)):
+    for k, triple in enumerate(repeat_last(given, MAX_STEPS)):
         if x >= ENOUGH:
             return k
         x = float(ns_map(x, (triple,)))

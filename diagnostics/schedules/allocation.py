@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Floats = NDArray[np.float64]
 
-MOST_GROUPS = 400  # the time of an exact solution grows with their square: 5 s for 300
+MAX_GROUPS = 400  # the time of an exact solution grows with their square: 5 s for 300
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def problem(
     """Check and normalise the parts of an allocation problem. Residuals are rounded to 1e-9, so that ties are ties.
 
     Raises:
-        ValueError: more groups than :data:`MOST_GROUPS`, shapes that do not match, residuals that are not finite, costs below 1, steps out of order, or a baseline not on offer.
+        ValueError: more groups than :data:`MAX_GROUPS`, shapes that do not match, residuals that are not finite, costs below 1, steps out of order, or a baseline not on offer.
     """
     r, c, w = np.asarray(residual, np.float64), np.asarray(cost, np.int64), np.asarray(weight, np.float64)
     if r.shape != (len(c), len(steps)) or w.shape != c.shape or not len(c):
@@ -105,14 +105,14 @@ def problem(
 
 
 def few_enough(groups: int) -> None:
-    """Refuse more groups than :data:`MOST_GROUPS`.
+    """Refuse more groups than :data:`MAX_GROUPS`.
 
     Raises:
         ValueError: they are more.
     """
-    if groups > MOST_GROUPS:
+    if groups > MAX_GROUPS:
         raise ValueError(
-            f"operators: expected at most {MOST_GROUPS} to give steps to, got {groups}; give matrices of one kind one name (attach with operators=…)"
+            f"operators: expected at most {MAX_GROUPS} to give steps to, got {groups}; give matrices of one kind one name (attach with operators=…)"
         )
 
 

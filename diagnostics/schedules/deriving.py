@@ -24,7 +24,7 @@ from ..spectra.spectrum import BFLOAT16_ROUNDOFF, precision_floor
 from ..spectra.spectrum_sketch import TINY
 from .allocation import RULES, Allocation, Problem, few_enough, problem, uniform
 from .depth_halves import depth_halves
-from .evidence import Evidence, count_layers, gain_intervals, known_mean, promise
+from .evidence import Evidence, count_layers, gain_intervals, known_mean, predicted_gain
 from .schedule_file import OperatorSchedule, Schedule
 
 Floats = NDArray[np.float64]
@@ -145,7 +145,7 @@ def schedule_of(
         )
         for g, (o, k) in enumerate(zip(evidence.members, held.steps, strict=True))
     }
-    promised = promise(evidence, choice, rule, intervals)
+    predicted = predicted_gain(evidence, choice, rule, intervals)
     return Schedule(
         operators=entries,
         budget={"kind": "flop", "mean_steps": given.baseline, "limit": given.budget, "cost": held.cost},
@@ -157,9 +157,9 @@ def schedule_of(
             "max_residual": held.max_residual,
             "baseline_mean_residual": baseline.mean_residual,
             "baseline_max_residual": baseline.max_residual,
-            "lower_bound": promised.pop("lower_bound"),
+            "lower_bound": predicted.pop("lower_bound"),
             "kept_uniform": kept,
-            "choice": promised,
+            "choice": predicted,
         },
         provenance={
             **provenance,

@@ -136,7 +136,7 @@ def _ends(distribution: Floats) -> Ends | None:
 CERTIFIED = {"mean": True, "mean-uncapped": False}
 
 
-def promise(evidence: Evidence, choice: Allocation, rule: str, intervals: GainIntervals) -> dict[str, Any]:
+def predicted_gain(evidence: Evidence, choice: Allocation, rule: str, intervals: GainIntervals) -> dict[str, Any]:
     """What the rule chose, and what it gains: in plain data.
 
     `gain` is objective(uniform) − objective(choice), the objective of "minimax" being the largest residual of an operator and else the

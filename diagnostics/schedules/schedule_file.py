@@ -52,7 +52,7 @@ class Schedule:
         objective: predicted `mean_residual` and `max_residual`, their `baseline_…` values under the uniform schedule,
             `in_force_mean_residual` of what the run itself used, the `rule`, and the `lower_bound` on the mean that certifies it; whether they
             are over the `recoverable` singular values alone; whether equal steps were `kept_uniform` because what they gain is uncertain; and
-            the rule's `choice` (:func:`.evidence.promise`).
+            the rule's `choice` (:func:`.evidence.predicted_gain`).
         provenance: run, window of steps, number of snapshots, coefficient family, the variances that decided about `depth`, software
             version, time.
     """

@@ -7,11 +7,11 @@ from typing import Any
 
 DEPTH = 32
 # A list or an object takes 56 bytes and more where its text takes two: with both bounds, reading takes less than 0.4 GB and a second or two.
-MOST_BYTES, MOST_CONTAINERS = 16_000_000, 1_000_000
+MAX_BYTES, MAX_CONTAINERS = 16_000_000, 1_000_000
 _SURROGATE = re.compile(rb"\\u[dD][89abAB]")
 
 
-def read_bounded(path: str | Path, most: int = MOST_BYTES) -> bytes:
+def read_bounded(path: str | Path, most: int = MAX_BYTES) -> bytes:
     """What is in a file of at most `most` bytes.
 
     Raises:
@@ -37,10 +37,10 @@ def parse_bounded(content: bytes, depth: int = DEPTH) -> Any:
     Traceback (most recent call last):
     ValueError: expected JSON nested at most 32 deep, got more
     """
-    if len(content) > MOST_BYTES:
-        raise ValueError(f"expected at most {MOST_BYTES:,} bytes, got more")
-    if content.count(b"[") + content.count(b"{") > MOST_CONTAINERS:
-        raise ValueError(f"expected JSON of at most {MOST_CONTAINERS:,} lists and objects, got more")
+    if len(content) > MAX_BYTES:
+        raise ValueError(f"expected at most {MAX_BYTES:,} bytes, got more")
+    if content.count(b"[") + content.count(b"{") > MAX_CONTAINERS:
+        raise ValueError(f"expected JSON of at most {MAX_CONTAINERS:,} lists and objects, got more")
     try:
         document = json.loads(content.decode())
         if _SURROGATE.search(content):

@@ -10,12 +10,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 # A run of 80 layers has some 10⁴ records of 600 matrices; these are far from it, and what they allow fits in memory.
-MOST_RECORDS, MOST_MATRICES, MOST_CELLS = 10_000_000, 100_000, 200_000_000  # cells: records times matrices of a group
-MOST_ALONG = 256  # any other dimension: tiles of a map are most
-MOST_CHUNK = 2**29  # bytes of a chunk, decoded
-MOST_TEXT = 2**24  # of all texts of an array
-MOST_FILES = 400_000  # of an array
-MOST_SHARDED = 2**16  # chunks in a shard
+MAX_RECORDS, MAX_MATRICES, MAX_CELLS = 10_000_000, 100_000, 200_000_000  # cells: records times matrices of a group
+MAX_ALONG = 256  # any other dimension: tiles of a map are most
+MAX_CHUNK = 2**29  # bytes of a chunk, decoded
+MAX_TEXT = 2**24  # of all texts of an array
+MAX_FILES = 400_000  # of an array
+MAX_SHARDED = 2**16  # chunks in a shard
 
 _KINDS = {
     "bool": "?",
@@ -76,7 +76,7 @@ class StoredArray:
     @property
     def chunk_bytes(self) -> int:
         """Of a decoded chunk; of texts the most that one may have, so that all of an array's are bounded."""
-        return MOST_TEXT // max(prod(self.grid), 1) if self.dtype is None else prod(self.chunk) * self.dtype.itemsize
+        return MAX_TEXT // max(prod(self.grid), 1) if self.dtype is None else prod(self.chunk) * self.dtype.itemsize
 
     def key(self, numbers: tuple[int, ...]) -> str:
         """The file of a chunk or shard, within the run."""
@@ -142,13 +142,13 @@ def _checked(path: str, node: Mapping[str, Any], written: Collection[int] | None
     )
     shape = _sizes(path, "shape", node["shape"], len(dimensions))
     for name, size in zip(dimensions, shape, strict=True):
-        most = {"step": MOST_RECORDS, "matrix": MOST_MATRICES}.get(name, MOST_ALONG)
+        most = {"step": MAX_RECORDS, "matrix": MAX_MATRICES}.get(name, MAX_ALONG)
         _expect(path, f"at most {most:,} along {name}", size <= most, size)
-    _expect(path, f"at most {MOST_CELLS:,} records times matrices", prod(shape[:2]) <= MOST_CELLS, shape)
+    _expect(path, f"at most {MAX_CELLS:,} records times matrices", prod(shape[:2]) <= MAX_CELLS, shape)
     _expect(path, "a regular chunk grid", node["chunk_grid"]["name"] == "regular", node["chunk_grid"]["name"])
     shard = _sizes(path, "chunk shape", node["chunk_grid"]["configuration"]["chunk_shape"], len(shape))
     files = prod(-(-size // length) for size, length in zip(shape, shard, strict=True))
-    _expect(path, f"at most {MOST_FILES:,} chunks", files <= MOST_FILES, files)
+    _expect(path, f"at most {MAX_FILES:,} chunks", files <= MAX_FILES, files)
     encoding = node["chunk_key_encoding"]
     separator = encoding.get("configuration", {}).get("separator", "/")
     _expect(path, "the default key encoding", encoding["name"] == "default" and separator in ("/", "."), encoding)
@@ -164,14 +164,14 @@ def _checked(path: str, node: Mapping[str, Any], written: Collection[int] | None
         _expect(path, "shards alone", len(codecs) == 1 and dtype is not None, codecs[1:])
         _expect(path, "a shard's index at its end, with a checksum", where == "end" and _chain(index) == ["bytes", "crc32c"], index)
         whole = all(outer % inner == 0 for outer, inner in zip(shard, chunk, strict=True))
-        _expect(path, f"shards of at most {MOST_SHARDED:,} whole chunks", whole and prod(shard) // prod(chunk) <= MOST_SHARDED, shard)
+        _expect(path, f"shards of at most {MAX_SHARDED:,} whole chunks", whole and prod(shard) // prod(chunk) <= MAX_SHARDED, shard)
         codecs = inside["codecs"]
     chain = _chain(codecs)
     first, checksum = ("vlen-utf8" if dtype is None else "bytes"), chain[-1:] == ["crc32c"]
     compression = chain[1] if len(chain) > 1 + checksum else None
     allowed = [first, *([compression] if compression in ("zstd", "blosc") else []), *(["crc32c"] if checksum else [])]
     _expect(path, f"the codecs {first}, zstd or blosc, and crc32c", chain == allowed, chain)
-    most = MOST_TEXT if dtype is None else MOST_CHUNK
+    most = MAX_TEXT if dtype is None else MAX_CHUNK
     _expect(path, f"chunks of at most {most:,} bytes", prod(chunk) * (4 if dtype is None else dtype.itemsize) <= most, chunk)
     attributes = node["attributes"]
     _expect(path, "texts as attributes", all(isinstance(value, (str, int, float)) for value in attributes.values()), attributes)

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from ..catalogue import in_group
-from .bounded_json import MOST_BYTES, parse_bounded
-from .checked_array import MOST_TEXT, StoredArray, stored_array
+from .bounded_json import MAX_BYTES, parse_bounded
+from .checked_array import MAX_TEXT, StoredArray, stored_array
 from .format import LINEAGES, OF_LINEAGE, chunks_written, newer_schema, schema_of, seal
 from .reading import read_file
 
-MOST_NODES = 20_000  # groups and arrays
-MOST_ALLEGED = 60_000_000  # records times matrices of a group that need not have a byte each in the run's files
-MOST_OPENED = 2**29  # bytes of steps and names, which opening reads
-MOST_LOGGED = 100_000  # of what a run's attributes list
-MOST_UNMAPPED = 100_000  # files of which only a look tells whether they are there
+MAX_NODES = 20_000  # groups and arrays
+MAX_UNBACKED_CELLS = 60_000_000  # records times matrices of a group that need not have a byte each in the run's files
+MAX_OPENED = 2**29  # bytes of steps and names, which opening reads
+MAX_LOGGED = 100_000  # of what a run's attributes list
+MAX_UNMAPPED = 100_000  # files of which only a look tells whether they are there
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def read_document(folder: Path, given: Path | None = None) -> dict[str, Any]:
     """
     why, document = " (there is no zarr.json in it)", None
     try:
-        content = read_file(folder, "zarr.json", MOST_BYTES)
+        content = read_file(folder, "zarr.json", MAX_BYTES)
         if content is not None:
             why, document = "", parse_bounded(content)
     except (OSError, ValueError) as error:
@@ -60,14 +60,14 @@ def read_document(folder: Path, given: Path | None = None) -> dict[str, Any]:
     return document
 
 
-def refuse_alleged(folder: Path, found: Contents) -> None:
+def refuse_unbacked(folder: Path, found: Contents) -> None:
     """Refuse more cells than metadata alone may demand memory for, where the run's files do not hold a byte for each; a recorder writes hundreds.
 
     Raises:
         ValueError: it is so; told without the run.
     """
     cells = max((prod(array.shape[:2]) for group in found.groups for array in group.arrays.values()), default=0)
-    if cells > MOST_ALLEGED:
+    if cells > MAX_UNBACKED_CELLS:
         held = sum(file.lstat().st_size for file in folder.rglob("*"))
         if held < cells:
             raise ValueError(f"zarr.json: expected files of at least {cells:,} bytes for as many records times matrices, got {held:,}")
@@ -80,7 +80,7 @@ def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list
         ValueError: one is damaged, or they are more than that; told without the run.
     """
     found: list[Contents] = []
-    most, nodes, opened = MOST_BYTES, MOST_NODES, MOST_OPENED
+    most, nodes, opened = MAX_BYTES, MAX_NODES, MAX_OPENED
     for entry in entries:
         place = f"{LINEAGES}/{entry['lineage']}"
         try:
@@ -96,7 +96,7 @@ def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list
         if opened < 0:
             raise ValueError(f"{place}: {_TOO_LONG} in lineages that are read together")
         if nodes < 0:
-            raise ValueError(f"{place}: expected at most {MOST_NODES:,} groups and arrays in lineages that are read together")
+            raise ValueError(f"{place}: expected at most {MAX_NODES:,} groups and arrays in lineages that are read together")
     return found
 
 
@@ -128,24 +128,24 @@ def contents(document: Mapping[str, Any]) -> Contents:
         return Contents(attributes, ())  # its writer was killed before the first commit
     try:
         nodes = document["consolidated_metadata"]["metadata"]
-        if len(nodes) > MOST_NODES:
-            raise ValueError(f"zarr.json: expected at most {MOST_NODES:,} groups and arrays, got {len(nodes):,}")
+        if len(nodes) > MAX_NODES:
+            raise ValueError(f"zarr.json: expected at most {MAX_NODES:,} groups and arrays, got {len(nodes):,}")
         maps = attributes.get("chunks", {})
         groups = tuple(_groups(nodes, maps))
-        if sum(map(_opened, groups)) > MOST_OPENED:
+        if sum(map(_opened, groups)) > MAX_OPENED:
             raise ValueError(f"zarr.json: {_TOO_LONG}")
         return Contents(attributes, groups)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"zarr.json: expected the metadata of groups and arrays, got something else ({error!r:.80})") from None
 
 
-_TOO_LONG = f"expected at most {MOST_OPENED:,} bytes of steps and names, got more"
+_TOO_LONG = f"expected at most {MAX_OPENED:,} bytes of steps and names, got more"
 
 
 def _opened(group: Node) -> int:
     """Bytes that opening a group may take: its steps, and the names of its matrices, which may be long."""
     steps, names = (prod(group.arrays[name].shape) if name in group.arrays else 0 for name in ("step", "name"))
-    return 8 * steps + min(1_000 * names, MOST_TEXT)
+    return 8 * steps + min(1_000 * names, MAX_TEXT)
 
 
 def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]:
@@ -173,8 +173,8 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
         if maps and "step" not in array.dimensions:
             array = replace(array, written=range(files))  # what does not grow was written whole
         unmapped += files if array.written is None else 0
-        if unmapped > MOST_UNMAPPED:
-            raise ValueError(f"zarr.json: expected at most {MOST_UNMAPPED:,} chunks of arrays without a map of them, got more")
+        if unmapped > MAX_UNMAPPED:
+            raise ValueError(f"zarr.json: expected at most {MAX_UNMAPPED:,} chunks of arrays without a map of them, got more")
         arrays[parent][parts[-1]] = array
     for path, own in arrays.items():
         sizes: dict[str, int] = {}
@@ -216,13 +216,13 @@ _LISTS: dict[str, dict[str, type | UnionType]] = {
 def _check_attributes(attributes: Mapping[str, Any]) -> None:
     for name, needed in _LISTS.items():
         entries = attributes.get(name, [])
-        whole = isinstance(entries, list) and len(entries) <= MOST_LOGGED and all(isinstance(entry, dict) for entry in entries)
+        whole = isinstance(entries, list) and len(entries) <= MAX_LOGGED and all(isinstance(entry, dict) for entry in entries)
         if not whole or not all(isinstance(entry.get(key), kind) for entry in entries for key, kind in needed.items()):
             raise ValueError(
-                f"zarr.json: expected {name} to be a list of at most {MOST_LOGGED:,} that say {', '.join(needed)}, got something else"
+                f"zarr.json: expected {name} to be a list of at most {MAX_LOGGED:,} that say {', '.join(needed)}, got something else"
             )
-    if len(left := attributes.get(LINEAGES, [])) > MOST_NODES:
-        raise ValueError(f"zarr.json: expected at most {MOST_NODES:,} lineages, got {len(left):,}")
+    if len(left := attributes.get(LINEAGES, [])) > MAX_NODES:
+        raise ValueError(f"zarr.json: expected at most {MAX_NODES:,} lineages, got {len(left):,}")
     for number, entry in enumerate(left):
         if entry["lineage"] != number or any(type(entry[name]) is not int or entry[name] < 0 for name in OF_LINEAGE):
             raise ValueError(f"zarr.json: expected lineage {number} in its place, and steps from 0 on, got {entry!r:.80}")
@@ -246,7 +246,7 @@ def _check_attributes(attributes: Mapping[str, Any]) -> None:
 
 def _check_schedules(path: str, schedules: Any) -> None:
     """Coefficients are iterated over every spectrum: so many, of so many steps."""
-    whole = isinstance(schedules, list) and len(schedules) <= MOST_LOGGED and all(isinstance(one, dict) for one in schedules)
+    whole = isinstance(schedules, list) and len(schedules) <= MAX_LOGGED and all(isinstance(one, dict) for one in schedules)
     if not whole or not all(_triples(one.get("coefficients")) for one in schedules):
         raise ValueError(f"{path}: expected ns_schedules to be a list of coefficients, each of at most 100 steps, got something else")
 

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("optiscope")
 
-MOST_PER_CHANGE = 2.0  # a learning rate's factor is at most doubled or halved from one record to the next
-MOST_EVENTS = 256  # kept in the run
+MAX_PER_CHANGE = 2.0  # a learning rate's factor is at most doubled or halved from one record to the next
+MAX_EVENTS = 256  # kept in the run
 # Between the factors that the matrices of a group ask for; one factor would put the others out of tolerance.
 DIFFERENT = 1.5
 _A, _EXPECTED = Size._fields.index("a"), Size._fields.index("expected")
@@ -226,13 +226,13 @@ class RmsAlignment:
                     "the factor of the learning rate shows no effect and is taken back; the optimizer seems not to read its learning rate from the group",
                 )
                 return
-        by = min(max(size.expected / size.a, 1 / MOST_PER_CHANGE), MOST_PER_CHANGE)
+        by = min(max(size.expected / size.a, 1 / MAX_PER_CHANGE), MAX_PER_CHANGE)
         if abs(log(by)) > log(1 + SLACK):  # else what a factor can do is done
             state.change = size.a, by
             factors.set(group, factors.of_group(group) * by)
             yield (
                 "rescaled",
-                f"the learning rate is multiplied by {by:.3g} from the next step on, and after further records by up to {MOST_PER_CHANGE:g} again "
+                f"the learning rate is multiplied by {by:.3g} from the next step on, and after further records by up to {MAX_PER_CHANGE:g} again "
                 "until updates have their size; group['lr'], schedulers and η·λ of decoupled weight decay stay as they are",
             )
 
@@ -265,7 +265,7 @@ class RmsAlignment:
 
     def _tell_run(self, entry: dict[str, Any]) -> None:
         events = self._recorder._journal.attributes.setdefault("alignment_events", [])
-        if len(events) < MOST_EVENTS:
+        if len(events) < MAX_EVENTS:
             events.append(entry)
 
 

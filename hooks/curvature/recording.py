@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("optiscope")
 
-_MOST = 32767  # what the store's count of probes holds
+_MAX_COUNT = 32767  # what the store's count of probes holds
 
 
 def curvature(
@@ -139,8 +139,8 @@ def _check_functions(loss_fn: Any, logits_fn: Any) -> None:
 
 def _check_numbers(**given: tuple[Any, int]) -> None:
     for name, (value, least) in given.items():
-        if not isinstance(value, int) or value < least or value > _MOST:
-            raise ValueError(f"{name}: expected a whole number from {least} to {_MOST}, got {value!r}")
+        if not isinstance(value, int) or value < least or value > _MAX_COUNT:
+            raise ValueError(f"{name}: expected a whole number from {least} to {_MAX_COUNT}, got {value!r}")
 
 
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
-class Beside:
+class SideStream:
     """From where it is made, what :meth:`stream` encloses runs on a stream beside the training's, behind what that had been given by then.
 
     On a CPU there is one stream, and this does nothing.
@@ -46,8 +46,8 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
-def arriving(tensor: Tensor) -> NDArray[np.floating[Any]]:
-    """The tensor's numbers on the CPU; bfloat16, which NumPy lacks, as float32. Of an accelerator they are there when `Beside.stream` ends.
+def to_host(tensor: Tensor) -> NDArray[np.floating[Any]]:
+    """The tensor's numbers on the CPU; bfloat16, which NumPy lacks, as float32. Of an accelerator they are there when `SideStream.stream` ends.
 
     On the CPU nothing is copied but bfloat16. From an accelerator copies go to pinned memory, one behind the other without a wait.
     """
@@ -78,7 +78,7 @@ def gram_of(matrix: Tensor) -> NDArray[np.float64] | None:
         found = torch.linalg.eigvalsh(gram) if eigenvalues_there(gram.device, len(gram)) else gram
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
         return None  # of what is not finite, which the CPU tells
-    return np.asarray(arriving(found), dtype=np.float64)
+    return np.asarray(to_host(found), dtype=np.float64)
 
 
 def gram_matrix(matrix: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from .matrices import Matrix
 
 
 @dataclass(frozen=True)
-class Kept:
+class OptimizerState:
     """What the readers gave of one parameter.
 
     Attributes:
@@ -53,7 +53,7 @@ class Kept:
             exponent=nan if whole is None else whole.exponent,
         )
 
-    def copied(self, copy: Callable[[Tensor], Tensor]) -> "Kept":
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> "OptimizerState":
         """The same of copies."""
 
         def of(tensor: Tensor | None) -> Tensor | None:

@@ -14,10 +14,10 @@ from ...diagnostics.quantities.rotation import Rotation
 from ..adapters import Adapter, Averages, Reader, Reading, number, state_of
 from ..adapters.names import tensors_in
 from ..recording.guarding import raised_by_signal_handler
-from .accelerator import Beside, arriving, gram_of
+from .accelerator import SideStream, gram_of, to_host
 from .copies import Copies
 from .matrices import Matrix
-from .optimizer_state import Kept
+from .optimizer_state import OptimizerState
 
 T = TypeVar("T")
 
@@ -105,7 +105,7 @@ class Snapshot:
         if second_moment is not None:
             averages = self._read(adapter.averages) or Averages()
             kronecker, clipped = self._read(adapter.kronecker), self._read_matrix("clipped", adapter.clipped)
-            kept = Kept(second_moment, momentum, averages, kronecker, clipped, weight_decay, or_nan(decay))
+            kept = OptimizerState(second_moment, momentum, averages, kronecker, clipped, weight_decay, or_nan(decay))
         if self.copies is not None:
             copied = self.copies.after_step
             parameter = copied(parameter)
@@ -114,7 +114,7 @@ class Snapshot:
             )
             rotation = None if rotation is None else [copied(tensor) for tensor in rotation]
             kept = None if kept is None else kept.copied(copied)
-        weight, has_spectra, beside = reading.weight, self.has_spectra, Beside(parameter.device)
+        weight, has_spectra, beside = reading.weight, self.has_spectra, SideStream(parameter.device)
 
         def observation(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
             with beside.stream():
@@ -123,27 +123,27 @@ class Snapshot:
         def observed(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
             seen_by_ns = None if spectrum_input is None else matrix.of(spectrum_input)
             return Observation(
-                weight_before=arriving(matrix.of(weight)),
-                weight_after=arriving(matrix.of(parameter)),
+                weight_before=to_host(matrix.of(weight)),
+                weight_after=to_host(matrix.of(parameter)),
                 weight_roundoff=unit_roundoff(parameter),
                 grad_rms=grad_rms(),
                 momentum_rms=math.nan if momentum is None else tensor_rms(matrix.of(momentum)),
                 lr=or_nan(lr),
                 weight_decay=weight_decay,
                 decoupled_decay=or_nan(decay),
-                ns_input=None if seen_by_ns is None else arriving(seen_by_ns),
+                ns_input=None if seen_by_ns is None else to_host(seen_by_ns),
                 ns_roundoff=0.0 if seen_by_ns is None else unit_roundoff(seen_by_ns),
                 gram=gram_of(seen_by_ns) if seen_by_ns is not None and has_spectra and matrix.geometry else None,
                 newton_schulz=newton_schulz,
                 output_scale=or_nan(output_scale),
                 target_rms=or_nan(target),
-                moments=None if kept is None else kept.of(matrix, arriving, tensor_mean),
+                moments=None if kept is None else kept.of(matrix, to_host, tensor_mean),
                 intended_rms=math.nan if intended is None else tensor_rms(matrix.of(intended)),
                 trust_ratio=or_nan(trust_ratio),
-                gradient=None if gradient is None else arriving(matrix.of(gradient)),
+                gradient=None if gradient is None else to_host(matrix.of(gradient)),
                 gradient_roundoff=0.0 if gradient is None else unit_roundoff(gradient),
-                corrected=None if corrected is None else arriving(matrix.of(corrected)),
-                rotation=None if rotation is None else Rotation(*map(arriving, rotation)),
+                corrected=None if corrected is None else to_host(matrix.of(corrected)),
+                rotation=None if rotation is None else Rotation(*map(to_host, rotation)),
             )
 
         def scale(of: Callable[[Reading, int, int], float], matrix: Matrix) -> float | None:

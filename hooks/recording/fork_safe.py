@@ -14,7 +14,7 @@ _turn = threading.RLock()  # kept by whoever forks, so that it is its turn befor
 
 
 @contextmanager
-def undivided() -> Iterator[None]:
+def fork_safe() -> Iterator[None]:
     """The block is such a piece."""
     with _turn:
         pass

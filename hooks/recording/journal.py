@@ -23,7 +23,7 @@ log = logging.getLogger("optiscope")
 # Chunks that are not full are written every `FLUSH_SECONDS`, and no more often than takes this share of the time: a kill loses at most that much.
 FLUSH_SHARE = 0.001
 # Steps whose scalars wait for a worker: the oldest beyond these are lost, as when a store cannot be written. A kilobyte each, or little more.
-MOST_LOGGED = 16384
+MAX_LOGGED = 16384
 _COUNTERS = ("errors", "dropped", "missed")  # attributes here, and of the run, where they add up
 
 
@@ -231,15 +231,15 @@ class Journal:
         if self.worker is None:
             if self.flush_is_due:
                 self.flush()
-        elif may_submit and not self.worker.busy and (self.flush_is_due or len(self._logged) > MOST_LOGGED // 16):
+        elif may_submit and not self.worker.busy and (self.flush_is_due or len(self._logged) > MAX_LOGGED // 16):
             self.worker.submit(partial(self._flush_behind, step))
         else:
-            while len(self._logged) > MOST_LOGGED:
+            while len(self._logged) > MAX_LOGGED:
                 lost, *_ = self._logged.popleft()
                 if not self._lost_behind:
                     log.warning(
                         "optiscope: step %d: more than %d logged steps wait for the thread that measures and writes. Until it is done the oldest are "
-                        "lost, from step %d on, and counted in `dropped` without a message. Training goes on.", step, MOST_LOGGED, lost,
+                        "lost, from step %d on, and counted in `dropped` without a message. Training goes on.", step, MAX_LOGGED, lost,
                     )  # fmt: skip
                 self._lost_behind.add(lost)
 

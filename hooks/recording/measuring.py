@@ -9,7 +9,7 @@ from ...diagnostics.quantities.observation import Measured, Observation
 from ..observing.copies import Copies
 from ..observing.matrices import Matrix
 from ..observing.snapshot import Snapshot
-from .fork_safe import undivided
+from .fork_safe import fork_safe
 from .record import Record
 
 if TYPE_CHECKING:
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Part:
+class Readings:
     """What was read of the matrices of one optimizer, and is to be measured.
 
     Attributes:
@@ -48,7 +48,7 @@ class Part:
         # All of torch's work first, then all of NumPy's: alternating, their thread pools wait for each other. Every list
         # lets go of a matrix once it is measured, so that memory holds the float64 copies of one at a time.
         observations: list[tuple[Matrix, Observation]] = []
-        apart: Callable[[], AbstractContextManager[None]] = nullcontext if journal.worker is None else undivided
+        apart: Callable[[], AbstractContextManager[None]] = nullcontext if journal.worker is None else fork_safe
         for matrix, known in self.known.items():
             record.fill("update", matrix, known)
         while self.readings:

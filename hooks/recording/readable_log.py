@@ -2,7 +2,7 @@
 
 import logging
 
-from ...diagnostics.escape import inert, shortened
+from ...diagnostics.escape import escaped, shortened
 
 
 def readable(record: logging.LogRecord) -> bool:
@@ -11,5 +11,5 @@ def readable(record: logging.LogRecord) -> bool:
         message = record.getMessage()
     except Exception:
         return True  # the handler tells of a message that does not fit its arguments
-    record.msg, record.args = shortened(inert(message), 1_000), ()
+    record.msg, record.args = shortened(escaped(message), 1_000), ()
     return True

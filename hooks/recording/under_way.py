@@ -10,7 +10,7 @@ from ..observing.copies import Memory
 from .cadence import Cadence
 from .journal import Journal
 from .layout import Layout
-from .measuring import Part, behind, write
+from .measuring import Readings, behind, write
 from .record import Record
 from .worker import Worker
 
@@ -56,7 +56,7 @@ class UnderWay:
         self.record, self._is_empty = Record(step, self._layout, waits_for, self._journal.schedules), True
         self._spent_before, _ = self._journal.spent_and_elapsed()
 
-    def add(self, label: str, part: Part, step: int) -> None:
+    def add(self, label: str, part: Readings, step: int) -> None:
         """Measure what one optimizer's step gives to it; the last one completes it."""
         if self.record is None:
             return

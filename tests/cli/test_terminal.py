@@ -1,11 +1,11 @@
-"""What reaches the terminal: quickly, whole, and inert whatever a run's names hold."""
+"""What reaches the terminal: quickly, whole, and harmless whatever a run's names hold."""
 
 import subprocess
 import sys
 
 import pytest
 
-from optiscope.diagnostics.escape import inert
+from optiscope.diagnostics.escape import escaped
 
 
 def test_help_loads_nothing_heavy():
@@ -60,4 +60,4 @@ def test_a_narrow_terminal_cuts_nothing(diag, record, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["attn_q", "κ ε̃ √ × – 語", "a b", "[bold]", ":warning:"])
 def test_ordinary_text_is_left_alone(text):
-    assert inert(text) == text
+    assert escaped(text) == text

@@ -187,7 +187,7 @@ def test_an_operator_whose_halves_differ_gets_two_entries(tmp_path):
 
 def test_too_many_operators_are_refused_before_they_are_looked_at(example, monkeypatch):
     many = replace(example, operator=example.name)  # 196 of them
-    monkeypatch.setattr(allocation, "MOST_GROUPS", 195)
+    monkeypatch.setattr(allocation, "MAX_GROUPS", 195)
     monkeypatch.setattr(deriving, "depth_halves", None)  # what takes time that grows with their square
     with pytest.raises(ValueError, match="expected at most 195 to give steps to, got 196"):
         schedule_from_spectra(many)

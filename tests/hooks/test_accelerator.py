@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from optiscope.diagnostics.spectra.spectrum import spectrum
-from optiscope.hooks.observing.accelerator import Beside, arriving, eigenvalues_there, gram_matrix, gram_of
+from optiscope.hooks.observing.accelerator import SideStream, eigenvalues_there, gram_matrix, gram_of, to_host
 
 CPU = torch.device("cpu")
 
@@ -26,7 +26,7 @@ def test_a_spectrum_from_a_gram_matrix_made_elsewhere_is_that_of_the_svd(shape: 
     gram = gram_matrix(matrix)
     assert gram.shape == (48, 48)
     assert gram.dtype == torch.float64
-    found = spectrum(matrix.numpy(), gram=arriving(torch.linalg.eigvalsh(gram) if there else gram))
+    found = spectrum(matrix.numpy(), gram=to_host(torch.linalg.eigvalsh(gram) if there else gram))
     sigma = np.linalg.svd(matrix.double().numpy(), compute_uv=False)
     # Measured: 2e-15, 6e-7 and, by the SVD that such a matrix falls back on, 2e-10.
     assert found.condition_number == pytest.approx(sigma[0] / sigma[-1], rel=2e-5)
@@ -41,7 +41,7 @@ def test_half_precision_is_widened_before_it_is_multiplied() -> None:
     exact = matrix.double() @ matrix.double().T
     assert ((matrix @ matrix.T).double() - exact).abs().max() > 1e-4
     assert torch.equal(gram_matrix(matrix), exact)
-    array = arriving(matrix)
+    array = to_host(matrix)
     assert array.dtype == np.float32
     assert (torch.from_numpy(array) == matrix.float()).all()
 
@@ -49,8 +49,8 @@ def test_half_precision_is_widened_before_it_is_multiplied() -> None:
 def test_on_the_cpu_nothing_is_made_elsewhere_and_nothing_copied() -> None:
     matrix = built(8, 8, 10.0)
     assert gram_of(matrix) is None
-    assert np.shares_memory(arriving(matrix), matrix.numpy())
-    with Beside(CPU).stream():
+    assert np.shares_memory(to_host(matrix), matrix.numpy())
+    with SideStream(CPU).stream():
         assert eigenvalues_there(CPU, 16) in (True, False)
-    with pytest.raises(KeyError), Beside(CPU).stream():
+    with pytest.raises(KeyError), SideStream(CPU).stream():
         raise KeyError

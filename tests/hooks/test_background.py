@@ -234,7 +234,7 @@ def test_of_too_many_scalars_the_oldest_are_lost_by_whole_steps(
         return measured(seen)
 
     monkeypatch.setattr(record_module, "measure_update", measure)
-    monkeypatch.setattr("optiscope.hooks.recording.journal.MOST_LOGGED", 5)
+    monkeypatch.setattr("optiscope.hooks.recording.journal.MAX_LOGGED", 5)
     model = mlp()
     optimizers = build(model, "SGD")
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=100, first_step=99, background=True, on_error="raise")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from contract.harness import Case, Floats, Kept, Transcription, float64, hidden, is_hidden, others
+from contract.harness import Case, Expected, Floats, Transcription, float64, hidden, is_hidden, others
 from contract.transcriptions_examples import aro, caspr, onebit_adam, sophia_g
 
 TOKENS = 12  # of a batch of 3 by 4
@@ -77,7 +77,7 @@ def _sophia_of(name: str, shape: tuple[int, ...]) -> Transcription:
 def _momentum_of_aro(name: str, shape: tuple[int, ...]) -> Transcription:
     step = aro(shape)
 
-    def momentum_alone(g: Floats, w: Floats) -> Kept:
+    def momentum_alone(g: Floats, w: Floats) -> Expected:
         return replace(step(g, w), update=None)
 
     return momentum_alone

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW
 
-from contract.harness import Case, Floats, Kept, Transcription, hidden, is_hidden, others
+from contract.harness import Case, Expected, Floats, Transcription, hidden, is_hidden, others
 from contract.standins import SOAP, DistributedShampoo, KFACPreconditioner
 from contract.standins_muon import AdaptiveMuon, Dion, DionMuon, DionNorMuon, MarsM, NvidiaMuon
 from contract.transcriptions import sgd
@@ -17,10 +17,10 @@ def average(beta: float) -> Transcription:
     """m ← βm + (1 − β)g."""
     m: Any = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m
         m = beta * m + (1 - beta) * g
-        return Kept(m)
+        return Expected(m)
 
     return step
 
@@ -30,7 +30,7 @@ def shampoo(name: str, shape: tuple[int, ...]) -> Transcription:
     v: Any = 0.0
     momentum = average(0.9)
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal v
         v = 0.99 * v + 0.01 * g * g
         implied = np.zeros(shape)
@@ -38,7 +38,7 @@ def shampoo(name: str, shape: tuple[int, ...]) -> Transcription:
             for j in range(0, shape[1], 16):
                 block = v[i : i + 16, j : j + 16]
                 implied[i : i + 16, j : j + 16] = np.outer(block.sum(1), block.sum(0)) / max(block.sum(), 1e-300)
-        return Kept(momentum(g, w).momentum, implied)
+        return Expected(momentum(g, w).momentum, implied)
 
     return step
 
@@ -47,10 +47,10 @@ def heavy_ball(name: str, shape: tuple[int, ...]) -> Transcription:
     """dion's M ← 0.95·M + g."""
     m: Any = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m
         m = 0.95 * m + g
-        return Kept(m)
+        return Expected(m)
 
     return step
 
@@ -62,17 +62,17 @@ def mars_m(name: str, shape: tuple[int, ...]) -> Transcription:
     last: Any = 0.0
     t = 0
 
-    def by_muon(g: Floats, w: Floats) -> Kept:
+    def by_muon(g: Floats, w: Floats) -> Expected:
         nonlocal m, last
         c = g + 0.475 * (g - last)
         m, last = 0.95 * m + 0.05 * c / max(1.0, float(np.sqrt((c * c).sum()))), g
-        return Kept(m)
+        return Expected(m)
 
-    def by_adamw(g: Floats, w: Floats) -> Kept:
+    def by_adamw(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m, v = 0.9 * m + 0.1 * g, 0.95 * v + 0.05 * g * g
-        return Kept(m, v, m / (np.sqrt(v) + 1e-8) * np.sqrt(1 - 0.95**t) / (1 - 0.9**t))
+        return Expected(m, v, m / (np.sqrt(v) + 1e-8) * np.sqrt(1 - 0.95**t) / (1 - 0.9**t))
 
     return by_muon if is_hidden(name) else by_adamw
 
@@ -81,10 +81,10 @@ def soap(name: str, shape: tuple[int, ...]) -> Transcription:
     """In the original basis exp_avg is the plain average of the gradients but the first, whatever the basis and its changes."""
     m: Any = None
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m
         m = np.zeros(shape) if m is None else 0.95 * m + 0.05 * g
-        return Kept(m)
+        return Expected(m)
 
     return step
 

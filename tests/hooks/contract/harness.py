@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from optiscope.hooks import Recorder, attach
 from optiscope.hooks.observing.snapshot import Snapshot
-from optiscope.hooks.recording.measuring import Part
+from optiscope.hooks.recording.measuring import Readings
 
 Floats = NDArray[np.float64]
 
@@ -34,7 +34,7 @@ EXACT = 1e-5  # relative; float32 state against a float64 transcription: at most
 
 
 @dataclass(frozen=True)
-class Kept:
+class Expected:
     """What an optimizer keeps of one parameter after a step, and the step it took, all in float64.
 
     Attributes:
@@ -52,7 +52,7 @@ class Kept:
 
 
 # One parameter's: called once per step with gradient and weights before the step.
-Transcription = Callable[[Floats, Floats], Kept]
+Transcription = Callable[[Floats, Floats], Expected]
 
 
 @dataclass(frozen=True)
@@ -266,13 +266,13 @@ def tensors_in(state: Any) -> Iterator[Tensor]:
 @contextmanager
 def _held() -> Iterator[threading.Event]:
     """No record is measured before the event."""
-    event, measure = threading.Event(), Part.measure
+    event, measure = threading.Event(), Readings.measure
 
-    def late(self: Part, *of: Any) -> None:
+    def late(self: Readings, *of: Any) -> None:
         assert event.wait(30)
         measure(self, *of)
 
-    with patch.object(Part, "measure", late):
+    with patch.object(Readings, "measure", late):
         yield event
 
 
@@ -439,7 +439,7 @@ def _compare_moments(case: Case, run: xr.DataTree, seen: dict[str, list[Seen]], 
             _compare_averages(case, run, name, t, s, kept, result)
 
 
-def _compare_averages(case: Case, run: xr.DataTree, name: str, t: int, s: Seen, kept: Kept, result: Result) -> None:
+def _compare_averages(case: Case, run: xr.DataTree, name: str, t: int, s: Seen, kept: Expected, result: Result) -> None:
     """What the run holds of v̂, m̂ and ε against the transcription's; of moments that are kept exactly."""
     stored = run["second_moment"]
     names = [str(n) for n in stored["name"].values]

@@ -7,19 +7,19 @@ does not add up.
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 
 def sgd(momentum: float = 0.0, nesterov: bool = False, decay: float = 0.0) -> Transcription:
     """torch.optim.SGD: b ← μb + (g + λw), the first b being the gradient; U = b, or g + μb under Nesterov."""
     kept: dict[str, Floats] = {}
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         g = g + decay * w
         if not momentum:
-            return Kept(update=g)
+            return Expected(update=g)
         kept["b"] = momentum * kept["b"] + g if kept else g
-        return Kept(kept["b"], update=g + momentum * kept["b"] if nesterov else kept["b"])
+        return Expected(kept["b"], update=g + momentum * kept["b"] if nesterov else kept["b"])
 
     return step
 
@@ -31,14 +31,14 @@ def adam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, coupled: f
     largest: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, largest, t
         t += 1
         g = g + coupled * w
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         largest = np.maximum(largest, v)
         second, averages = largest if amsgrad else v, (1 - beta1**t, 1 - beta2**t, eps)
-        return Kept(m, second, (m / averages[0]) / (np.sqrt(second / averages[1]) + eps), averages)
+        return Expected(m, second, (m / averages[0]) / (np.sqrt(second / averages[1]) + eps), averages)
 
     return step
 
@@ -47,9 +47,9 @@ def ema_muon(momentum: float) -> Transcription:
     """The momentum of torch.optim.Muon: b ← μb + (1 − μ)g."""
     b: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal b
         b = momentum * b + (1 - momentum) * g
-        return Kept(b)
+        return Expected(b)
 
     return step

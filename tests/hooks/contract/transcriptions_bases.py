@@ -9,7 +9,7 @@ from math import sqrt
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 
 def inverse_root(matrix: Floats, root: int) -> Floats:
@@ -27,13 +27,13 @@ def shampoo(eps: float = 1e-6, coupled: float = 0.0) -> Transcription:
     """Gupta, Koren & Singer 2018, Algorithm 1: L ← L + GGᵀ, R ← R + GᵀG, both from ε𝟙; U = L^{−1/4}GR^{−1/4}."""
     factors: list[Floats] = []
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         g = g + coupled * w
         if not factors:
             factors.extend(eps * np.eye(n) for n in g.shape)
         factors[0] = factors[0] + g @ g.T
         factors[1] = factors[1] + g.T @ g
-        return Kept(None, implied(*factors), inverse_root(factors[0], 4) @ g @ inverse_root(factors[1], 4))
+        return Expected(None, implied(*factors), inverse_root(factors[0], 4) @ g @ inverse_root(factors[1], 4))
 
     return step
 
@@ -47,7 +47,7 @@ def scalable_shampoo(block: int, beta1: float = 0.9, beta2: float = 0.999, eps: 
     factors: dict[tuple[int, int], tuple[float, Floats, Floats]] = {}
     b: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal b
         p, v = np.zeros_like(g), np.zeros_like(g)
         for i in range(0, g.shape[0], block):
@@ -62,7 +62,7 @@ def scalable_shampoo(block: int, beta1: float = 0.9, beta2: float = 0.999, eps: 
                 p[where] = whole ** (-1 / 6) * inverse_root(left, 6) @ part @ inverse_root(right, 6)
         p = p * np.linalg.norm(g) / np.linalg.norm(p) + coupled * w
         b = beta1 * b + p
-        return Kept(b, v, beta1 * b + p)
+        return Expected(b, v, beta1 * b + p)
 
     return step
 
@@ -76,15 +76,15 @@ def soap(bases: Callable[[], list[Floats]], lr: float, beta: float = 0.95, eps: 
     v: Floats | float = 0.0
     t = -1
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         if not t:
-            return Kept()
+            return Expected()
         left, right = bases()
         m, v = beta * m + (1 - beta) * g, beta * v + (1 - beta) * (left.T @ g @ right) ** 2
         u = sqrt(1 - beta**t) / (1 - beta**t) * left @ (left.T @ m @ right / (np.sqrt(v) + eps)) @ right.T
-        return Kept(m, v, u * (1 - lr * decay), (1 - beta**t, 1 - beta**t, eps / sqrt(1 - beta**t)))
+        return Expected(m, v, u * (1 - lr * decay), (1 - beta**t, 1 - beta**t, eps / sqrt(1 - beta**t)))
 
     return step
 
@@ -111,7 +111,7 @@ def galore(rank: int | None, lr: float, scale: float = 1.0, decay: float = 0.0, 
     projection: Projection | None = None
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, projection, t
         t += 1
         if projection is None:
@@ -119,7 +119,7 @@ def galore(rank: int | None, lr: float, scale: float = 1.0, decay: float = 0.0, 
         down, up = projection
         m, v = 0.9 * m + 0.1 * down(g), 0.999 * v + 0.001 * down(g) ** 2
         u = scale * up(m / (np.sqrt(v) + eps)) * sqrt(1 - 0.999**t) / (1 - 0.9**t)
-        return Kept(up(m), v, u * (1 - lr * decay), (1 - 0.9**t, 1 - 0.999**t, eps / sqrt(1 - 0.999**t)))
+        return Expected(up(m), v, u * (1 - lr * decay), (1 - 0.9**t, 1 - 0.999**t, eps / sqrt(1 - 0.999**t)))
 
     return step
 
@@ -135,7 +135,7 @@ def apollo(matrix: Callable[[], Floats], lr: float, scale: float = 1.0, decay: f
     last: float | None = None
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, last, t
         t += 1
         p, tall = matrix(), g.shape[0] >= g.shape[1]
@@ -151,6 +151,6 @@ def apollo(matrix: Callable[[], Floats], lr: float, scale: float = 1.0, decay: f
 
         corrected = sqrt(1 - 0.999**t) / (1 - 0.9**t)
         u = scale**1.5 * corrected * lift(u)
-        return Kept(lift(m), v, u * (1 - lr * corrected * decay), (1 - 0.9**t, 1 - 0.999**t, eps / sqrt(1 - 0.999**t)))
+        return Expected(lift(m), v, u * (1 - lr * corrected * decay), (1 - 0.9**t, 1 - 0.999**t, eps / sqrt(1 - 0.999**t)))
 
     return step

@@ -6,7 +6,7 @@ from math import nan
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 
 def moments_of(whole: Transcription) -> Transcription:
@@ -17,7 +17,7 @@ def moments_of(whole: Transcription) -> Transcription:
 def as_column(whole: Transcription) -> Transcription:
     """The same with a second moment of one number per block as a column, as adam-mini keeps it."""
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         kept = whole(g, w)
         assert kept.second is not None
         return replace(kept, second=kept.second[:, None]) if kept.second.ndim == 1 else kept
@@ -34,11 +34,11 @@ def prodigy(d: Callable[[int], float], beta1: float = 0.9, beta2: float = 0.999,
     v: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         m, v = beta1 * m + d(t) * (1 - beta1) * g, beta2 * v + d(t) ** 2 * (1 - beta2) * g * g
         t += 1
-        return Kept(m, v, m / (np.sqrt(v) + d(t) * eps), (1.0, 1.0, d(t) * eps))
+        return Expected(m, v, m / (np.sqrt(v) + d(t) * eps), (1.0, 1.0, d(t) * eps))
 
     return step
 
@@ -55,7 +55,7 @@ def schedule_free(
     x: Floats | None = None
     t, highest, total = 0, 0.0, 0.0
 
-    def step(g: Floats, y: Floats) -> Kept:
+    def step(g: Floats, y: Floats) -> Expected:
         nonlocal v, z, x, t, highest, total
         t += 1
         z = y if z is None else z
@@ -69,7 +69,7 @@ def schedule_free(
         x = (1 - c) * x + c * z
         share = decay * (1 - beta1 * (1 - c))
         # `more`: the denominator at v = 0, where a library has more than ε.
-        return Kept(None, v, (y * (1 - rate * share) - ((1 - beta1) * z + beta1 * x)) / rate, (nan, 1 - beta2**t, eps + more))
+        return Expected(None, v, (y * (1 - rate * share) - ((1 - beta1) * z + beta1 * x)) / rate, (nan, 1 - beta2**t, eps + more))
 
     return step
 
@@ -83,11 +83,11 @@ def sophia_g(rho: float, batch: int, beta1: float = 0.965, beta2: float = 0.99) 
     h: Floats | None = None
     last: Floats | None = None
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, h, last
         h = np.zeros_like(g) if h is None or last is None else beta2 * h + (1 - beta2) * last * last
         m, last = beta1 * m + (1 - beta1) * g, g
-        return Kept(m, h, np.sign(m) * np.minimum(np.abs(m) / (rho * batch * h + 1e-15), 1), (1.0, 1.0, nan))
+        return Expected(m, h, np.sign(m) * np.minimum(np.abs(m) / (rho * batch * h + 1e-15), 1), (1.0, 1.0, nan))
 
     return step
 
@@ -101,14 +101,14 @@ def debiased_soap(bases: Callable[[int], list[Floats]], beta1: float = 0.9, beta
     v: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         if t == 1:
-            return Kept()
+            return Expected()
         left, right = bases(t - 1)
         one, two = (1 - (1 - beta) / (1 - beta ** (t - 1)) for beta in (beta1, beta2))
         m, v = one * m + (1 - one) * g, two * v + (1 - two) * (left.T @ g @ right) ** 2
-        return Kept(m, v, left @ (left.T @ m @ right / np.maximum(np.sqrt(v), eps)) @ right.T, (1.0, 1.0, eps))
+        return Expected(m, v, left @ (left.T @ m @ right / np.maximum(np.sqrt(v), eps)) @ right.T, (1.0, 1.0, eps))
 
     return step

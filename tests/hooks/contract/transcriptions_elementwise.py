@@ -9,7 +9,7 @@ from math import nan, sqrt
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 
 def rms(x: Floats) -> float:
@@ -24,11 +24,11 @@ def adagrad(eps: float = 1e-10, coupled: float = 0.0) -> Transcription:
     """Duchi, Hazan & Singer 2011: s ← s + g², U = g/(√s + ε)."""
     s: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal s
         g = g + coupled * w
         s = s + g * g
-        return Kept(None, s, g / (np.sqrt(s) + eps), (nan, 1.0, eps))
+        return Expected(None, s, g / (np.sqrt(s) + eps), (nan, 1.0, eps))
 
     return step
 
@@ -39,15 +39,15 @@ def rmsprop(alpha: float = 0.99, eps: float = 1e-8, momentum: float = 0.0, cente
     v: Floats | float = 0.0
     b: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, b
         g = g + coupled * w
         m, v = alpha * m + (1 - alpha) * g, alpha * v + (1 - alpha) * g * g
         u = g / (np.sqrt(v - m * m if centered else v) + eps)
         if not momentum:
-            return Kept(m if centered else None, v, u, None if centered else (nan, 1.0, eps))
+            return Expected(m if centered else None, v, u, None if centered else (nan, 1.0, eps))
         b = momentum * b + u
-        return Kept(b, v, b, None if centered else (nan, 1.0, eps))
+        return Expected(b, v, b, None if centered else (nan, 1.0, eps))
 
     return step
 
@@ -57,12 +57,12 @@ def adadelta(rho: float = 0.9, eps: float = 1e-6) -> Transcription:
     v: Floats | float = 0.0
     d: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal v, d
         v = rho * v + (1 - rho) * g * g
         u = g * np.sqrt(d + eps) / np.sqrt(v + eps)
         d = rho * d + (1 - rho) * u * u
-        return Kept(None, v, u, (nan, 1.0, sqrt(eps)))
+        return Expected(None, v, u, (nan, 1.0, sqrt(eps)))
 
     return step
 
@@ -73,12 +73,12 @@ def adamax(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, coupled:
     u: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, u, t
         t += 1
         g = g + coupled * w
         m, u = beta1 * m + (1 - beta1) * g, np.maximum(beta2 * u, np.abs(g) + eps)
-        return Kept(m, u * u, m / (1 - beta1**t) / u, (1 - beta1**t, 1.0, nan))
+        return Expected(m, u * u, m / (1 - beta1**t) / u, (1 - beta1**t, 1.0, nan))
 
     return step
 
@@ -89,14 +89,14 @@ def nadam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8, psi: floa
     v: Floats | float = 0.0
     t, product = 0, 1.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t, product
         t += 1
         mu, following = (beta1 * (1 - 0.5 * 0.96 ** (s * psi)) for s in (t, t + 1))
         product *= mu
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         mixed = following * m / (1 - product * following) + (1 - mu) * g / (1 - product)
-        return Kept(m, v, mixed / (np.sqrt(v / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
+        return Expected(m, v, mixed / (np.sqrt(v / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
 
     return step
 
@@ -107,7 +107,7 @@ def radam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Transc
     v: Floats | float = 0.0
     t, longest = 0, 2 / (1 - beta2) - 1
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
@@ -116,14 +116,14 @@ def radam(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-8) -> Transc
         if length > 5:
             r = sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
             update = update * r * sqrt(1 - beta2**t) / (np.sqrt(v) + eps)
-        return Kept(m, v, update, (1 - beta1**t, 1 - beta2**t, eps / sqrt(1 - beta2**t)))
+        return Expected(m, v, update, (1 - beta1**t, 1 - beta2**t, eps / sqrt(1 - beta2**t)))
 
     return step
 
 
-def gradient_only(g: Floats, w: Floats) -> Kept:
+def gradient_only(g: Floats, w: Floats) -> Expected:
     """U = g (Polyak averaging beside it does not enter the step)."""
-    return Kept(update=g)
+    return Expected(update=g)
 
 
 def adafactor(
@@ -143,7 +143,7 @@ def adafactor(
     m: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal r, c, m, t
         t += 1
         b, square = beta2(t), g * g + eps
@@ -152,9 +152,9 @@ def adafactor(
         u = g / np.sqrt(np.maximum(v, floor))
         u = u / max(1.0, rms(u) / clip)
         if beta1 is None or rate is None:
-            return Kept(None, v, u, averages)
+            return Expected(None, v, u, averages)
         m = beta1 * m + (1 - beta1) * rate(t, w) * u
-        return Kept(m, v, m / rate(t, w), averages)
+        return Expected(m, v, m / rate(t, w), averages)
 
     return step
 
@@ -165,11 +165,11 @@ def yogi(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-3, start: flo
     v: Floats | float = start
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m, v = beta1 * m + (1 - beta1) * g, v - (1 - beta2) * np.sign(v - g * g) * g * g
-        return Kept(m, v, m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
+        return Expected(m, v, m / (1 - beta1**t) / (np.sqrt(v / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
 
     return step
 
@@ -180,12 +180,12 @@ def adabelief(beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-16) -> T
     s: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, s, t
         t += 1
         m = beta1 * m + (1 - beta1) * g
         s = beta2 * s + (1 - beta2) * (g - m) ** 2 + eps
-        return Kept(m, s, m / (1 - beta1**t) / (np.sqrt(s / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
+        return Expected(m, s, m / (1 - beta1**t) / (np.sqrt(s / (1 - beta2**t)) + eps), (1 - beta1**t, 1 - beta2**t, eps))
 
     return step
 
@@ -198,7 +198,7 @@ def adabound(
     v: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
@@ -206,7 +206,7 @@ def adabound(
         lower, upper = final * (1 - 1 / (gamma * t + 1)), final * (1 + 1 / (gamma * t))
         # The library's √(v + 1e-15) + ε at v = 0.
         averages = 1 - beta1**t, 1 - beta2**t, (sqrt(1e-15) + eps) / sqrt(1 - beta2**t)
-        return Kept(m, v, np.clip(rates, lower, upper) * m / lr, averages)
+        return Expected(m, v, np.clip(rates, lower, upper) * m / lr, averages)
 
     return step
 
@@ -215,11 +215,11 @@ def lion(beta1: float = 0.9, beta2: float = 0.99) -> Transcription:
     """Chen et al. 2023, Algorithm 2: U = sign(β₁m + (1 − β₁)g), then m ← β₂m + (1 − β₂)g."""
     m: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m
         u = np.sign(beta1 * m + (1 - beta1) * g)
         m = beta2 * m + (1 - beta2) * g
-        return Kept(m, None, u)
+        return Expected(m, None, u)
 
     return step
 
@@ -229,11 +229,11 @@ def sophia(draw: Callable[[], Floats], beta1: float = 0.96, beta2: float = 0.99,
     m: Floats | float = 0.0
     h: Floats | None = None
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, h
         m = beta1 * m + (1 - beta1) * g
         h = (1 - beta2) * draw() if h is None else h
-        return Kept(m, h, np.clip(m / np.maximum(h, eps), -bound, bound), (1.0, 1.0, nan))
+        return Expected(m, h, np.clip(m / np.maximum(h, eps), -bound, bound), (1.0, 1.0, nan))
 
     return step
 
@@ -245,7 +245,7 @@ def mars(beta1: float = 0.95, beta2: float = 0.99, gamma: float = 0.025, eps: fl
     last: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, last, t
         t += 1
         c = g + gamma * beta1 / (1 - beta1) * (g - last)
@@ -255,11 +255,11 @@ def mars(beta1: float = 0.95, beta2: float = 0.99, gamma: float = 0.025, eps: fl
             case "adamw":
                 # The library's √(v + 1e-15) + ε at v = 0.
                 averages = 1 - beta1**t, 1 - beta2**t, (sqrt(1e-15) + eps) / sqrt(1 - beta2**t)
-                return Kept(m, v, m / (1 - beta1**t) / ((np.sqrt(v) + eps) / sqrt(1 - beta2**t)), averages)
+                return Expected(m, v, m / (1 - beta1**t) / ((np.sqrt(v) + eps) / sqrt(1 - beta2**t)), averages)
             case "lion":
-                return Kept(m, None, np.sign(m))
+                return Expected(m, None, np.sign(m))
             case _:
-                return Kept(m)
+                return Expected(m)
 
     return step
 
@@ -269,7 +269,7 @@ def lookahead(inner: Transcription, lr: float, every: int, alpha: float = 0.5) -
     slow: Floats | None = None
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal slow, t
         t += 1
         slow = w if slow is None else slow
@@ -278,6 +278,6 @@ def lookahead(inner: Transcription, lr: float, every: int, alpha: float = 0.5) -
         after = w - lr * kept.update
         if t % every == 0:
             slow = after = slow + alpha * (after - slow)
-        return Kept(kept.momentum, kept.second, (w - after) / lr, kept.averages)
+        return Expected(kept.momentum, kept.second, (w - after) / lr, kept.averages)
 
     return step

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 
 def aro(shape: tuple[int, ...], momentum: float = 0.9, base: str = "row") -> Transcription:
@@ -19,13 +19,13 @@ def aro(shape: tuple[int, ...], momentum: float = 0.9, base: str = "row") -> Tra
             return np.sign(x)
         return np.array([row / np.sqrt(row @ row) if row.any() else row for row in x])
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, r
         m = momentum * m + (1 - momentum) * g
         short = m if shape[0] <= shape[1] else m.T
         r = np.linalg.qr(short @ f(r.T @ short).T)[0]
         update = r @ f(r.T @ short)
-        return Kept(m, None, update if shape[0] <= shape[1] else update.T)
+        return Expected(m, None, update if shape[0] <= shape[1] else update.T)
 
     return step
 
@@ -45,7 +45,7 @@ def caspr(shape: tuple[int, ...], beta1: float = 0.9, beta2: float = 0.99, eps: 
     second: Any = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, left, right, second, t
         t += 1
         m = beta1 * m + (1 - beta1) * g
@@ -55,7 +55,7 @@ def caspr(shape: tuple[int, ...], beta1: float = 0.9, beta2: float = 0.99, eps: 
         b = right / (1 - beta2**t) + eps * np.eye(shape[1])
         terms = power(a, -0.5) @ m + 2 * power(a, -0.25) @ m @ power(b, -0.25) + m @ power(b, -0.5)
         implied = np.outer(second.sum(1), second.sum(0)) / second.sum()
-        return Kept(m, implied, terms / 4 / (1 - beta1**t))
+        return Expected(m, implied, terms / 4 / (1 - beta1**t))
 
     return step
 
@@ -64,7 +64,7 @@ def onebit_adam(shape: tuple[int, ...], freeze: int, beta1: float = 0.9, beta2: 
     """Kingma & Ba's Algorithm 1, then Tang et al.'s with one worker, entry by entry where it compresses."""
     m, v, e, t = np.zeros(shape), np.zeros(shape), np.zeros(shape), 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, e, t
         t += 1
         m = beta1 * m + (1 - beta1) * g
@@ -76,7 +76,7 @@ def onebit_adam(shape: tuple[int, ...], freeze: int, beta1: float = 0.9, beta2: 
             m = np.array([scale if value >= 0 else -scale for value in x.flat]).reshape(shape)
             e = x - m
         v_hat = v / (1 - beta2 ** min(t, freeze))
-        return Kept(m, v, m / (1 - beta1**t) / (np.sqrt(v_hat) + eps), (1 - beta1**t, 1 - beta2 ** min(t, freeze), eps))
+        return Expected(m, v, m / (1 - beta1**t) / (np.sqrt(v_hat) + eps), (1 - beta1**t, 1 - beta2 ** min(t, freeze), eps))
 
     return step
 
@@ -88,11 +88,11 @@ def sophia_g(
     m: Any = 0.0
     h: Any = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, h
         m = beta1 * m + (1 - beta1) * g
         if (drawn := estimate()) is not None:
             h = beta2 * h + (1 - beta2) * tokens * drawn**2
-        return Kept(m, h, np.clip(m / np.maximum(gamma * h, eps), -1, 1), (1.0, 1.0, nan))
+        return Expected(m, h, np.clip(m / np.maximum(gamma * h, eps), -1, 1), (1.0, 1.0, nan))
 
     return step

@@ -4,7 +4,7 @@ from math import nan, sqrt
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 from contract.transcriptions_elementwise import norm
 
 
@@ -12,11 +12,11 @@ def lars(trust: float = 1e-3, momentum: float = 0.9, nesterov: bool = False, dec
     """You, Gitman & Ginsburg 2017, Algorithm 1: b ← μb + trust·‖w‖/(‖g‖ + λ‖w‖)·(g + λw)."""
     b: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal b
         scaled = trust * norm(w) / (norm(g) + decay * norm(w)) * (g + decay * w)
         b = momentum * b + scaled
-        return Kept(b if momentum else None, None, scaled + momentum * b if nesterov else b)
+        return Expected(b if momentum else None, None, scaled + momentum * b if nesterov else b)
 
     return step
 
@@ -30,13 +30,13 @@ def lamb(lr: float, beta1: float = 0.9, beta2: float = 0.999, eps: float = 1e-6,
     v: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
         u = m / (np.sqrt(v) + eps) + coupled * w
         ratio = min(norm(w * (1 - lr * decay)), 10.0) / (norm(u) + eps)
-        return Kept(m, v, ratio * u / (1 - beta1**t), (1 - beta1**t, 1.0, eps))
+        return Expected(m, v, ratio * u / (1 - beta1**t), (1 - beta1**t, 1.0, eps))
 
     return step
 
@@ -46,11 +46,11 @@ def novograd(beta1: float = 0.95, beta2: float = 0.98, eps: float = 1e-8, couple
     m: Floats | float = 0.0
     v: float | None = None
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v
         v = norm(g) ** 2 if v is None else beta2 * v + (1 - beta2) * norm(g) ** 2
         m = beta1 * m + g / (sqrt(v) + eps) + coupled * w
-        return Kept(m, np.asarray(v), m, (nan, 1.0, eps))
+        return Expected(m, np.asarray(v), m, (nan, 1.0, eps))
 
     return step
 
@@ -64,7 +64,7 @@ def adam_mini(blocks: int | None, beta1: float = 0.9, beta2: float = 0.999, eps:
     v: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         split = g.reshape(max(blocks, 1), -1) if blocks is not None else g
@@ -73,6 +73,6 @@ def adam_mini(blocks: int | None, beta1: float = 0.9, beta2: float = 0.999, eps:
         of_all = np.repeat(v, split.shape[1]).reshape(g.shape) if blocks is not None else v
         kept = np.asarray(v)[0] if blocks == 0 else v
         averages = 1 - beta1**t, 1 - beta2**t, eps
-        return Kept(m, np.asarray(kept), m / averages[0] / (np.sqrt(of_all / averages[1]) + eps), averages)
+        return Expected(m, np.asarray(kept), m / averages[0] / (np.sqrt(of_all / averages[1]) + eps), averages)
 
     return step

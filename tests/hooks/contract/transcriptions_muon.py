@@ -10,7 +10,7 @@ from math import sqrt
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 Triple = tuple[float, float, float]
 
@@ -35,10 +35,10 @@ def muon(momentum: float = 0.95, averaged: bool = True, coupled: float = 0.0) ->
     """M ← μM + (1 − μ)g, or summed M ← μM + g; `coupled` weight decay is added to the gradient."""
     m: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m
         m = momentum * m + (1 - momentum if averaged else 1) * (g + coupled * w)
-        return Kept(m)
+        return Expected(m)
 
     return step
 
@@ -54,7 +54,7 @@ def adamuon(
     v: Floats | float = 0.0
     t = 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m = beta1 * m + (1 - beta1) * g
@@ -62,7 +62,7 @@ def adamuon(
         v = beta2 * v + (1 - beta2) * o * o
         divided = o / (np.sqrt(v / (1 - beta2**t)) + eps)
         size = 0.2 * sqrt(g.size) if adjusted else original(*g.shape) * sqrt(min(g.shape))
-        return Kept(m, v, size * divided / np.linalg.norm(divided))
+        return Expected(m, v, size * divided / np.linalg.norm(divided))
 
     return step
 
@@ -74,14 +74,14 @@ def normuon(
     m: Floats | float = 0.0
     v: Floats | float = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v
         m = momentum * m + (1 - momentum) * g
         o = orthogonalise((1 - momentum) * g + momentum * m)
         v = beta2 * v + (1 - beta2) * np.mean(o * o, axis=1, keepdims=True)
         divided = o / (np.sqrt(v) + eps)
         size = 0.2 * sqrt(o.size) if match_rms else original(*g.shape) * np.linalg.norm(o)
-        return Kept(m, v, size * divided / np.linalg.norm(divided))
+        return Expected(m, v, size * divided / np.linalg.norm(divided))
 
     return step
 
@@ -91,15 +91,15 @@ def adago(momentum: float = 0.95, gamma: float = 10.0, start: float = 1e-6) -> T
     m: Floats | float = 0.0
     v = start
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v
         m = momentum * m + (1 - momentum) * g
         v += min(float(np.linalg.norm(g)), gamma) ** 2
-        return Kept(m, np.asarray(v))
+        return Expected(m, np.asarray(v))
 
     return step
 
 
-def summed_by_backward(g: Floats, w: Floats) -> Kept:
+def summed_by_backward(g: Floats, w: Floats) -> Expected:
     """SCIONLight: the gradient that comes in is the momentum."""
-    return Kept(g)
+    return Expected(g)

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from contract.harness import Floats, Kept, Transcription
+from contract.harness import Expected, Floats, Transcription
 
 JORDAN = (3.4445, -4.7750, 2.0315)
 
@@ -23,7 +23,7 @@ def adamuon(shape: tuple[int, ...], *, sign: bool, beta: float = 0.95, beta2: fl
     """AdaMuon, Algorithm 1 of the first version, or with signs that of the later ones, line by line."""
     m, v, t = np.zeros(shape), np.zeros(shape), 0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal m, v, t
         t += 1
         m = beta * m + (1 - beta) * g
@@ -37,7 +37,7 @@ def adamuon(shape: tuple[int, ...], *, sign: bool, beta: float = 0.95, beta2: fl
             v = beta2 * v + (1 - beta2) * o**2
             o_hat = o / (np.sqrt(v / (1 - beta2**t)) + eps)
             update = 0.2 / (np.sqrt(np.mean(o_hat**2)) + eps) * o_hat
-        return Kept(m, v, update)
+        return Expected(m, v, update)
 
     return step
 
@@ -46,10 +46,10 @@ def heavy_ball(momentum: float) -> Transcription:
     """b ← μb + g."""
     b: Any = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal b
         b = momentum * b + g
-        return Kept(b)
+        return Expected(b)
 
     return step
 
@@ -59,10 +59,10 @@ def mars_m(beta: float = 0.95, gamma: float = 0.025) -> Transcription:
     b: Any = 0.0
     last: Any = 0.0
 
-    def step(g: Floats, w: Floats) -> Kept:
+    def step(g: Floats, w: Floats) -> Expected:
         nonlocal b, last
         c = g + gamma * beta / (1 - beta) * (g - last)
         b, last = beta * b + (1 - beta) * c / max(1.0, float(np.linalg.norm(c))), g
-        return Kept(b)
+        return Expected(b)
 
     return step
