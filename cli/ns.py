@@ -12,7 +12,7 @@ from .app import CLEAN, FINDINGS, JsonOption, app, reporting_errors
 from .console import print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ..diagnostics.newton_schulz.validation import Validation
+    from ..diagnostics.newton_schulz.facts import Validation
 
 group = typer.Typer(invoke_without_command=True, add_completion=False)
 app.add_typer(group, name="ns")

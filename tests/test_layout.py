@@ -5,6 +5,7 @@ import doctest
 import subprocess
 import sys
 import tomllib
+from graphlib import CycleError, TopologicalSorter
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -83,6 +84,38 @@ def test_the_arrows_would_be_seen(tmp_path, monkeypatch):
     assert sorted(imports(Path("hooks/x.py"))) == [
         (0, "a"), (0, "optiscope.cli"), (0, "optiscope.cli"), (1, "optiscope.hooks.e"), (2, "optiscope.analysis.run"), (2, "optiscope.cli"),
     ]  # fmt: skip
+
+
+def import_graph(folder):
+    """Module → the modules that its file imports, wherever in it and be it for types alone; of one folder."""
+    files = {".".join(("optiscope", *p.with_suffix("").parts)): p for p in (f.relative_to(ROOT) for f in (ROOT / folder).rglob("*.py"))}
+    files = {module.removesuffix(".__init__"): path for module, path in files.items()}
+    graph = {module: set() for module in files}
+    for module, path in files.items():
+        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                package = ("optiscope", *path.parent.parts)
+                base = ".".join((*package[: len(package) - node.level + 1], *([node.module] if node.module else [])))
+                graph[module] |= {found for alias in node.names if (found := f"{base}.{alias.name}") in files}
+                graph[module] |= {base} & files.keys() if any(f"{base}.{alias.name}" not in files for alias in node.names) else set()
+    return graph
+
+
+@pytest.mark.parametrize("folder", ["diagnostics", "analysis", "cli"])
+def test_no_files_import_each_other_in_a_circle(folder):
+    TopologicalSorter(import_graph(folder)).prepare()  # a CycleError names the circle
+
+
+def test_a_circle_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "hooks" / "inner").mkdir(parents=True)
+    (tmp_path / "hooks" / "__init__.py").write_text("from .x import a")
+    (tmp_path / "hooks" / "x.py").write_text("def f():\n  from .inner import y")
+    (tmp_path / "hooks" / "inner" / "__init__.py").write_text("")
+    (tmp_path / "hooks" / "inner" / "y.py").write_text("if TYPE_CHECKING:\n  from ..x import a")
+    with pytest.raises(CycleError) as circle:
+        TopologicalSorter(import_graph("hooks")).prepare()
+    assert set(circle.value.args[1]) == {"optiscope.hooks.x", "optiscope.hooks.inner.y"}
 
 
 def loaded_by(code, **options):

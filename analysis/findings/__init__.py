@@ -6,6 +6,7 @@ recorded.
 
 import xarray as xr
 
+from ...diagnostics.finding import SEVERITIES, Finding, worst_first
 from . import (
     adam_denominator,
     blocks,
@@ -18,7 +19,6 @@ from . import (
     unread_muon,
     update_size,
 )
-from .finding import SEVERITIES, Finding
 
 __all__ = ["SEVERITIES", "Finding", "check"]
 
@@ -46,5 +46,4 @@ def check(run: xr.DataTree) -> list[Finding]:
     if not any(run[group].sizes.get("step") for group in ("update", "geometry") if group in run.children):
         raise ValueError("run: no records yet; record at least one step")
     run = update_size.with_alignment(run)
-    found = [finding for rule in RULES for finding in rule(run)]
-    return sorted(found, key=lambda finding: -SEVERITIES.index(finding.severity))
+    return worst_first([finding for rule in RULES for finding in rule(run)])

@@ -7,7 +7,8 @@ import xarray as xr
 from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import SECOND_MOMENT_FORMS
-from .finding import Finding, count, group, names, typical
+from ...diagnostics.finding import Finding
+from .matrices import count, group, names, typical
 
 # Share of a matrix's coordinates that ε may govern before it counts: those where it halves the step, and those where it takes 0.1 %.
 UNDER_EPS, NEAR_EPS = 0.1, 0.5

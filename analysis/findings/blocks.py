@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from ...diagnostics.finding import Finding
 from ...diagnostics.operators import classify
 from ..studies import block_geometry
-from .finding import Finding, group
+from .matrices import group
 
 # A decade of κ is worth 1.9 of Jordan's steps, 1.7 of Polar Express'.
 DECADE = 1.0

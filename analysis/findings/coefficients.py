@@ -7,6 +7,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from ...diagnostics.finding import Finding
 from ...diagnostics.newton_schulz.families import Coefficients, repeat_last
 from ...diagnostics.newton_schulz.hazards import LIFTED, attracting_cycle, escape, negative_intervals, output_band, restart
 from ...diagnostics.newton_schulz.nearest_family import known_as_wrong
@@ -14,7 +15,7 @@ from ...diagnostics.newton_schulz.spectral_map import gram_residual
 from ...diagnostics.newton_schulz.verdict import outside, told
 from ..in_parts import windows
 from ..run import ns_schedules
-from .finding import Finding, count, group, names
+from .matrices import count, group, names
 
 # What one further step must take off the residual to be worth anything: bfloat16 alone moves it by 0.015.
 WORTH = 0.01

@@ -6,7 +6,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
-from .finding import Finding, count, group, names
+from ...diagnostics.finding import Finding
+from .matrices import count, group, names
 
 PAST = 20  # records that a record is compared with
 BLOCK = 64  # records that are compared at a time: each is copied 20 times

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from .finding import Finding, count, group, names
+from ...diagnostics.finding import Finding
+from .matrices import count, group, names
 
 # How close to 1 a norm must be: bfloat16 rounds the norm that is divided by and the entries, together by under 0.4 %.
 NORMALISED = 0.01

@@ -6,8 +6,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from ...diagnostics.finding import Finding
 from ..run import ns_schedules
-from .finding import Finding, count, group, names, typical
+from .matrices import count, group, names, typical
 from .update_size import alignment
 
 NEAR_EPS = 1e3  # ‖M‖_F/eps under which scale invariance is at risk: X₀ = M/max(‖M‖_F, eps) loses it at 1

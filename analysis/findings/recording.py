@@ -5,7 +5,8 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
-from .finding import Finding, count, group, names
+from ...diagnostics.finding import Finding
+from .matrices import count, group, names
 
 
 def recording_errors(run: xr.DataTree) -> Iterator[Finding]:

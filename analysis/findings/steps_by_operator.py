@@ -5,12 +5,13 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from ...diagnostics.finding import Finding
 from ...diagnostics.schedules.deriving import STEPS
 from ...diagnostics.schedules.refreshing import IMPROVEMENT
 from ..in_parts import windows
 from ..run import ns_schedules
 from ..scheduling import derive_schedule
-from .finding import Finding, group
+from .matrices import group
 
 
 def steps_by_operator(run: xr.DataTree) -> Iterator[Finding]:

@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from ...diagnostics.finding import Finding
 from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
-from .finding import Finding, count, group, names, typical
+from .matrices import count, group, names, typical
 from .size_causes import MAJORITY
 
 # a of Jordan's coefficients at 3 to 8 steps (0.85 to 0.98), and the edges of the bands of others.

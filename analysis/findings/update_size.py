@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from ...diagnostics.finding import Finding
 from ...diagnostics.quantities.update_alignment import explained
 from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
 from ..studies import rms_alignment
-from .finding import Finding, count, group, names, typical
+from .matrices import count, group, names, typical
 from .size_causes import explain, growth
 
 ALIGNMENT = "alignment of 64 records"  # group of a run that has it ready

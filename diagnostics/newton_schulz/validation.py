@@ -1,82 +1,35 @@
-"""What a list of Newton–Schulz coefficients does, measured: the facts that :mod:`.verdict` judges.
+"""Measuring a list of Newton–Schulz coefficients: what it does to singular values, in exact arithmetic and rounded to bfloat16.
 
-Whether a schedule keeps its band where the iteration is rounded to bfloat16.
-
-A polynomial that is steep beyond the interval it was designed for amplifies what rounding pushes past its end: lists without safety factor
-keep their band in exact arithmetic and lose it in bfloat16, the more so the smaller the matrix, whose largest x is nearer 1.
+The second is no matter of course. A polynomial that is steep beyond the interval it was designed for amplifies what rounding pushes past its
+end: lists without a safety factor keep their band in exact arithmetic and lose it in bfloat16, the more so the smaller the matrix, whose
+largest x is nearer 1.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from functools import cache
-from math import isfinite
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .facts import Validation
 from .families import AfterLast, Coefficients, Family, Triple, cycled, repeat_last
-from .hazards import LIFTED, Escape, Interval, attracting_cycle, escape, fixed_points, negative_intervals, output_band, restart
+from .hazards import LIFTED, Interval, attracting_cycle, escape, fixed_points, negative_intervals, output_band, restart
 from .matrix_iteration import iterates, start_of, to_bfloat16
-from .nearest_family import Nearest, nearest_family
+from .nearest_family import nearest_family
 from .spectral_map import ns_map
-from .verdict import Hazard, verdict
+from .verdict import verdict
 
 # x at which the map is told, and the lower ends of the intervals over which its worst error is.
 POINTS = tuple(10.0**-k for k in range(1, 7))
 INTERVALS = (1e-2, 1e-3, 1e-4)
-ENOUGH = 0.5
+ENOUGH = 0.5  # where a small singular value counts as lifted
 MAX_STEPS = 100
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Measured facts about a schedule, in float64 and exact but for rounding, and what is hazardous about it.
-
-    Attributes:
-        coefficients: of every step, as run.
-        slope: p′(0), the product of all a: by how much small singular values grow.
-        lower: lower end of the domain that `band` is about.
-        band: smallest and largest output for x in [lower, 1].
-        worst: lower end → largest |1 − p(x)| from there to 1.
-        reached: p(x) after 0, 1, … steps at x = 1e-1 … 1e-6, shape (steps + 1, 6).
-        lifted: steps that x = 1e-1 … 1e-6 take to 0.5, the last triple held; None: more than 100.
-        fixed_points: (x, p′(x)) of the last triple's positive fixed points; attracting where |p′| < 1.
-        cycle: the positive cycle that repeating the last triple ends on; () where none is found.
-        multiplier: product of p′ around it, NaN where there is none.
-        escape: where values leave for infinity, None where they do not.
-        negative: intervals of x that are turned negative.
-        restart: the step at which the list begins anew, counted from 0.
-        after_last: what is to follow the list's end.
-        past_end: the band after one step more than the list has, "repeat" and "cycle".
-        bfloat16: largest singular value of O in emulated bfloat16; NaN where it was not asked for.
-        nearest: the known list with most rows in common.
-        hazards: from the worst.
-    """
-
-    coefficients: Coefficients
-    slope: float
-    lower: float
-    band: Interval
-    worst: Mapping[float, float]
-    reached: tuple[tuple[float, ...], ...]
-    lifted: tuple[int | None, ...]
-    fixed_points: tuple[tuple[float, float], ...]
-    cycle: tuple[float, ...]
-    multiplier: float
-    escape: Escape | None
-    negative: tuple[Interval, ...]
-    restart: int | None
-    after_last: AfterLast
-    past_end: Mapping[str, Interval]
-    bfloat16: float
-    nearest: Nearest | None
-    hazards: tuple[Hazard, ...] = ()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values for JSON, which knows no NaN and no infinity: null there."""
-        plain: dict[str, Any] = _plain({**asdict(self), "escape": self.escape and self.escape._asdict()})
-        return plain
+# The matrices that are iterated in bfloat16: of this shape, with each condition number, as many of each.
+SHAPE = (32, 64)
+CONDITION_NUMBERS = (1e2, 1e3, 1e4, 1e5)
+SEEDS = 5
+_FOLLOW = {"repeat": repeat_last, "cycle": cycled}
 
 
 def validate(
@@ -142,13 +95,26 @@ def validate(
 
 
 def of_family(family: Family, steps: int | None = None) -> Validation:
-    """The same of a known family, for as many steps as its authors take, or, the last triple held, any other number."""
+    """:func:`validate` of a known family, for as many steps as its authors take, or, the last triple held, any other number."""
     own, length = family.steps if steps is None else steps, len(family.coefficients)
     as_theirs = own == length or (family.after_last == "cycle" and own < length)
     return validate(family.coefficients, steps=own, after_last=family.after_last if as_theirs else "repeat", scaling=family.scaling)
 
 
-_FOLLOW = {"repeat": repeat_last, "cycle": cycled}
+def largest_in_bfloat16(coefficients: Coefficients, scaling: str = "frobenius") -> float:
+    """Largest singular value of O over 20 built matrices of 32×64, iterated in emulated bfloat16; infinite where one overflows.
+
+    Their singular values are log-uniform from 1 to 1/κ, κ = 1e2 … 1e5, with singular vectors of five fixed seeds each. At 128×256 the
+    same lists fail, less far (exact minimax 1.8 instead of 59).
+    """
+    largest = 0.0
+    with np.errstate(over="ignore", invalid="ignore"):
+        for matrix in _matrices():
+            *_, (output, _) = iterates(start_of(matrix, 0.0, scaling, to_bfloat16), coefficients, to_bfloat16)
+            if not np.isfinite(output).all():
+                return float("inf")
+            largest = max(largest, float(np.linalg.norm(output.astype(np.float64), 2)))
+    return largest
 
 
 def _triples(coefficients: Sequence[Sequence[float]]) -> Coefficients:
@@ -184,35 +150,6 @@ def _lifted(x: float, given: Coefficients) -> int | None:
 def _derivative(triple: Triple, x: float) -> float:
     a, b, c = triple
     return a + x * x * (3 * b + 5 * c * x * x)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {f"{key:g}" if isinstance(key, float) else key: _plain(v) for key, v in value.items()}
-    if isinstance(value, (tuple, list)):
-        return [_plain(v) for v in value]
-    return None if isinstance(value, float) and not isfinite(value) else value
-
-
-CONDITION_NUMBERS = (1e2, 1e3, 1e4, 1e5)
-SEEDS = 5
-SHAPE = (32, 64)
-
-
-def largest_in_bfloat16(coefficients: Coefficients, scaling: str = "frobenius") -> float:
-    """Largest singular value of O over 20 built matrices of 32×64, iterated in emulated bfloat16; infinite where one overflows.
-
-    Their singular values are log-uniform from 1 to 1/κ, κ = 1e2 … 1e5, with singular vectors of five fixed seeds each. At 128×256 the
-    same lists fail, less far (exact minimax 1.8 instead of 59).
-    """
-    largest = 0.0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for matrix in _matrices():
-            *_, (output, _) = iterates(start_of(matrix, 0.0, scaling, to_bfloat16), coefficients, to_bfloat16)
-            if not np.isfinite(output).all():
-                return float("inf")
-            largest = max(largest, float(np.linalg.norm(output.astype(np.float64), 2)))
-    return largest
 
 
 @cache

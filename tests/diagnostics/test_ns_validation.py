@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from optiscope.diagnostics.finding import Finding, worst_first
 from optiscope.diagnostics.newton_schulz.families import FAMILIES, JORDAN, safety_scaled
 from optiscope.diagnostics.newton_schulz.nearest_family import nearest_family
 from optiscope.diagnostics.newton_schulz.polar_express import matched_coefficients
@@ -175,6 +176,23 @@ def test_the_facts_are_strict_json():
         text = json.dumps(validate(coefficients, bfloat16=False).as_dict(), allow_nan=False)
         assert json.loads(text)["coefficients"] == [list(row) for row in coefficients]
         assert json.loads(text)["bfloat16"] is None
+
+
+def test_a_hazard_is_a_finding_that_concerns_no_matrices():
+    (hazard,) = validate((JORDAN,) * 5, bfloat16=False).hazards
+    assert isinstance(hazard, Finding)
+    assert hazard.matrices == ()
+    (told,) = validate((JORDAN,) * 5, bfloat16=False).as_dict()["hazards"]
+    assert list(told) == ["rule", "severity", "sentence", "advice", "numbers"]
+    assert told["numbers"]["cycle"] == 4
+    # What settles on no cycle leaves no residual that could be told: null, so that the key is there.
+    (told,) = [h for h in validate([(3.9, -3.9, 0.0)], steps=3, bfloat16=False).as_dict()["hazards"] if h["rule"] == "no_convergence"]
+    assert told["numbers"] == {"limit_residual": None, "cycle": 0}
+
+
+def test_findings_are_ordered_by_severity_and_else_as_they_came():
+    found = [Finding(rule, severity, "", "") for rule, severity in (("a", "info"), ("b", "error"), ("c", "warning"), ("d", "error"))]
+    assert [finding.rule for finding in worst_first(found)] == ["b", "d", "c", "a"]
 
 
 @pytest.mark.parametrize(

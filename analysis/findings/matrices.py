@@ -1,10 +1,7 @@
-"""One thing to know about a run, and what the rules that find it read."""
+"""What rules share: a group's records of every matrix, a matrix's typical value, and how the matrices concerned are counted and named."""
 
-import math
 import warnings
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -12,34 +9,6 @@ from numpy.typing import ArrayLike, NDArray
 
 from ...diagnostics.catalogue import EXTRA_DIMENSIONS, in_group
 from ..run import records
-
-Severity = Literal["info", "warning", "error"]
-SEVERITIES: tuple[Severity, ...] = ("info", "warning", "error")
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing to know about a run.
-
-    Attributes:
-        rule: name of the rule.
-        severity: "info" never fails a check.
-        sentence: what was found, numbers included.
-        advice: what to do.
-        matrices: names of those concerned.
-        numbers: what the sentence rests on, by name; finite.
-    """
-
-    rule: str
-    severity: Severity
-    sentence: str
-    advice: str
-    matrices: tuple[str, ...] = ()
-    numbers: Mapping[str, float] = field(default_factory=dict)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON, which knows no NaN."""
-        return {**asdict(self), "numbers": {name: float(value) for name, value in self.numbers.items() if math.isfinite(value)}}
 
 
 def group(run: xr.DataTree, name: str) -> xr.Dataset:
