@@ -1,6 +1,8 @@
 """`diag ns`: the known Newton–Schulz families, and whether a list of coefficients is one to use."""
 
 import io
+import os
+import re
 import sys
 from math import isfinite
 from pathlib import Path
@@ -13,6 +15,10 @@ from .console import print_json, print_table, say
 
 if TYPE_CHECKING:
     from ..diagnostics.newton_schulz.facts import Validation
+
+# `[`, `NAME = [`, `torch.tensor([`, or a number and a comma.
+_WRITTEN_OUT = re.compile(r"\s*(([\w.]+\s*(:[^=]*)?=\s*)?([\w.]+\()?[\[({]|[\d.]+\s*,)")
+SHARED = 12  # operators that are named where many share a list
 
 group = typer.Typer(invoke_without_command=True, add_completion=False)
 app.add_typer(group, name="ns")
@@ -59,35 +65,46 @@ def families(
 
 
 def validate(
-    file: Annotated[Path, typer.Argument(help="JSON: a list of [a, b, c], or a schedule file; - for standard input.", metavar="FILE")],
+    given: Annotated[
+        str,
+        typer.Argument(
+            help="A JSON or Python file that holds a list of (a, b, c), a schedule file, or the list itself in quotes; - for standard input.",
+            metavar="FILE|LIST",
+        ),
+    ],
+    name: Annotated[
+        list[str] | None,
+        typer.Option(help="Only the list of this name, or this operator's; may be given several times.", show_default=False),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps taken; by default as many as there are triples.", show_default=False)] = None,
     after_last: Annotated[
         str | None, typer.Option(help="What follows the last triple: repeat, cycle or exact.", show_default=False)
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Judge coefficients: exit code 0 clean, 1 hazards, 2 unreadable."""
+    """Judge coefficients: exit code 0 clean, 1 hazards, 2 unreadable. Python code is parsed, never run."""
+    from ..diagnostics.escape import escaped
     from ..diagnostics.newton_schulz.validation import validate as measure
     from ..diagnostics.schedules.coefficients_file import read_coefficients
-    from ..diagnostics.store.bounded_json import MAX_BYTES, read_bounded
 
-    standard = str(file) == "-"
-    lists = read_coefficients(
-        sys.stdin.buffer.read(MAX_BYTES + 1) if standard else read_bounded(file), "standard input" if standard else str(file)
-    )
     found: dict[str, Validation] = {}
-    for one in lists:
+    judged: dict[str, Validation] = {}  # operators share lists
+    for one in read_coefficients(*_read(given), name or ()):
+        if one.note:
+            print(f"diag: {escaped(f'{one.name}: {one.note}')}", file=sys.stderr)
+        chosen: Any = after_last or one.after_last
+        taken = one.steps if steps is None else steps
+        key = repr((one.coefficients, taken, chosen))
         try:
-            given: Any = after_last or one.after_last
-            found[one.name] = measure(one.coefficients, steps=one.steps if steps is None else steps, after_last=given)
+            found[one.name] = judged[key] = judged.get(key) or measure(one.coefficients, steps=taken, after_last=chosen)
         except ValueError as error:
             raise ValueError(f"{one.name}: {error}") from None
     failing = sum(hazard.severity != "info" for validation in found.values() for hazard in validation.hazards)
     if as_json:
         print_json({"lists": {name: validation.as_dict() for name, validation in found.items()}, "failing": failing})
     else:
-        for name, validation in found.items():
-            _print_validation(name, validation)
+        for validation in judged.values():
+            _print_validation([own for own, one in found.items() if one is validation], validation)
     raise typer.Exit(FINDINGS if failing else CLEAN)
 
 
@@ -102,19 +119,39 @@ _PAST_END = {
 }
 
 
+def _read(given: str) -> tuple[bytes, str]:
+    """What is to be judged, and what errors call it."""
+    from ..diagnostics.store.bounded_json import MAX_BYTES, read_bounded
+
+    if given == "-":
+        return sys.stdin.buffer.read(MAX_BYTES + 1), "standard input"
+    what_to_give = "give a file, the list itself in quotes, or - for standard input"
+    if os.path.isdir(given):
+        raise ValueError(f"coefficients: {given} is a folder; {what_to_give}")
+    if os.path.exists(given):
+        try:
+            return read_bounded(given), given
+        except OSError as error:
+            raise ValueError(f"coefficients: {given} cannot be read ({error.strerror}); {what_to_give}") from None
+    # A file whose name is like that was found above.
+    if "\n" in given or _WRITTEN_OUT.match(given):
+        return os.fsencode(given), "list"
+    raise ValueError(f"coefficients: nothing found at {given:.200}; {what_to_give}")
+
+
 def _row(name: str, found: "Validation") -> tuple[str, ...]:
     numbers = (*found.band, *found.worst.values())
     return name, str(len(found.coefficients)), f"{found.slope:.5g}", *(f"{number:.3f}" for number in numbers), f"{found.bfloat16:.3g}"
 
 
-def _print_validation(name: str, found: "Validation") -> None:
-    """Its facts in a few lines, what every number of steps reaches, and its hazards."""
+def _print_validation(names: list[str], found: "Validation") -> None:
+    """The facts of a list in a few lines, what every number of steps reaches, and its hazards; `names` are whose list it is."""
     from ..diagnostics.newton_schulz.verdict import told
 
     worst = ", ".join(f"{_number(error, '.3f')} from {lower:g}" for lower, error in found.worst.items())
     steps = len(found.coefficients)
     say(
-        name,
+        ", ".join(names[:SHARED]) + (f" and {len(names) - SHARED} more" if len(names) > SHARED else ""),
         f"{steps} step{'' if steps == 1 else 's'}, slope {_number(found.slope)} at 0; values from {found.lower:g} on {told(found.band)}; "
         f"largest error {worst}; largest singular value in bfloat16 {_number(found.bfloat16)}",
     )
@@ -141,8 +178,8 @@ def _print_validation(name: str, found: "Validation") -> None:
 
 
 def _number(value: float, spec: str = ".4g") -> str:
-    """A number; of what has left all bounds neither sign nor kind is of interest."""
-    return f"{value:{spec}}" if isfinite(value) else "∞"
+    """A number, without decimals to speak of where it is huge; of what has left all bounds neither sign nor kind is of interest."""
+    return f"{value:{spec if abs(value) < 1e4 else '.4g'}}" if isfinite(value) else "∞"
 
 
 def _draw(schedules: dict[str, Any], path: Path) -> None:

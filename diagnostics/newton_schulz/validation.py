@@ -62,6 +62,8 @@ def validate(
     steps = len(given) if steps is None else steps
     if not 1 <= steps <= MAX_STEPS:
         raise ValueError(f"steps: expected 1 to {MAX_STEPS}, got {steps}")
+    if len(given) > MAX_STEPS:
+        raise ValueError(f"coefficients: expected at most {MAX_STEPS} triples, got {len(given):,}")
     if after_last not in ("repeat", "cycle", "exact"):
         raise ValueError(f"after_last: expected repeat, cycle or exact, got {after_last!r}")
     if after_last == "exact" and steps != len(given):

@@ -1,6 +1,7 @@
 """`diag ns`: the table of families, its figure, and the verdict on a list of one's own."""
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -8,6 +9,8 @@ from typer.testing import CliRunner
 
 from optiscope.cli import app
 from optiscope.diagnostics import FAMILIES, OperatorSchedule, Schedule, matched_coefficients
+from optiscope.diagnostics.newton_schulz import validation
+from optiscope.diagnostics.store import bounded_json
 
 JORDAN = [3.4445, -4.7750, 2.0315]
 MISPRINTED = [3.1415, 4.7750, 2.0315]
@@ -99,7 +102,12 @@ def test_standard_input():
     assert result.stdout.startswith("standard input: 5 steps")
     result = CliRunner().invoke(app, ["ns", "validate", "-"], input="")
     assert result.exit_code == 2
-    assert result.stderr.startswith("diag: standard input: expected JSON, ")
+    assert result.stderr.startswith("diag: standard input: expected a list of (a, b, c) triples as JSON or Python writes it, ")
+    assert result.stderr.endswith("; got an empty file\n")
+    for pasted in (f"NS = [{tuple(JORDAN)}] * 5  # Jordan's", f"    {tuple(JORDAN)},\n" * 5):
+        result = CliRunner().invoke(app, ["ns", "validate", "-"], input=pasted)
+        assert (result.exit_code, result.stderr) == (0, "")
+        assert ": 5 steps, slope 484.9 " in result.stdout
 
 
 def test_every_operator_of_a_schedule_is_judged(diag, tmp_path, strict_json):
@@ -118,18 +126,22 @@ def test_every_operator_of_a_schedule_is_judged(diag, tmp_path, strict_json):
 
 
 UNREADABLE = {
-    "expected JSON, a list of [a, b, c] triples, ": ["", "hello", "[[1, 2"],
+    "; got text that holds no such list": ["hello"],
+    "; got neither JSON nor Python (line 1: '[' was never closed)": ["[[1, 2"],
+    "expected at most 16,000,000 bytes, got more": [" " * 16_000_001],
+    "expected JSON of at most 1,000,000 lists and objects": ["[" + "[]," * 1_000_001 + "[]]"],
     "expected JSON nested at most 32 deep": ["[" * 100_000],
     "got an empty file": ["", " \n"],
-    "coefficients: expected three numbers (a, b, c) in row 2, got [1.5, -0.5]": [[[1.5, -0.5, 0], [1.5, -0.5]]],
-    "coefficients: expected three numbers (a, b, c) in row 1, got 1.5": [[1.5, -0.5, 0]],
+    "coefficients: expected three numbers (a, b, c) in row 2, got [1.5, -0.5]": [[[1.5, -0.5, 0], [1.5, -0.5]], "NS = [(1.5, -.5, 0), (3/2, -1/2)]"],
+    "coefficients: expected three numbers (a, b, c) in row 1, got 1.5": [[1.5, -0.5], [1.5, -0.5, 0, 1]],
     "coefficients: expected three numbers (a, b, c) in row 1, got ['1.5', -0.5, 0]": [[["1.5", -0.5, 0]]],
     "coefficients: expected finite numbers below 1e100 in row 1": ["[[1.5, NaN, 0]]", "[[1.5, Infinity, 0]]"],
     "coefficients: expected at least one (a, b, c) triple, got none": [[], {"coefficients": []}],
-    "expected a list of [a, b, c] triples": ["5", "null", '"text"', {"steps": 5}],
+    "expected a list of (a, b, c) triples as JSON or Python writes it, ": ["5", "null", '"text"', {"steps": 5}],
     "after_last: expected repeat, cycle or exact, got 'stop'": [{"coefficients": [JORDAN], "after_last": "stop"}],
     "steps: expected a whole number, got 'five'": [{"coefficients": [JORDAN], "steps": "five"}],
     "steps: expected 1 to 100, got 101": [[JORDAN] * 101],
+    "coefficients: expected at most 100 triples, got 200,000": [{"coefficients": [JORDAN] * 200_000, "steps": 5}],
     "the schedule names no operator": [{"format": "optiscope-schedule"}, {"format": "optiscope-schedule", "operators": {"q": 5}}],
 }  # fmt: skip
 
@@ -146,6 +158,109 @@ def test_what_cannot_be_read_exits_with_two_and_one_sentence(diag, tmp_path, mes
         assert line.startswith("diag: ")
         assert message in line
         assert len(line) < 400
+
+
+@pytest.mark.parametrize(
+    "given", ["[(3.4445, -4.7750, 2.0315)] * 5", "NS: list = [(3.4445, −4.7750, 2.0315)] * 5", "torch.tensor([(3.4445, -4.775, 2.0315)] * 5)",
+              "# Jordan's\n" + "(3.4445, -4.7750, 2.0315),\n" * 5, json.dumps([JORDAN] * 5)],
+)  # fmt: skip
+def test_a_list_is_taken_from_the_command_line_itself(diag, given):
+    result = diag("ns", "validate", given)
+    assert (result.exit_code, result.stderr) == (0, "")
+    # Published: slope 3.4445⁵ and the band.
+    assert f": 5 steps, slope {3.4445**5:.4g} at 0; values from 0.01 on end in [0.682, 1.13]; " in result.stdout
+    result = diag("ns", "validate", "(3.4445, -4.7750, 2.0315)", "--steps", "5")
+    assert result.stdout.startswith("list: 5 steps, slope ")
+
+
+def test_a_file_of_that_name_goes_before_the_list_that_it_reads_as(diag, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[(1, 2, 3)]").write_text("[(1.5, -0.5, 0)] * 15")
+    assert diag("ns", "validate", "[(1, 2, 3)]").stdout.startswith("[(1, 2, 3)]: 15 steps, ")
+
+
+CODE = """import torch
+
+NS = [(a / 1.0, b, c) for a, b, c in published]
+MISPRINTED = [(3.1415, 4.7750, 2.0315)] * 5
+FAMILIES = {
+    "jordan": [(3.4445, -4.7750, 2.0315)] * 5,
+    "cubic": [(3/2, -1/2, 0)] * 15,
+}
+MISPRINTED = scaled(MISPRINTED)
+"""
+
+
+def test_lists_in_a_python_file_are_chosen_by_name(diag, tmp_path, strict_json):
+    path = tmp_path / "muon.py"
+    path.write_text(CODE)
+    result = diag("ns", "validate", path)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"diag: --name: expected one or more of MISPRINTED, jordan, cubic, the lists in {path}; got none\n"
+    result = diag("ns", "validate", path, "--name", "cubic", "--name", "jordan", "--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert {name: len(one["coefficients"]) for name, one in strict_json(result.stdout)["lists"].items()} == {"jordan": 5, "cubic": 15}
+    result = diag("ns", "validate", path, "--name", "MISPRINTED", "--json")
+    assert result.exit_code == 1
+    assert (
+        result.stderr
+        == "diag: MISPRINTED: line 9 gives MISPRINTED another value, by code that is not run; the list judged is that in line 4\n"
+    )
+    assert "known_wrong" in [hazard["rule"] for hazard in strict_json(result.stdout)["lists"]["MISPRINTED"]["hazards"]]
+
+
+def test_operators_are_chosen_by_name(diag, tmp_path, strict_json):
+    path = write(tmp_path, {"format": "optiscope-schedule", "operators": {o: {"coefficients": [JORDAN] * 5} for o in ("attn_q", "mlp_up")}})
+    assert list(strict_json(diag("ns", "validate", path, "--json", "--name", "mlp_up").stdout)["lists"]) == ["mlp_up"]
+    assert diag("ns", "validate", path, "--name", "x").stderr == "diag: --name: x is none of attn_q, mlp_up\n"
+
+
+def test_a_list_that_operators_share_is_judged_and_told_once(diag, tmp_path, monkeypatch, strict_json):
+    lists = [matched_coefficients(4), FAMILIES["polar_express"].coefficients[:3]]
+    path = write(tmp_path, {"format": "optiscope-schedule", "operators": {f"op{i}": {"coefficients": lists[i % 2]} for i in range(2_000)}})
+    judged = []
+    measure = validation.validate
+    monkeypatch.setattr(
+        validation, "validate", lambda coefficients, **options: judged.append(coefficients) or measure(coefficients, **options)
+    )
+    found = strict_json(diag("ns", "validate", path, "--json").stdout)
+    assert len(judged) == 2
+    assert (len(found["lists"]), found["failing"]) == (2_000, 1_000)  # op1, op3, …: too few triples of a longer list
+    result = diag("ns", "validate", path)
+    topics = [line.partition(":")[0] for line in result.stdout.splitlines()]
+    assert result.exit_code == 1
+    assert [topic for topic in topics if topic.startswith("op")] == [
+        ", ".join(f"op{i}" for i in range(first, first + 24, 2)) + " and 988 more" for first in (0, 1)
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_told_in_words(diag, tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(bounded_json, "read_bounded", refuse)
+    path = write(tmp_path, [JORDAN])
+    result = diag("ns", "validate", path)
+    assert result.exit_code == 2
+    assert (
+        result.stderr
+        == f"diag: coefficients: {path} cannot be read (Permission denied); give a file, the list itself in quotes, or - for standard input\n"
+    )
+
+
+def test_a_list_that_folds_over_and_over_is_judged_in_seconds(diag, tmp_path):
+    # Each takes (0, 1] onto itself or beyond several times a step: T₅ of Chebyshev, 5²⁰ sign changes over 20 steps.
+    start = time.perf_counter()
+    for triple in ([5, -17.7, 14], [5, -20, 16], [-3, 4, 0]):
+        result = diag("ns", "validate", write(tmp_path, [triple] * 20))
+        assert (result.exit_code, result.stderr) == (1, "")
+        assert "error sign: " in result.stdout
+    assert time.perf_counter() - start < 60  # 1 s alone on a slow core
+
+
+def test_huge_numbers_are_told_in_few_digits(diag):
+    (line,) = [line for line in diag("ns", "validate", "[(1e99, 5e-324, -1e99)]").stdout.splitlines() if "largest error" in line]
+    assert len(line) < 250
 
 
 @pytest.mark.parametrize("coefficients", [[[-1.5, 0.5, 0]], [[-1e99, 1e99, -1e99]], [[1e-220, -1e99, 0]]])
@@ -171,8 +286,18 @@ def test_no_steps_are_refused_not_taken_for_the_default(diag, tmp_path):
 
 
 ARGUMENTS = {
-    "No such file or directory": ["validate", "missing.json"],
-    "Is a directory": ["validate", "."],
+    "diag: coefficients: nothing found at missing.json; give a file, the list itself in quotes, or - for standard input\n": [
+        "validate",
+        "missing.json",
+    ],
+    "diag: coefficients: . is a folder; give a file, the list itself in quotes, or - for standard input\n": ["validate", "."],
+    "diag: list: coefficients: expected three numbers (a, b, c) in row 2, got [1, 2]\n": ["validate", "[(1.5, -0.5, 0), (1, 2)]"],
+    "diag: list: expected numbers or arithmetic on numbers, got S in line 1; write its value, code is not run\n": [
+        "validate",
+        "NS = [(1.5 / S, -0.5, 0)]",
+    ],
+    "diag: --name: x is none of NS\n": ["validate", "NS = [(1.5, -0.5, 0)]", "--name", "x"],
+    "diag: --name: expected one or more of A, B, the lists in list; got none\n": ["validate", "A = [(1.5, -0.5, 0)]\nB = [(2, -1.5, .5)]"],
     "--family: nothing is none of matched, cubic, quintic, jordan, ": ["--family", "nothing"],
     "--output: expected a file that ends in .png or .svg, got figure.txt": ["--family", "cubic", "-o", "figure.txt"],
     "--output: the folder missing does not exist": ["--family", "cubic", "-o", "missing/figure.png"],
@@ -186,3 +311,12 @@ def test_a_wrong_argument_is_named(diag, tmp_path, monkeypatch, message):
     assert (result.exit_code, result.stdout) == (2, "")
     assert message in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_names_in_code_are_shown_and_never_sent_to_the_terminal(diag):
+    code = "SETS = {'\\x1b[31m': [(1.5, -0.5, 0)]}"
+    result = diag("ns", "validate", code)
+    assert result.exit_code == 0
+    assert "\x1b" not in result.stdout + result.stderr
+    assert "1b[31m: 1 step" in result.stdout
+    assert "\x1b" not in diag("ns", "validate", f"{code}\nB = [(1, 2, 3)]").stderr
