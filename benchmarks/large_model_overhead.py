@@ -49,8 +49,8 @@ def recorded(training: Training, records: int, background: bool) -> tuple[float,
         for _ in range(records):
             before = np.array([recorder.overhead_cpu_seconds, recorder.overhead_seconds, recorder.background_cpu_seconds])
             training.run(1)
-            if recorder._journal.worker is not None:
-                recorder._journal.worker.wait()
+            if recorder.session.journal.worker is not None:
+                recorder.session.journal.worker.wait()
             rows.append(np.array([recorder.overhead_cpu_seconds, recorder.overhead_seconds, recorder.background_cpu_seconds]) - before)
         before_commit = recorder.overhead_cpu_seconds
         recorder.flush()

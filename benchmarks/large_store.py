@@ -27,7 +27,7 @@ from optiscope.diagnostics.newton_schulz.spectral_map import ns_map
 from optiscope.diagnostics.operators import classify, layer_index
 from optiscope.diagnostics.spectra.spectrum_sketch import POINTS, rounded, sketch_indices, sketch_levels
 from optiscope.diagnostics.store.writer import CHUNK_STEPS, Writer
-from optiscope.hooks.observing.matrices import Matrix
+from optiscope.hooks.observing.matrix import Matrix
 from optiscope.hooks.recording.layout import Layout
 from optiscope.hooks.recording.provenance import describe_software
 

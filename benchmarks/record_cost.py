@@ -26,13 +26,13 @@ from machine import machine
 from torch import Tensor
 
 from optiscope.diagnostics.catalogue import LEVELS
-from optiscope.diagnostics.quantities import moments, observation
+from optiscope.diagnostics.quantities import moments, observation, problem
 from optiscope.diagnostics.quantities.log_bins import log_quantiles
 from optiscope.diagnostics.spectra.spectrum import GRAM_CONDITION_LIMIT
 from optiscope.examples.byte_llama import ByteLlama, Config, batches, language_reference, optimizers_of
 from optiscope.hooks import attach
 from optiscope.hooks.observing import optimizer_state, snapshot, watched
-from optiscope.hooks.recording import measuring, record, under_way
+from optiscope.hooks.recording import record, under_way
 
 MODELS = {
     "26M": Config(d=512, layers=8, heads=8, kv_heads=8, inner=1408, batch=8),
@@ -43,15 +43,15 @@ MODELS = {
 PARTS: dict[str, Sequence[tuple[Any, str]]] = {
     "copies before the step": [(watched.Watched, "take_snapshots"), (snapshot.Snapshot, "see_gradient")],
     "changes from outside": [(watched.Watched, "note_weights"), (watched.Watched, "changed_since")],
-    "reading the state": [(snapshot.Snapshot, "read"), (measuring.Readings, "measure")],
+    "reading the state": [(snapshot.Snapshot, "read"), (record.Readings, "measure")],
     "writing": [(under_way, "write")],
     "update sizes": [(record, "measure_update")],
-    "spectrum": [(observation, "spectrum")],
-    "residual curves, sketch": [(observation, "residual_curves"), (observation, "sketch")],
+    "spectrum": [(problem, "spectrum")],
+    "residual curves, sketch": [(problem, "residual_curves"), (problem, "sketch")],
     "achieved residual": [(observation, "achieved_residual")],
     "alignment": [(observation, "alignment")],
     "dispersion": [(observation, "row_dispersion")],
-    "replayed Newton-Schulz": [(observation, "_replayed")],
+    "replayed Newton-Schulz": [(problem.Problem, "replayed")],
     "rest of the geometry": [(record, "measure_geometry")],
     "quantiles": [(moments, "log_quantiles")],
     "rank 1": [(moments, "rank1")],
@@ -155,8 +155,8 @@ def kept(inputs: list[Tensor], function: Callable[..., Any]) -> Callable[..., An
 
     @functools.wraps(function)
     def keeping(seen: observation.Observation) -> Any:
-        assert seen.ns_input is not None
-        inputs.append(torch.from_numpy(np.array(seen.ns_input, dtype=np.float32)))
+        assert seen.problem is not None
+        inputs.append(torch.from_numpy(np.array(seen.problem.matrix, dtype=np.float32)))
         return function(seen)
 
     return keeping

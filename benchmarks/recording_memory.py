@@ -54,8 +54,8 @@ def train(mode: str, width: int, layers: int, steps: int, kind: str) -> int:
             recorder = attach(optimizer, model, Path(folder) / "run.zarr", every=1, background=mode == "background", on_error="raise")
         for _ in range(steps):
             step()
-            if recorder is not None and recorder._journal.worker is not None:
-                recorder._journal.worker.wait()
+            if recorder is not None and recorder.session.journal.worker is not None:
+                recorder.session.journal.worker.wait()
         found = peak()
         if recorder is not None:
             recorder.close()

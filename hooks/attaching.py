@@ -28,6 +28,8 @@ from .recording.lifetime import writing_to
 from .recording.provenance import describe_optimizer, describe_software
 from .recording.readable_log import readable
 from .recording.resuming import own_steps, steps_taken
+from .recording.session import Session
+from .recording.step_hooks import watch_steps
 
 log = logging.getLogger("optiscope")
 log.addFilter(readable)  # names of a model stand in what all modules log
@@ -101,8 +103,8 @@ def attach(
         raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
     cadence = Cadence(every, overhead)
     stated: dict[str, Any] = {"about": checked(about)} if about else {}
-    for recorder in writing_to(Path(store)):
-        recorder.close(compact=False)  # a cell that is run again: what the first recorder holds is committed before the second goes on
+    for former in writing_to(Path(store)):
+        former.close(compact=False)  # a cell that is run again: what the first recorder holds is committed before the second goes on
     watched = watch(_as_list(optimizers))
     names = Names(model, operators, check_heads(heads))
     matrices = find_matrices(watched, names)
@@ -132,7 +134,10 @@ def attach(
         for one in watched:
             one.steps = first_step
             one.matrices = [m for m in matrices if m.optimizer == one.label]
-        recorder = Recorder(watched, names, layout, writer, cadence, first_step, raise_errors=on_error == "raise", background=background)
+        recording = Session(names, layout, writer, cadence, first_step, raise_errors=on_error == "raise", background=background)
+        recorder = Recorder(recording)
+        for one in watched:
+            watch_steps(recording, one)
         undoing.pop_all()
     return recorder
 

@@ -1,69 +1,30 @@
-"""Attaching to optimizers: the recorder that watches their steps and writes what it measures."""
+"""The recorder: what a user holds of a recording."""
 
-import functools
-import logging
-import os
-import threading
-from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
-from torch import Tensor
-from torch._compile import _disable_dynamo
-from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
-from ..diagnostics.store.writer import Writer
-from .curvature import recording
 from .curvature.group import CurvatureGroup
-from .observing.capturing import REFUSED, capturing
-from .observing.closures import observed
-from .observing.matrices import Names
-from .observing.snapshot import Snapshot
-from .observing.watched import Watched, watch
-from .recording.cadence import Cadence
-from .recording.guarding import guarded, in_turn
-from .recording.journal import Journal
-from .recording.layout import Layout, include_new_parameters
-from .recording.lifetime import still_open
-from .recording.measuring import Readings
-from .recording.provenance import describe_optimizer
+from .curvature.recording import record_curvature
+from .observing.watched import watch
 from .recording.record import Record
-from .recording.under_way import UnderWay
-from .recording.worker import Worker
-
-log = logging.getLogger("optiscope")
+from .recording.session import Session
+from .recording.step_hooks import watch_steps
 
 
 class Recorder:
     """Watches optimizers and writes a run; made by :func:`attach`.
 
     Attributes:
-        step: optimizer steps taken.
-        first_step: of them, those taken before it was attached.
-        store: where the run is.
+        session: the recording itself, for what acts on it while it goes on.
     """
 
-    def __init__(
-        self, watched: list[Watched], names: Names, layout: Layout, writer: Writer, cadence: Cadence, first_step: int, *,
-        raise_errors: bool, background: bool = False,
-    ) -> None:  # fmt: skip
-        self.step = self.first_step = first_step
-        self.store = writer.path.resolve()
-        self._watched = watched
-        self._names = names
-        self._layout = layout
-        self._curvature = CurvatureGroup(writer)
-        self._cadence = cadence
-        self._journal = Journal(writer, first_step, raise_errors, Worker() if background else None)
-        self._under_way = UnderWay(layout, cadence, self._journal)
-        self._process = os.getpid()
-        self._lock = threading.RLock()
-        self._later: deque[Callable[[], object]] = deque()  # what was asked for within the recorder's own work
-        self._told_of_changes = False
-        self._handles = [handle for one in watched for handle in self._hook(one)]
-        still_open.add(self)
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self._curvature = CurvatureGroup(session.extra_layout(["curvature"]))
 
     def __enter__(self) -> "Recorder":
         return self
@@ -72,82 +33,136 @@ class Recorder:
         self.close(compact=kind is None)
 
     @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return self.session.step
+
+    @property
+    def first_step(self) -> int:
+        """Of them, those taken before it was attached."""
+        return self.session.first_step
+
+    @property
+    def store(self) -> Path:
+        """Where the run is."""
+        return self.session.store
+
+    @property
     def errors(self) -> int:
         """How many measurements failed."""
-        return self._journal.errors
+        return self.session.journal.errors
 
     @property
     def dropped(self) -> int:
-        """Steps of which a record, or scalars alone, were lost because for long the store could not be written, or the background's thread was busy."""
-        return self._journal.dropped
+        """Steps of which a record, or scalars alone, were lost: the store stayed unwritable, or the background's thread was busy."""
+        return self.session.journal.dropped
 
     @property
     def missed(self) -> int:
         """Records that were due while the one before was still being measured in the background."""
-        return self._journal.missed
+        return self.session.journal.missed
 
     @property
     def overhead_seconds(self) -> float:
         """Wall time that recording has taken from the training thread."""
-        return self._journal.clock.wall
+        return self.session.journal.clock.wall
 
     @property
     def overhead_cpu_seconds(self) -> float:
         """CPU time that recording has taken: of all threads; in the background of the training thread and the worker's."""
-        return self._journal.cpu
+        return self.session.journal.cpu
 
     @property
     def background_cpu_seconds(self) -> float:
         """CPU time of the worker's thread; 0 where recording is not in the background."""
-        return self._journal.worker_clock.finished_cpu
+        return self.session.journal.worker_clock.finished_cpu
 
-    @in_turn
-    @guarded
     def log(self, /, **scalars: Any) -> None:
         """Record numbers of your own (loss, accuracy, …) at the current step; several calls at one step are merged.
 
         A tensor is read with `float()`, which waits for an accelerator: log only as often as you would print. A slash in
         a name, which in the store would mean a group, becomes a dot. After `close` they are written at once.
         """
-        self._journal.log(self.step, scalars)
-        if self._handles:
-            # Not before the last record was heard of: up to then a busy worker is one that measures.
-            self._journal.flush_if_due(self.step, self._under_way.ended is None)
-        else:
-            self._finish(compact=False)
+        self.session.in_turn(self.session.log, scalars)
 
-    @in_turn
-    @guarded
     def flush(self) -> None:
         """Write and commit every complete record now. Where that fails, the newest records are kept and tried again."""
-        self._under_way.wait(self.step)
-        self._journal.flush()
+        self.session.in_turn(self.session.flush)
 
-    curvature = in_turn(guarded(recording.curvature))
+    def curvature(
+        self,
+        loss_fn: Callable[[], Any] | None = None,
+        /,
+        *,
+        logits_fn: Callable[[], Any] | None = None,
+        probes: int = 1,
+        draws: int = 1,
+        distribution: Literal["rademacher", "gaussian"] = "rademacher",
+        method: Literal["auto", "double_backward", "central_difference"] = "auto",
+        block_probes: int = 0,
+        exact: int = 0,
+        only: str | None = None,
+    ) -> None:
+        """Estimate the Hessian of a loss and record it at the current step, whenever you like: between steps, at any cadence.
+
+        What is estimated is of the matrices that are recorded and can be trained; a parameter that is frozen stays missing, one
+        that the loss does not use has zeros. Training is bitwise what it would be without the call: weights, gradients, buffers,
+        modes and the state of all global random generators are put back; probes come from a generator of the recorder's own. An error
+        gives a warning and missing values.
+
+        Args:
+            loss_fn: takes nothing and returns the mean loss of the model on a batch of your choice, as a tensor with its graph. Get the batch
+                outside of it, so that training's data go on as they would; it may be called several times. Each call begins
+                with the same random numbers, so that dropout is the same in all. In a distributed run let it call the bare
+                model: a wrapper would wait for the other processes.
+            logits_fn: takes nothing and returns the model's logits, shape (…, classes), of all predictions that the loss is a mean of
+                (no padding). With it the Gauss–Newton diagonal is estimated, with or without a `loss_fn`.
+            probes: random vectors for the Hessian's diagonal. One costs about 3 training steps, each further one 2. A mean and its error
+                are there from the first on, quantiles over elements from 64 on.
+            draws: of all labels, for the Gauss–Newton diagonal; each costs a backward pass.
+            distribution: of the vectors; "rademacher" has less noise.
+            method: "double_backward" is exact; "central_difference" needs no second backward pass, which some kernels lack (attention on
+                the CPU); "auto": the first where it works.
+            block_probes: further vectors per matrix for the share of its Hessian inside Adam-mini's blocks; each costs about 2 steps
+                per matrix.
+            exact: take exact Hessians of consecutive rows of every matrix with together up to this many coordinates (256 for a look;
+                0: none), from which follow a map and what Adam's diagonal does to the conditioning. Each coordinate costs up to
+                2 steps, less on a small batch.
+            only: a regular expression: of the recorded matrices those in whose name it is found.
+
+        Several calls at one step are merged: of a quantity that two of them measure, the later one's values stay.
+        """
+        self.session.in_turn(
+            lambda: record_curvature(
+                self.session, self._curvature, loss_fn, logits_fn=logits_fn, probes=probes, draws=draws, distribution=distribution,
+                method=method, block_probes=block_probes, exact=exact, only=only,
+            )
+        )  # fmt: skip
 
     def watch(self, *optimizers: Any, steps: int | None = None) -> None:
         """Record further optimizers, made after `attach`; those that are watched already stay as they are.
 
-        Their matrices get their rows in the run at the next record. (Parameters that are added to a watched optimizer need no call.)
+        Their matrices get their rows in the run at the next record. One that holds all matrices of a watched one takes its place, as an optimizer
+        that was made anew does. (Parameters that are added to a watched optimizer need no call.)
         `steps` are those that count as taken by them, by default all that the recorder has counted.
 
         Raises:
             TypeError: something is no optimizer.
         """
-        new = watch(optimizers, self._watched) if self._handles else []  # one that is closed stays closed
-        for one in new:
-            one.steps = self.step if steps is None else steps
-            self._journal.note(functools.partial(self._journal.describe, describe_optimizer(one)))
-            self._handles += self._hook(one)
-        self._watched += new
+        session = self.session
+        for one in watch(optimizers, session.watched) if session.is_open else []:  # one that is closed stays closed
+            session.make_way(one)
+            one.steps = session.step if steps is None else steps
+            session.describe(one)
+            watch_steps(session, one)
 
     def on_record(self, listener: Callable[[Record], None]) -> RemovableHandle:
-        """Call `listener` with every record as soon as it is complete: behind the step that completed it, its rows handed to the writer.
+        """Call `listener` with every record as soon as it is complete: after the step that completed it, its rows handed to the writer.
 
         A record knows its `step`, its `rows` by group and, in `row_of`, which row is which matrix. They are the writer's too: look, do
         not change them. What the listener raises is counted and told of like any other error of the recorder. Its time is on
         the recorder's clock, but records are not spaced by it. What it calls of the recorder (`log`, `flush`, `curvature`, `close`) is done
-        when the listeners have returned. In the background it is called behind the first step by whose end the record is written, which is later
+        when the listeners have returned. In the background it is called after the first step by whose end the record is written, which is later
         and depends on chance; in the training thread as ever.
 
         Returns:
@@ -156,195 +171,14 @@ class Recorder:
         Raises:
             ValueError: the recorder is closed.
         """
-        if not self._handles:
+        if not self.session.is_open:
             raise ValueError("recorder: expected one that is open, got one that is closed and makes no more records; attach again")
-        return self._under_way.listen(listener)
+        return self.session.on_record(listener)
 
-    @in_turn
-    @guarded
     def close(self, *, compact: bool = True) -> None:
         """Detach from the optimizers and commit what was recorded. Closing twice is harmless.
 
         With `compact`, a run of more than 1,024 records is then laid out for reading, which may take seconds; it is not when the process is being ended.
         A signal handler may call it: where it interrupts the recorder's own work, this is finished first, and the recorder closed as soon as it is.
         """
-        if self not in still_open:
-            return
-        self._detach()
-        self._finish(compact)
-        still_open.discard(self)  # only now: what an interrupt left unwritten is for the interpreter's end
-        if not any(watched.seen for watched in self._watched):
-            log.warning(
-                "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
-                ", ".join(w.label for w in self._watched),
-            )
-        self._let_go()
-
-    def _let_go(self) -> None:
-        """Of the model, its parameters and the optimizers: a recorder may be kept for what it counted."""
-        for watched in self._watched:
-            watched.let_go()
-        self._watched = []
-        self._names.model = None
-        self._layout.keep(())
-        self._curvature.include(())
-
-    def _catch_up(self) -> None:
-        """Behind a piece of work: do what was asked for within it; and end, where another recorder has taken the run over."""
-        while self._later:
-            self._later.popleft()()
-        worker = self._journal.worker
-        if self._journal.taken_over and self in still_open and not (worker is not None and worker.busy):
-            self.close(compact=False)
-
-    def _detach(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    @guarded
-    def _finish(self, compact: bool) -> None:
-        with self._journal.ending(compact):
-            self._under_way.end(self.step)
-            if self._journal.worker is not None:
-                self._under_way.end_worker(self._journal.worker, self.step)
-
-    def _hook(self, watched: Watched) -> list[RemovableHandle]:
-        before, after = functools.partial(self._before_step, watched), functools.partial(self._after_step, watched)
-        return [
-            handle
-            for optimizer in watched.layers
-            for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
-        ]
-
-    # At every step of every watched optimizer: a count and a comparison.
-
-    @_disable_dynamo
-    def _before_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if capturing():
-            self._refuse_capture(watched)
-            return None
-        if watched.enter():
-            watched.snapshots = []  # of a step that an exception left
-            if max(self.step, watched.steps + 1) >= self._cadence.due:
-                self._take_snapshots(watched)
-        recorded = watched.snapshots and watched.snapshot_steps == watched.steps
-        if (recorded or watched.identification is not None) and optimizer is watched.optimizer:
-            return self._await_gradients(watched, args, kwargs)
-        return None
-
-    @_disable_dynamo
-    def _after_step(self, watched: Watched, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if capturing() or not watched.leave():  # what is captured is not carried out
-            return
-        watched.seen = True
-        watched.steps += 1
-        if hasattr(watched.optimizer, "found_inf"):
-            self._note_skip(watched)
-        if watched.steps > self.step:
-            self.step = watched.steps
-        if self._under_way.is_written:
-            self._hear_of_record()
-        if watched.snapshot_steps == watched.steps - 1:
-            self._observe(watched)
-        if watched.identification is not None:
-            self._identify(watched)
-        if watched.steps + 1 >= self._cadence.due and self._is_next(watched.steps):
-            self._note_weights(watched)
-        else:
-            watched.forget_weights()
-
-    def _refuse_capture(self, watched: Watched) -> None:
-        if not watched.captured:
-            watched.captured = True
-            log.warning(REFUSED, watched.label)
-
-    @guarded
-    def _hear_of_record(self) -> None:
-        self._under_way.hear(self.step)
-
-    # In the first steps of an optimizer whose class is not in the adapter table.
-
-    @guarded
-    def _identify(self, watched: Watched) -> None:
-        if watched.identify(after_step=True):
-            self._journal.note(functools.partial(self._journal.describe, describe_optimizer(watched)))
-
-    @guarded
-    def _note_skip(self, watched: Watched) -> None:
-        watched.note_skip()
-
-    @guarded
-    def _is_next(self, step: int) -> bool:
-        return self._under_way.is_next(step)
-
-    # On recorded steps only.
-
-    @guarded
-    def _note_weights(self, watched: Watched) -> None:
-        watched.note_weights()
-
-    @guarded
-    def _take_snapshots(self, watched: Watched) -> None:
-        self._take_off_skipped(watched)
-        step = max(self.step, watched.steps + 1)
-        under_way = self._under_way
-        if under_way.record is not None and step > under_way.record.step + self._cadence.patience:
-            under_way.end(self.step)
-        if under_way.record is None and step >= self._cadence.due and under_way.may_begin(step):
-            self._include_new_parameters()
-            under_way.begin(step, {w.label for w in self._watched if w.matrices})
-        if under_way.record is None or watched.label not in under_way.record.waits_for:
-            return
-        self._see_changes(watched)
-        watched.take_snapshots(self._layout.row_of, under_way.memory)
-
-    @guarded
-    def _await_gradients(self, watched: Watched, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """See the gradients now, or when the closure that the step was given has made them."""
-        given = observed(functools.partial(self._see_gradients, watched), args, kwargs)
-        if given is None:
-            self._see_gradients(watched)
-        return given
-
-    @guarded
-    def _see_gradients(self, watched: Watched) -> None:
-        for snapshot in watched.snapshots:
-            self._see_gradient(snapshot, getattr(watched.optimizer, "grad_scale", None))
-        if watched.identification is not None:
-            watched.identify(after_step=False)
-
-    @guarded
-    def _see_gradient(self, snapshot: Snapshot, grad_scale: Tensor | None) -> None:
-        snapshot.see_gradient(grad_scale)
-
-    def _see_changes(self, watched: Watched) -> None:
-        """See which weights something else than the optimizer has changed since its last step, and say so once."""
-        watched.changed = watched.changed_since()
-        count = sum(value == 1 for value in watched.changed.values())
-        if count and not self._told_of_changes:
-            self._told_of_changes = True
-            log.warning(
-                "optiscope: weights of %d matrices of %s changed between its steps, before step %d (a clip, a swap with an average, a load): what is "
-                "recorded is what the steps do; changed_outside marks such records.", count, watched.label, watched.steps + 1,
-            )  # fmt: skip
-
-    @guarded
-    def _observe(self, watched: Watched) -> None:
-        snapshots, watched.snapshots = watched.snapshots, []
-        if self._take_off_skipped(watched):
-            return  # the scaler skipped this step; the record waits for the next
-        part = Readings(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
-        part.read(snapshots, self._journal, self.step)
-        self._under_way.add(watched.label, part, self.step)
-
-    def _take_off_skipped(self, watched: Watched) -> bool:
-        if watched.skipped is None or not watched.take_off_skipped():
-            return False
-        self.step = max(w.steps for w in self._watched)
-        return True
-
-    @guarded
-    def _include_new_parameters(self) -> None:
-        with self._journal.writing(OSError):
-            include_new_parameters(self._layout, self._watched, self._names, lambda: self._under_way.wait(self.step))
+        self.session.close(compact=compact)

@@ -68,3 +68,14 @@ def test_the_security_page_names_what_exists_and_invents_no_address():
     for value, words in ((1_000, "words of more than {:,} characters"), (ROWS, "tables and lists of `info` end after {:,} rows"), (LONGEST, "cut at {} characters"),
                          (MAX_DRAWN, "{} operators are drawn"), (MAX_GROUPS, "refused beyond {} operators")):  # fmt: skip
         assert words.format(value) in text
+
+
+@pytest.mark.parametrize("page", ["docs/walkthrough.md", "CONTRIBUTING.md"])
+def test_files_that_are_named_are_there(page):
+    """By the end of their path, as the pages name them; folders with a slash at their end."""
+    named = set(re.findall(r"`([\w/]+(?:\.py|/))`", (ROOT / page).read_text(encoding="utf-8")))
+    assert len(named) > 3
+    folders = ("diagnostics", "hooks", "analysis", "cli", "benchmarks", "examples", "tests", "docs")
+    paths = [path for folder in folders for path in ((ROOT / folder), *(ROOT / folder).rglob("*")) if "__pycache__" not in path.parts]
+    there = {f"/{path.relative_to(ROOT)}{'/' if path.is_dir() else ''}" for path in paths}
+    assert [name for name in named if not any(path.endswith(f"/{name}") for path in there)] == []

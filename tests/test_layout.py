@@ -21,6 +21,25 @@ ARROWS = {
     "cli": {"analysis", "diagnostics", "examples", "hooks"},
     "examples": {"analysis", "diagnostics", "hooks"},
 }
+# Inside a folder: room → the rooms that its files may lead to, by any number of imports.
+ROOMS = {
+    "diagnostics": {
+        "spectra": set(),
+        "newton_schulz": {"spectra"},
+        "quantities": {"newton_schulz", "spectra"},
+        "store": {"spectra"},
+        "schedules": {"newton_schulz", "spectra", "store"},
+    },
+    "hooks": {
+        "adapters": set(),
+        "observing": {"adapters"},
+        "recording": {"adapters", "observing"},
+        "curvature": {"adapters", "observing", "recording"},
+        "acting": {"adapters", "curvature", "observing", "recording"},
+        "trainers": {"adapters", "curvature", "observing", "recording"},
+    },
+    "analysis": {"studies": set(), "findings": {"studies"}, "report": {"findings", "studies"}},
+}
 FILES = sorted(path.relative_to(ROOT) for folder in ARROWS for path in (ROOT / folder).rglob("*.py"))
 MODULES = [".".join(("optiscope", *path.with_suffix("").parts)).removesuffix(".__init__") for path in FILES]
 
@@ -66,6 +85,90 @@ def test_imports_point_one_way(path):
             assert parts[1] in ARROWS[own] | {own}
 
 
+def imported_files(path):
+    """The repository's files that a file imports, for types too."""
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            folder = Path(*path.parent.parts[: len(path.parent.parts) - node.level + 1], *(node.module or "").split("."))
+            for alias in node.names:
+                candidates = (
+                    folder / f"{alias.name}.py",
+                    folder / alias.name / "__init__.py",
+                    folder.with_suffix(".py"),
+                    folder / "__init__.py",
+                )
+                found = next((file for file in candidates if (ROOT / file).exists()), None)
+                assert found is not None, (path, alias.name)
+                if found != path:
+                    yield found
+
+
+GRAPH = {path: set(imported_files(path)) for path in FILES if path.parts[0] != "examples"}
+
+
+def test_no_circle_of_files():
+    """Type-only imports included: what two files know of each other belongs into one, or into a third."""
+    TopologicalSorter(GRAPH).prepare()  # a CycleError names the circle
+
+
+def test_a_circle_would_be_seen(tmp_path, monkeypatch):
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    (tmp_path / "hooks" / "inner").mkdir(parents=True)
+    (tmp_path / "hooks" / "__init__.py").write_text("from .x import a")
+    (tmp_path / "hooks" / "x.py").write_text("def f():\n  from .inner import y")
+    (tmp_path / "hooks" / "inner" / "__init__.py").write_text("")
+    (tmp_path / "hooks" / "inner" / "y.py").write_text("if TYPE_CHECKING:\n  from ..x import a")
+    files = [path.relative_to(tmp_path) for path in tmp_path.rglob("*.py")]
+    with pytest.raises(CycleError) as circle:
+        TopologicalSorter({path: set(imported_files(path)) for path in files}).prepare()
+    assert set(circle.value.args[1]) == {Path("hooks/x.py"), Path("hooks/inner/y.py")}
+
+
+@pytest.mark.parametrize(("folder", "room"), [(folder, room) for folder, rooms in ROOMS.items() for room in rooms])
+def test_rooms_lead_one_way(folder, room):
+    reached = {path for path in GRAPH if path.parts[:2] == (folder, room)}
+    assert reached
+    front = reached
+    while front := {file for path in front for file in GRAPH[path] if file.parts[0] == folder} - reached:
+        reached |= front
+    assert {path.parts[1] for path in reached if len(path.parts) > 2} - {room} <= ROOMS[folder][room]
+
+
+def test_every_room_is_in_the_table():
+    found = {(path.parts[0], path.parts[1]) for path in GRAPH if len(path.parts) > 2 and path.parts[0] != "cli"}
+    assert found == {(folder, room) for folder, rooms in ROOMS.items() for room in rooms}
+
+
+def private_names(tree):
+    """Names with one underscore that a file's classes give to their objects."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ClassDef):
+            for inner in ast.walk(node):
+                name = inner.name if isinstance(inner, ast.FunctionDef) else inner.attr if is_own(inner) else ""
+                if name.startswith("_") and not name.startswith("__"):
+                    yield name
+
+
+def is_own(node):
+    """Whether it is an attribute of `self` or `cls`."""
+    return isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+
+
+OF_TUPLES = {"_asdict", "_fields", "_replace"}  # public in a NamedTuple
+
+
+def test_nothing_reaches_a_private_name_of_another_file():
+    trees = {path: ast.parse((ROOT / path).read_text(encoding="utf-8")) for path in GRAPH}
+    own = {path: set(private_names(tree)) for path, tree in trees.items()}
+    reached = []
+    for path, tree in trees.items():
+        for node in ast.walk(tree):
+            others = isinstance(node, ast.Attribute) and node.attr.startswith("_") and not is_own(node) and node.attr not in OF_TUPLES
+            if others and path.name != "forking.py" and any(node.attr in names for other, names in own.items() if other != path):
+                reached.append((str(path), node.lineno, ast.unparse(node)))
+    assert reached == []
+
+
 @pytest.mark.parametrize("path", FILES, ids=str)
 def test_imports_inside_are_relative(path):
     for level, name in imports(path):
@@ -84,38 +187,6 @@ def test_the_arrows_would_be_seen(tmp_path, monkeypatch):
     assert sorted(imports(Path("hooks/x.py"))) == [
         (0, "a"), (0, "optiscope.cli"), (0, "optiscope.cli"), (1, "optiscope.hooks.e"), (2, "optiscope.analysis.run"), (2, "optiscope.cli"),
     ]  # fmt: skip
-
-
-def import_graph(folder):
-    """Module → the modules that its file imports, wherever in it and be it for types alone; of one folder."""
-    files = {".".join(("optiscope", *p.with_suffix("").parts)): p for p in (f.relative_to(ROOT) for f in (ROOT / folder).rglob("*.py"))}
-    files = {module.removesuffix(".__init__"): path for module, path in files.items()}
-    graph = {module: set() for module in files}
-    for module, path in files.items():
-        for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
-            if isinstance(node, ast.ImportFrom) and node.level:
-                package = ("optiscope", *path.parent.parts)
-                base = ".".join((*package[: len(package) - node.level + 1], *([node.module] if node.module else [])))
-                graph[module] |= {found for alias in node.names if (found := f"{base}.{alias.name}") in files}
-                graph[module] |= {base} & files.keys() if any(f"{base}.{alias.name}" not in files for alias in node.names) else set()
-    return graph
-
-
-@pytest.mark.parametrize("folder", ["diagnostics", "analysis", "cli"])
-def test_no_files_import_each_other_in_a_circle(folder):
-    TopologicalSorter(import_graph(folder)).prepare()  # a CycleError names the circle
-
-
-def test_a_circle_would_be_seen(tmp_path, monkeypatch):
-    monkeypatch.setitem(globals(), "ROOT", tmp_path)
-    (tmp_path / "hooks" / "inner").mkdir(parents=True)
-    (tmp_path / "hooks" / "__init__.py").write_text("from .x import a")
-    (tmp_path / "hooks" / "x.py").write_text("def f():\n  from .inner import y")
-    (tmp_path / "hooks" / "inner" / "__init__.py").write_text("")
-    (tmp_path / "hooks" / "inner" / "y.py").write_text("if TYPE_CHECKING:\n  from ..x import a")
-    with pytest.raises(CycleError) as circle:
-        TopologicalSorter(import_graph("hooks")).prepare()
-    assert set(circle.value.args[1]) == {"optiscope.hooks.x", "optiscope.hooks.inner.y"}
 
 
 def loaded_by(code, **options):

@@ -10,8 +10,9 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from ...diagnostics.catalogue import READABLE_NOISE
 from ...diagnostics.finding import Finding
-from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
+from ...diagnostics.quantities.update_size import ADAMW_RMS
 from .matrices import count, group, names, typical
 from .size_causes import MAJORITY
 

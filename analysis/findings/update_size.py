@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 import xarray as xr
 
+from ...diagnostics.catalogue import READABLE_NOISE
 from ...diagnostics.finding import Finding
 from ...diagnostics.quantities.update_alignment import explained
-from ...diagnostics.quantities.update_size import ADAMW_RMS, READABLE_NOISE
+from ...diagnostics.quantities.update_size import ADAMW_RMS
 from ..studies import rms_alignment
 from .matrices import count, group, names, typical
 from .size_causes import explain, growth
@@ -145,7 +146,7 @@ def dead(run: xr.DataTree) -> Iterator[Finding]:
 
 
 def rounded(run: xr.DataTree) -> Iterator[Finding]:
-    """Rounding noise is over 1 % of the update as read back (`diagnostics.update_size.READABLE_NOISE`), in the median record.
+    """Rounding noise is over 1 % of the update as read back (`diagnostics.catalogue.READABLE_NOISE`), in the median record.
 
     Where the optimizer's formula tells the update that was intended, its RMS over that of the applied one says by how much what was
     applied is too large or too small.

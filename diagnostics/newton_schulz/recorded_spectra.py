@@ -68,7 +68,7 @@ class RecordedSpectra:
 
 @dataclass(frozen=True)
 class NsSchedule:
-    """A Newton–Schulz schedule that was in force during a run; `scaling` as in `diagnostics.observation.NewtonSchulz`."""
+    """A Newton–Schulz schedule that was in force during a run; `scaling` as in `diagnostics.quantities.problem.NewtonSchulz`."""
 
     coefficients: Coefficients
     eps: float

@@ -14,6 +14,7 @@ from .factored import rank1, sums
 from .kronecker_factors import condition_and_rank, off_diagonal
 from .log_bins import log_quantiles
 from .matrix_map import log_map, rank1_log_map
+from .measured import Measured, quietly
 
 Floats = NDArray[np.float64]
 Array: TypeAlias = NDArray[np.floating]
@@ -61,11 +62,12 @@ class Moments:
     exponent: float = nan
 
 
-def measure_moments(seen: Moments) -> dict[str, float | Floats]:
+@quietly
+def measure_second_moment(seen: Moments) -> Measured:
     """The quantities of the group `second_moment` but its form; only those that are defined for the form."""
     v = seen.v
     corrected = log_quantiles(v, LEVELS) / seen.v_weight
-    measured: dict[str, float | Floats] = {"second_moment_mean": seen.mean, "second_moment_quantile": corrected}
+    measured: Measured = {"second_moment_mean": seen.mean, "second_moment_quantile": corrected}
     if seen.form in _DIVIDES:
         measured["second_moment_eps"] = seen.eps
         measured["eps_share"] = share_under(v, seen.eps, seen.v_weight)
@@ -94,7 +96,8 @@ def measure_moments(seen: Moments) -> dict[str, float | Floats]:
     return measured
 
 
-def measure_maps(seen: Moments) -> dict[str, float | Floats]:
+@quietly
+def measure_second_moment_map(seen: Moments) -> Measured:
     """The quantities of the group `second_moment_map`; nothing where v is not of every coordinate, factored ones multiplied out."""
     if seen.form not in OF_EVERY_COORDINATE | {"row_col"} or seen.v.ndim != 2:
         return {}

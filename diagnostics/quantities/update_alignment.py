@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from ..catalogue import READABLE_NOISE
 from ..newton_schulz.families import Coefficients
 from ..newton_schulz.hazards import output_band
 from ..newton_schulz.recorded_spectra import NsSchedule, read_back, residual_in_force
 from ..newton_schulz.spectral_map import ns_map
-from .update_size import READABLE_NOISE
 
 Floats = NDArray[np.float64]
 

@@ -12,9 +12,6 @@ Floats = NDArray[np.float64]
 # RMS of AdamW's update per learning rate, the size that AdaMuon and Moonlight align Muon-type updates to.
 ADAMW_RMS = 0.2
 
-# Residual and alignment read back from weights are reported up to this rounding noise; it shifts ε̃ by at most about 2 %.
-READABLE_NOISE = 0.01
-
 
 # Elements taken at once: what is made of them in float64 stays in the processor's cache, and costs no fresh pages.
 _PANEL = 1 << 14

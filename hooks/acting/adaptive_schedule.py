@@ -1,8 +1,7 @@
 """Observe, then commit: a schedule derived from the first records of a training and put into force while it goes on (AMO)."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from ...diagnostics.schedules.deriving import check_choices, schedule_from_spect
 from ...diagnostics.schedules.observation_window import SNAPSHOTS, observation_window
 from ...diagnostics.schedules.refreshing import EARLY, next_schedule, retained_gain
 from ...diagnostics.schedules.schedule_file import Schedule
+from ..guard import KeptOut
 from ..recorder import Recorder
-from ..recording.guarding import raised_by_signal_handler
 from ..recording.record import Record
 from .applying import apply_schedule, layers_that_take_a_schedule
 from .decisions import Decision, Kind, decision
@@ -26,6 +25,7 @@ from .live_checks import (
     check_orthogonalises,
     check_single_process,
     checked_window,
+    session_of,
     watching,
     whole_steps,
 )
@@ -111,37 +111,38 @@ class AdaptiveSchedule:
         lr_schedulers: Iterable[Any] = (),
     ) -> None:
         self.lr_schedulers = list(lr_schedulers)
-        watched = watching(recorder, optimizer)
-        check_geometry(recorder)
+        session = session_of(recorder)
+        watched = watching(session, optimizer)
+        check_geometry(session)
         if apply:
-            check_in_step(recorder, "apply")
+            check_in_step(session, "apply")
             layers = layers_that_take_a_schedule(optimizer)
             schedulers_of((optimizer, *layers), self.lr_schedulers)
             check_single_process(INSTEAD)
         check_orthogonalises(watched)
-        check_model(recorder, watched, model)
+        check_model(watched, model)
         check_choices(budget, rule, family, split)
         self._total_steps = whole_steps("total_steps", [total_steps])[0] if total_steps is not None else None
-        self._window = None if window is None else checked_window(recorder, window)
+        self._window = None if window is None else checked_window(session, window)
         shares = [max(1, round(share * self._total_steps)) for share in REFRESH_SHARES] if self._total_steps is not None else []
         self._refresh_at = sorted(set(shares if refresh is None else whole_steps("refresh", refresh)))
 
         self.schedule: Schedule | None = None
         self.decisions: list[Decision] = []
-        self._recorder, self._optimizer, self._model, self._apply = recorder, optimizer, model, apply
+        self._session, self._optimizer, self._model, self._apply = session, optimizer, model, apply
         self._label = watched.label
         self._choices: dict[str, Any] = {
             "budget": budget, "rule": rule, "family": family, "recoverable": recoverable, "split": split, "keep_uniform": keep_uniform,
         }  # fmt: skip
         self._spectra = ObservedSpectra([watched.label])
         # Of a window that began before this recording, the beginning has to come from a checkpoint.
-        self._awaits_state = self._window is not None and self._window[0] <= recorder.first_step
+        self._awaits_state = self._window is not None and self._window[0] <= session.first_step
         self._over = False  # nothing more will be decided
         self._window_records = 0  # of the window that was committed on, and as many of every look since
         self._unseen = 0  # records since the last look
         self._early_looks = 0  # since a schedule last came into force
         self._agreeing: Mapping[str, int] | None = None
-        self._handle = recorder.on_record(self._heard)
+        self._handle = session.on_record(self._heard)
 
     def close(self) -> None:
         """Hear of no more records, so that nothing more is decided by itself; what is in force stays. Closing twice is harmless."""
@@ -153,10 +154,10 @@ class AdaptiveSchedule:
         For a moment that `refresh` could not foresee, such as a new phase of the learning rate, or a switch of the data once so many records of
         the new data are made. Before a commitment, without a record since the last look, and once the recorder is closed, it does nothing.
         """
-        if self.schedule is not None and not self._over and self._unseen and self._recorder._handles:
-            step = self._recorder.step
-            with self._recorder._journal.guard(step), self._recorder._journal.asked_for():
-                self._kept_out(lambda: self._refresh(step, "asked for"), step)
+        if self.schedule is not None and not self._over and self._unseen and self._session.is_open:
+            step = self._session.step
+            with self._session.guard(), self._session.on_request(), self._kept_out(step):
+                self._refresh(step, "asked for")
 
     def state_dict(self) -> dict[str, Any]:
         """What was observed and decided, as plain containers and tensors; to be saved with every checkpoint."""
@@ -195,7 +196,7 @@ class AdaptiveSchedule:
             raise ValueError(f"state: it is damaged ({error!r}); load what state_dict gave, as it was") from None
         if settings != self._settings():
             raise ValueError(f"state: was saved under {settings}, got {self._settings()}; build it with the same")
-        own = {Key.of(m) for m in self._recorder._layout.row_of["geometry"] if m.optimizer == self._label}
+        own = {Key.of(m) for m in self._session.layout.row_of["geometry"] if m.optimizer == self._label}
         if spectra.matrices and own.isdisjoint(spectra.matrices):
             raise ValueError(
                 f"state: is of other matrices, the first of them {min(spectra.matrices).name}; load what was saved with this model"
@@ -208,7 +209,7 @@ class AdaptiveSchedule:
         self._refresh_at, self._agreeing = list(rest["refresh_at"]), rest["agreeing"]
         self._window_records, self._unseen, self._over = rest["window_records"], rest["unseen"], rest["over"]
         self._early_looks = rest["early_looks"]
-        self._recorder._journal.note(partial(self._tell_run, list(self.decisions)))
+        self._session.tell("decisions", self.decisions)
 
     def _settings(self) -> dict[str, Any]:
         return {"window": None if self._window is None else list(self._window), "apply": self._apply, **self._choices}
@@ -217,20 +218,21 @@ class AdaptiveSchedule:
 
     def _heard(self, record: Record) -> None:
         if not self._over and "geometry" in record.rows:
-            self._kept_out(lambda: self._take(record), record.step)
+            with self._kept_out(record.step):
+                self._take(record)
 
     def _take(self, record: Record) -> None:
         if self._awaits_state:
             assert self._window is not None
             self._end(
                 f"the window of steps {self._window[0]} to {self._window[1]} began before this recording, which goes on from step "
-                f"{self._recorder.first_step}, and load_state_dict was not called",
+                f"{self._session.first_step}, and load_state_dict was not called",
                 record.step,
             )
             return
         self._spectra.add(record)
         self._unseen += 1
-        if not self._recorder._handles:
+        if not self._session.is_open:
             return  # the last record, made as the recorder closes: what follows is not its training
         if self.schedule is None:
             self._observe(record.step)
@@ -242,7 +244,7 @@ class AdaptiveSchedule:
         if window is None:
             return
         self._spectra.forget(before=window[0])
-        if step < window[1] and self._recorder._cadence.expected <= window[1]:
+        if step < window[1] and self._session.cadence.expected <= window[1]:
             return
         observed = self._spectra.window(*window)
         if not observed.seen.any():
@@ -259,7 +261,7 @@ class AdaptiveSchedule:
         return None if rises or (steps >= window[0]).sum() < SNAPSHOTS else window
 
     def _commit(self, observed: RecordedSpectra, step: int) -> None:
-        run = {"run": str(self._recorder.store), "run_created": self._recorder._journal.attributes.get("created")}
+        run = {"run": str(self._session.store), "run_created": self._session.created}
         schedule = schedule_from_spectra(observed, **self._choices, provenance=run)
         self._put_into_force(schedule)
         self.schedule = schedule
@@ -315,19 +317,15 @@ class AdaptiveSchedule:
         if self._apply:
             check_single_process(INSTEAD)
             apply_schedule(
-                self._optimizer, schedule, self._model, lr_schedulers=self.lr_schedulers, operators=self._recorder._names.rule
+                self._optimizer, schedule, self._model, lr_schedulers=self.lr_schedulers, operators=self._session.operators
             )  # fmt: skip
 
     def _decide(self, kind: Kind, step: int, why: str, **rest: Any) -> None:
         entry = decision(kind, step, why, optimizer=self._label, **rest)
         self.decisions.append(entry)
-        self._recorder._journal.note(partial(self._tell_run, [entry]))
+        self._session.tell("decisions", [entry])
         steps = "" if entry["steps"] is None else ": " + ", ".join(f"{operator} {k}" for operator, k in entry["steps"].items())
         log.info("optiscope: step %d, schedule of %s, %s%s (%s)", step, self._label, kind, steps, why)
-
-    def _tell_run(self, entries: list[Decision]) -> None:
-        told = self._recorder._journal.attributes.setdefault("decisions", [])
-        told += [entry for entry in entries if entry not in told]
 
     def _end(self, why: str, step: int) -> None:
         self._over = True
@@ -337,11 +335,10 @@ class AdaptiveSchedule:
             self._label, why,
         )  # fmt: skip
 
-    def _kept_out(self, action: Callable[[], None], step: int) -> None:
-        """Do it, and keep what it raises out of the training."""
-        try:
-            action()
-        except Exception as error:
-            if self._recorder._journal.raise_errors or raised_by_signal_handler(error):
-                raise
+    def _kept_out(self, step: int) -> KeptOut:
+        """Keeps what a block raises out of the training, and ends with it."""
+
+        def end(error: Exception) -> None:
             self._end(f"it could not be derived or put into force at step {step} ({type(error).__name__}: {error})", step)
+
+        return KeptOut(end, raising=self._session.raises)

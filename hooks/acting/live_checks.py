@@ -9,27 +9,32 @@ from torch import nn
 
 from ...diagnostics.operators import clean_name
 from ..adapters import class_name
-from ..observing.watched import Watched, hookable_layers
+from ..observing.watched import Watched
 from ..recorder import Recorder
+from ..recording.session import Session
 
 
-def watching(recorder: Recorder, optimizer: Any) -> Watched:
-    """How the recorder watches the optimizer."""
+def session_of(recorder: Any) -> Session:
+    """The recording that a recorder holds, which is to be open."""
     if not isinstance(recorder, Recorder):
         raise TypeError(f"recorder: expected what `attach` returned, got {type(recorder).__name__}")
-    if not recorder._handles:
+    if not recorder.session.is_open:
         raise ValueError("recorder: expected one that is open, got one that is closed; attach again")
-    layers = hookable_layers(optimizer)
-    found = next((one for one in recorder._watched if any(layer is other for layer in layers for other in one.layers)), None)
+    return recorder.session
+
+
+def watching(session: Session, optimizer: Any) -> Watched:
+    """How the recorder watches the optimizer."""
+    found = session.watching(optimizer)
     if found is None:
-        watched = ", ".join(one.label for one in recorder._watched)
+        watched = ", ".join(one.label for one in session.watched)
         raise ValueError(f"optimizer: the recorder watches {watched} and not this {type(optimizer).__name__}; attach to it")
     return found
 
 
-def check_geometry(recorder: Recorder) -> None:
+def check_geometry(session: Session) -> None:
     """Raise ValueError where spectra are not recorded."""
-    if "geometry" not in recorder._layout.row_of:
+    if "geometry" not in session.groups:
         raise ValueError(
             'recorder: a schedule is derived from the group "geometry", which it does not record; attach with it in measure=(…)'
         )
@@ -44,7 +49,7 @@ def check_orthogonalises(watched: Watched) -> None:
         )
 
 
-def check_model(recorder: Recorder, watched: Watched, model: nn.Module) -> None:
+def check_model(watched: Watched, model: nn.Module) -> None:
     """Raise where none of the model's parameters is one of the matrices that are recorded."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module, got {type(model).__name__}")
@@ -67,7 +72,7 @@ def whole_steps(name: str, given: Iterable[Any]) -> list[int]:
     return [int(step) for step in steps]
 
 
-def checked_window(recorder: Recorder, window: Sequence[int]) -> tuple[int, int]:
+def checked_window(session: Session, window: Sequence[int]) -> tuple[int, int]:
     """First and last step of a window that records can still fall into."""
     if len(window) != 2:
         raise ValueError(f"window: expected the first and the last step, got {window!r}")
@@ -75,9 +80,9 @@ def checked_window(recorder: Recorder, window: Sequence[int]) -> tuple[int, int]
     if first > last:
         raise ValueError(f"window: expected the first step before the last, got ({first}, {last})")
     # Where recording itself began within or behind it, its beginning may come from a checkpoint.
-    if recorder.first_step < first <= recorder.step:
-        raise ValueError(f"window: begins at step {first}, and step {recorder.step} is taken already; let it begin later")
-    if not recorder._cadence.may_fall_within(first, last):
+    if session.first_step < first <= session.step:
+        raise ValueError(f"window: begins at step {first}, and step {session.step} is taken already; let it begin later")
+    if not session.cadence.may_fall_within(first, last):
         raise ValueError(f"window: no record falls into steps {first} to {last}; let it hold a multiple of the recorder's `every`")
     return first, last
 
@@ -89,9 +94,9 @@ def check_single_process(instead: str) -> None:
         raise ValueError(f"recorder: one of several processes would change its optimizer alone, and their weights would part; {instead}")
 
 
-def check_in_step(recorder: Recorder, choice: str) -> None:
+def check_in_step(session: Session, choice: str) -> None:
     """Raise ValueError where records are heard of when they happen to be measured: a `choice` that acts on them would make the training depend on it."""
-    if recorder._journal.worker is not None:
+    if session.in_background:
         raise ValueError(
             f"recorder: measures in the background, so that with {choice}=True the training would depend on when a record happens to be ready; "
             f"attach with background=False, or use {choice}=False"

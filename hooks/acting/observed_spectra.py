@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...diagnostics.newton_schulz.recorded_spectra import RecordedSpectra, ns_schedules_of, residual_in_force
-from ..observing.matrices import Matrix
+from ..observing.matrix import Matrix
 from ..recording.record import Record
 
 

@@ -3,9 +3,8 @@
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from math import inf, isfinite, log
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -13,12 +12,10 @@ from torch import Tensor
 from ...diagnostics.newton_schulz.recorded_spectra import ns_schedules_of
 from ...diagnostics.quantities.update_alignment import SLACK, UNDER_LIFTED, Size, update_sizes
 from ..adapters import number
+from ..recorder import Recorder
 from ..recording.record import Record
 from .learning_rate_factors import LearningRateFactors
-from .live_checks import check_in_step, check_single_process, watching
-
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+from .live_checks import check_in_step, check_single_process, session_of, watching
 
 logger = logging.getLogger("optiscope")
 
@@ -87,7 +84,7 @@ class RmsAlignment:
     """
 
     def __init__(
-        self, recorder: "Recorder", optimizer: Any, *, rescale: bool = False, tolerance: tuple[float, float] | None = None,
+        self, recorder: Recorder, optimizer: Any, *, rescale: bool = False, tolerance: tuple[float, float] | None = None,
         target: float | None = None, patience: int = 5,
     ) -> None:  # fmt: skip
         if tolerance is not None and not (len(tolerance) == 2 and 0 <= tolerance[0] < tolerance[1] < inf):
@@ -98,8 +95,9 @@ class RmsAlignment:
             )
         if patience < 1 or patience != int(patience):
             raise ValueError(f"patience: expected a number of records of at least 1, got {patience!r}")
-        self._watched = watching(recorder, optimizer)
-        if missing := [group for group in ("update", "geometry") if group not in recorder._layout.row_of]:
+        session = session_of(recorder)
+        self._watched = watching(session, optimizer)
+        if missing := [group for group in ("update", "geometry") if group not in session.groups]:
             raise ValueError(
                 f"recorder: alignment is read from update and geometry, and {' and '.join(missing)} is not recorded; attach with measure=('geometry', 'update')"
             )
@@ -109,13 +107,13 @@ class RmsAlignment:
             )
         if rescale:
             check_single_process("leave rescale=False, and correct the optimizer")
-            check_in_step(recorder, "rescale")
-        self._recorder = recorder
+            check_in_step(session, "rescale")
+        self._session = session
         self._tolerance, self._target, self._patience = tolerance, target, int(patience)
         self._named = {m.name: m.parameter for m in self._watched.matrices if not m.members}
         self._groups: dict[Tensor, _Group] = {}  # by first parameter: a group may be split or moved
-        self._handle = recorder.on_record(self._follow)
-        self._factors = LearningRateFactors(self._watched, lambda: recorder._journal.guard(recorder.step)) if rescale else None
+        self._handle = session.on_record(self._follow)
+        self._factors = LearningRateFactors(self._watched, session.guard) if rescale else None
 
     @property
     def factors(self) -> dict[str, float]:
@@ -261,12 +259,7 @@ class RmsAlignment:
             "step": record.step, "optimizer": self._watched.label, "group": index, "matrices": matrices, "event": event, "alignment": size.a,
             "tolerance": [size.low, size.high], "under_lifted": size.under_lifted if isfinite(size.under_lifted) else None, "factor": factor,
         }  # fmt: skip
-        self._recorder._journal.note(partial(self._tell_run, entry))
-
-    def _tell_run(self, entry: dict[str, Any]) -> None:
-        events = self._recorder._journal.attributes.setdefault("alignment_events", [])
-        if len(events) < MAX_EVENTS:
-            events.append(entry)
+        self._session.tell("alignment_events", [entry], MAX_EVENTS)
 
 
 def _why_not(record: Record, group: dict[str, Any], least: float, most: float) -> str | None:

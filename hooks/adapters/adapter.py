@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ...diagnostics.catalogue import SECOND_MOMENT_FORMS
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .kronecker import Kronecker
 
 Group: TypeAlias = Mapping[str, Any]  # a parameter group

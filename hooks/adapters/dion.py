@@ -10,7 +10,7 @@ from math import nan, sqrt
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import FAMILIES, Coefficients
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import NOT_ORTHOGONAL, Adapter, Group, Orthogonalisation, Reading, entry, group_setting, number, second_moment
 from .table import Row
 

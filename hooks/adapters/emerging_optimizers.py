@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import FAMILIES
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import Adapter, Orthogonalisation, Reading, SecondMoment, entry, number
 from .table import Row, class_name
 

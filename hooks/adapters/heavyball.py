@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import FAMILIES
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import Adapter, Averages, Orthogonalisation, Reading, SecondMoment, number
 from .kronecker import Kronecker, kept_sides
 from .table import Row

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, adam_update, corrected, entry, group_setting, second_moment
 from .table import Row
 

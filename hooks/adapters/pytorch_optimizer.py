@@ -11,7 +11,7 @@ from math import nan, sqrt
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import (
     NOT_ORTHOGONAL,
     Adapter,

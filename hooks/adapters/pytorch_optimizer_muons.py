@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reader, Reading, SecondMoment, adam_update, entry, number, second_moment
 from .muons import scaled_output
 from .pytorch_optimizer import averages, debias_factors, decay_of

@@ -10,7 +10,7 @@ from math import nan, sqrt
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import repeat_last
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import Adapter, Group, Orthogonalisation, Reading, entry, group_setting, second_moment
 from .table import Row
 from .torch_optim import as_triples

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import JORDAN, repeat_last
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from . import dion, emerging_optimizers
 from .adapter import (
     NOT_ORTHOGONAL,

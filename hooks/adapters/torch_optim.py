@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.newton_schulz.families import Coefficients, repeat_last
-from ...diagnostics.quantities.observation import NewtonSchulz
+from ...diagnostics.quantities.problem import NewtonSchulz
 from .adapter import (
     NOT_ORTHOGONAL,
     Adapter,

@@ -10,8 +10,8 @@ from torch import Tensor
 from ...diagnostics.catalogue import EXACT_BLOCKS
 from ...diagnostics.quantities.adam_mini import row_blocks
 from ..observing.accelerator import as_array
-from ..observing.matrices import Matrix
-from ..observing.snapshot import tensor_rms
+from ..observing.matrix import Matrix
+from ..observing.tensor_sizes import tensor_rms
 from .diagonal import Region
 from .hessian_products import Products
 from .probes import Probes

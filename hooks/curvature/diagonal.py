@@ -11,8 +11,8 @@ from torch import Tensor
 from ...diagnostics.catalogue import LEVELS, PROBES
 from ...diagnostics.quantities.probe_error import debiased_rms, level_quantiles, probe_error
 from ..observing.accelerator import as_array
-from ..observing.matrices import Matrix
-from ..observing.snapshot import tensor_mean, tensor_rms
+from ..observing.matrix import Matrix
+from ..observing.tensor_sizes import tensor_mean, tensor_rms
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +68,7 @@ class Diagonal:
         return probe_error(self.means, self.bounds)
 
     def first_means(self) -> NDArray[np.float64]:
-        """The means of the first 64 probes, NaN behind the last."""
+        """The means of the first 64 probes, NaN after the last."""
         found = np.full(PROBES, np.nan)
         kept = self.means[:PROBES]
         found[: len(kept)] = kept

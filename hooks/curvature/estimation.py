@@ -17,8 +17,8 @@ from ...diagnostics.quantities.hessian_blocks import (
     tile_map,
 )
 from ..observing.accelerator import as_array
-from ..observing.matrices import Matrix
-from ..observing.snapshot import unit_roundoff
+from ..observing.matrix import Matrix
+from ..observing.tensor_sizes import unit_roundoff
 from .blocks import block_probes, exact_hessian, partition, window
 from .diagonal import Diagonal, Region
 from .gauss_newton_bartlett import gauss_newton_bartlett

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ...diagnostics.quantities.probe_error import bartlett_variance_bound
-from ..observing.snapshot import tensor_mean
+from ..observing.tensor_sizes import tensor_mean
 from .diagonal import Diagonal, Region, at_least_float32
 from .probes import Probes
 from .undisturbed import RandomState

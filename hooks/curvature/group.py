@@ -8,8 +8,7 @@ from numpy.typing import NDArray
 
 from ...diagnostics.catalogue import ROUNDED
 from ...diagnostics.spectra.spectrum_sketch import rounded
-from ...diagnostics.store.writer import Writer
-from ..observing.matrices import Matrix
+from ..observing.matrix import Matrix
 from ..recording.layout import Layout
 
 
@@ -20,8 +19,8 @@ class CurvatureGroup:
         has_second_backward: what method="auto" goes by.
     """
 
-    def __init__(self, writer: Writer) -> None:
-        self._layout = Layout(writer, ["curvature"])
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
         self.has_second_backward = True  # until it is seen to lack one
 
     def include(self, matrices: Sequence[Matrix]) -> None:

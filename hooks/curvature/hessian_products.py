@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ..observing.snapshot import tensor_rms
+from ..observing.tensor_sizes import tensor_rms
 from .undisturbed import RandomState, shifted
 
 # A direction is made at most this many times longer than one over all weights, where it has few entries.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ...diagnostics.quantities.probe_error import hutchinson_variance_bound
-from ..observing.snapshot import tensor_mean, tensor_rms
+from ..observing.tensor_sizes import tensor_mean, tensor_rms
 from .diagonal import Diagonal, Region
 from .hessian_products import Products
 from .probes import Probes

@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 class SideStream:
-    """From where it is made, what :meth:`stream` encloses runs on a stream beside the training's, behind what that had been given by then.
+    """From where it is made, what :meth:`stream` encloses runs on a stream beside the training's, after what that had been given by then.
 
     On a CPU there is one stream, and this does nothing.
     """
@@ -49,7 +49,7 @@ def _side_stream(device: torch.device) -> "torch.cuda.Stream":
 def to_host(tensor: Tensor) -> NDArray[np.floating[Any]]:
     """The tensor's numbers on the CPU; bfloat16, which NumPy lacks, as float32. Of an accelerator they are there when `SideStream.stream` ends.
 
-    On the CPU nothing is copied but bfloat16. From an accelerator copies go to pinned memory, one behind the other without a wait.
+    On the CPU nothing is copied but bfloat16. From an accelerator copies go to pinned memory, one after the other without a wait.
     """
     return as_array(tensor, wait=tensor.device.type != "cuda")
 

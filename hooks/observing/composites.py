@@ -7,17 +7,14 @@ the layers that were there.
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 from ...diagnostics.operators import without_layer
 from ...diagnostics.quantities.attention_blocks import attention_blocks
-from .matrices import NO_GEOMETRY, Kind, Matrix
-
-if TYPE_CHECKING:
-    from .watched import Watched
+from .matrix import NO_GEOMETRY, Kind, Matrix
+from .watched import Watched
 
 
-def compose(watched: "Iterable[Watched]", matrices: Sequence[Matrix], groups: Collection[str]) -> list[Matrix]:
+def compose(watched: Iterable[Watched], matrices: Sequence[Matrix], groups: Collection[str]) -> list[Matrix]:
     """All that is made of `matrices`; blocks and pairs where `groups` asks for them."""
     own = [m for m in matrices if m.kind == "matrix"]
     made = list(_stacks(watched, own))
@@ -28,7 +25,7 @@ def compose(watched: "Iterable[Watched]", matrices: Sequence[Matrix], groups: Co
     return made
 
 
-def _stacks(watched: "Iterable[Watched]", matrices: Sequence[Matrix]) -> Iterator[Matrix]:
+def _stacks(watched: Iterable[Watched], matrices: Sequence[Matrix]) -> Iterator[Matrix]:
     """The matrix [M_1 … M_K] for every list of parameters that an optimizer orthogonalises as one (TEON's mode-1 unfolding)."""
     of = {id(m.parameter): m for m in matrices}
     for one in watched:

@@ -12,7 +12,7 @@ from ...diagnostics.quantities.adam_mini import row_blocks
 from ...diagnostics.quantities.moments import OF_EVERY_COORDINATE, Moments
 from ..adapters import Averages, SecondMoment
 from ..adapters.kronecker import Kronecker
-from .matrices import Matrix
+from .matrix import Matrix
 
 
 @dataclass(frozen=True)

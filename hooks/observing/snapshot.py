@@ -1,23 +1,25 @@
 """Reading one parameter around an optimizer step: what the step will overwrite, then one observation per matrix."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from ...diagnostics.quantities.observation import Observation
+from ...diagnostics.quantities.observation import Gradient, Observation
 from ...diagnostics.quantities.rotation import Rotation
 from ..adapters import Adapter, Averages, Reader, Reading, number, state_of
 from ..adapters.names import tensors_in
-from ..recording.guarding import raised_by_signal_handler
-from .accelerator import SideStream, gram_of, to_host
+from ..guard import KeptOut
+from .accelerator import SideStream, to_host
 from .copies import Copies
-from .matrices import Matrix
+from .matrix import Matrix
 from .optimizer_state import OptimizerState
+from .problem_tensors import ProblemTensors
+from .step_tensors import StepTensors
+from .tensor_sizes import or_nan, rms_of_norm, tensor_mean, tensor_norm, tensor_rms, unit_roundoff
 
 T = TypeVar("T")
 
@@ -64,7 +66,7 @@ class Snapshot:
                 self.copies.own(gradient)
             self.grad_rms = tuple(partial(tensor_rms, matrix.of(gradient)) for matrix in self.matrices)
         else:
-            # Begun before the step, and looked at behind it: an accelerator is not waited for.
+            # Begun before the step, and looked at after it: an accelerator is not waited for.
             self.grad_rms = tuple(
                 partial(rms_of_norm, tensor_norm(matrix.of(gradient)), matrix.rows * matrix.cols) for matrix in self.matrices
             )
@@ -79,90 +81,69 @@ class Snapshot:
 
     def read(self) -> list[tuple[Matrix, Callable[[], Observation]]]:
         """Read what an observation of every matrix after the step is made of; none where it had no gradient for the parameter or its shape changed."""
-        reading, adapter, parameter = self.reading, self.adapter, self.reading.parameter.detach()
+        reading, parameter = self.reading, self.reading.parameter.detach()
         if not self.gradient_seen or parameter.shape != reading.weight.shape or any(not m.fits(parameter) for m in self.matrices):
             return []
         reading.state = state_of(reading.optimizer, reading.parameter)
-        momentum = self._read_matrix("momentum", adapter.momentum)
-        second_moment = self._read(adapter.second_moment)
-        coarse = unit_roundoff(parameter) > _COARSE
-        intended = self._read_matrix("intended", adapter.intended) if coarse else None
-        ns = adapter.orthogonalisation
-        if ns is None:
-            spectrum_input = reading.gradient if momentum is None else momentum
-            newton_schulz = None
-        else:
-            spectrum_input = self._read_matrix("ns_input", ns.ns_input)
-            newton_schulz = self._read(ns.settings)
-        corrected = self._read_matrix("correction", adapter.correction)
-        rotation = self._read(adapter.rotation)
-        trust_ratio = self._read(adapter.trust_ratio)
-        gradient = reading.gradient if self.keeps_gradient or corrected is not None else None
-        lr = self._read(adapter.learning_rate)
-        weight_decay = number(reading.group.get("weight_decay", reading.group.get("wd", 0.0)))  # Moonlight, MARS-M: wd
-        decay = self._read(adapter.decoupled_decay)
-        kept = None
-        if second_moment is not None:
-            averages = self._read(adapter.averages) or Averages()
-            kronecker, clipped = self._read(adapter.kronecker), self._read_matrix("clipped", adapter.clipped)
-            kept = OptimizerState(second_moment, momentum, averages, kronecker, clipped, weight_decay, or_nan(decay))
+        momentum = self._read_matrix("momentum", self.adapter.momentum)
+        step = self._step(momentum)
+        tensors = _Tensors(
+            self._problem(momentum), step, self._state(momentum, step), *self._gradients(), self._read(self.adapter.rotation)
+        )
         if self.copies is not None:
-            copied = self.copies.after_step
-            parameter = copied(parameter)
-            momentum, spectrum_input, intended, gradient, corrected = (
-                None if tensor is None else copied(tensor) for tensor in (momentum, spectrum_input, intended, gradient, corrected)
-            )
-            rotation = None if rotation is None else [copied(tensor) for tensor in rotation]
-            kept = None if kept is None else kept.copied(copied)
-        weight, has_spectra, beside = reading.weight, self.has_spectra, SideStream(parameter.device)
+            tensors = tensors.copied(self.copies.after_step)
+        side = SideStream(parameter.device)
+        return [(matrix, partial(tensors.of, matrix, side)) for matrix in self.matrices]
 
-        def observation(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
-            with beside.stream():
-                return observed(matrix, grad_rms, output_scale, target)
+    def _problem(self, momentum: Tensor | None) -> ProblemTensors | None:
+        """What Newton–Schulz was given; where there is none, momentum or gradient."""
+        ns = self.adapter.orthogonalisation
+        if ns is None:
+            given, settings = self.reading.gradient if momentum is None else momentum, None
+        else:
+            given, settings = self._read_matrix("ns_input", ns.ns_input), self._read(ns.settings)
+        return None if given is None else ProblemTensors(given, settings, self.has_spectra)
 
-        def observed(matrix: Matrix, grad_rms: Callable[[], float], output_scale: float | None, target: float | None) -> Observation:
-            seen_by_ns = None if spectrum_input is None else matrix.of(spectrum_input)
-            return Observation(
-                weight_before=to_host(matrix.of(weight)),
-                weight_after=to_host(matrix.of(parameter)),
-                weight_roundoff=unit_roundoff(parameter),
-                grad_rms=grad_rms(),
-                momentum_rms=math.nan if momentum is None else tensor_rms(matrix.of(momentum)),
-                lr=or_nan(lr),
-                weight_decay=weight_decay,
-                decoupled_decay=or_nan(decay),
-                ns_input=None if seen_by_ns is None else to_host(seen_by_ns),
-                ns_roundoff=0.0 if seen_by_ns is None else unit_roundoff(seen_by_ns),
-                gram=gram_of(seen_by_ns) if seen_by_ns is not None and has_spectra and matrix.geometry else None,
-                newton_schulz=newton_schulz,
-                output_scale=or_nan(output_scale),
-                target_rms=or_nan(target),
-                moments=None if kept is None else kept.of(matrix, to_host, tensor_mean),
-                intended_rms=math.nan if intended is None else tensor_rms(matrix.of(intended)),
-                trust_ratio=or_nan(trust_ratio),
-                gradient=None if gradient is None else to_host(matrix.of(gradient)),
-                gradient_roundoff=0.0 if gradient is None else unit_roundoff(gradient),
-                corrected=None if corrected is None else to_host(matrix.of(corrected)),
-                rotation=None if rotation is None else Rotation(*map(to_host, rotation)),
-            )
+    def _step(self, momentum: Tensor | None) -> StepTensors:
+        reading, adapter, ns = self.reading, self.adapter, self.adapter.orthogonalisation
+        parameter = reading.parameter.detach()
+        is_coarse = unit_roundoff(parameter) > _COARSE
 
-        def scale(of: Callable[[Reading, int, int], float], matrix: Matrix) -> float | None:
-            return self._read(lambda reading: of(reading, matrix.rows, matrix.cols))
+        def of_matrices(of: Callable[[Reading, int, int], float] | None) -> dict[Matrix, float]:
+            return {m: math.nan if of is None else or_nan(self._read(partial(_of_shape, of, m))) for m in self.matrices}
 
-        scales = [(None, None) if ns is None else (scale(ns.output_scale, m), scale(ns.target, m)) for m in self.matrices]
-        return [
-            (matrix, partial(observation, matrix, grad_rms, *scale))
-            for matrix, grad_rms, scale in zip(self.matrices, self.grad_rms, scales, strict=True)
-        ]
+        return StepTensors(
+            before=reading.weight,
+            after=parameter,
+            momentum=momentum,
+            intended=self._read_matrix("intended", adapter.intended) if is_coarse else None,
+            lr=or_nan(self._read(adapter.learning_rate)),
+            weight_decay=number(reading.group.get("weight_decay", reading.group.get("wd", 0.0))),  # Moonlight, MARS-M: wd
+            decoupled_decay=or_nan(self._read(adapter.decoupled_decay)),
+            trust_ratio=or_nan(self._read(adapter.trust_ratio)),
+            grad_rms=dict(zip(self.matrices, self.grad_rms, strict=True)),
+            output_scale=of_matrices(None if ns is None else ns.output_scale),
+            target_rms=of_matrices(None if ns is None else ns.target),
+        )
+
+    def _state(self, momentum: Tensor | None, step: StepTensors) -> OptimizerState | None:
+        second = self._read(self.adapter.second_moment)
+        if second is None:
+            return None
+        averages = self._read(self.adapter.averages) or Averages()
+        kronecker, clipped = self._read(self.adapter.kronecker), self._read_matrix("clipped", self.adapter.clipped)
+        return OptimizerState(second, momentum, averages, kronecker, clipped, step.weight_decay, step.decoupled_decay)
+
+    def _gradients(self) -> tuple[Tensor | None, Tensor | None]:
+        """The gradient, where something that is measured needs it, and what was averaged in its place."""
+        corrected = self._read_matrix("correction", self.adapter.correction)
+        return self.reading.gradient if self.keeps_gradient or corrected is not None else None, corrected
 
     def _has_no_momentum(self) -> bool:
         """Whether the spectrum may have to be the gradient's; before the step, so that a failure here may be none after it."""
-        try:
+        with KeptOut(lambda error: None):
             return not self._is_matrix(self.adapter.momentum(self.reading))
-        except Exception as error:
-            if raised_by_signal_handler(error):
-                raise
-            return True
+        return True
 
     def _is_matrix(self, value: Any) -> bool:
         return isinstance(value, Tensor) and value.numel() == self.reading.parameter.numel()
@@ -179,50 +160,49 @@ class Snapshot:
 
     def _read(self, reader: "Callable[[Reading], T]") -> "T | None":
         """What a reader of the adapter gives; where it fails, only what it would have read is missing."""
-        try:
+        # Without its traceback, whose frames hold this snapshot and its copies.
+        with KeptOut(lambda error: self.errors.append(error.with_traceback(None))):
             return reader(self.reading)
-        except Exception as error:
-            if raised_by_signal_handler(error):
-                raise
-            # Without its traceback, whose frames hold this snapshot and its copies.
-            self.errors.append(error.with_traceback(None))
-            return None
+        return None
 
 
-def or_nan(value: float | None) -> float:
-    """The number, NaN where there is none."""
-    return math.nan if value is None else value
+def _of_shape(of: Callable[[Reading, int, int], float], matrix: Matrix, reading: Reading) -> float:
+    return of(reading, matrix.rows, matrix.cols)
 
 
-def tensor_rms(tensor: Tensor) -> float:
-    """RMS of a tensor, summed in float64 where the tensor is."""
-    return rms_of_norm(tensor_norm(tensor), tensor.numel())
+@dataclass(frozen=True)
+class _Tensors:
+    """All that the observations of one parameter's matrices are made of."""
 
+    problem: ProblemTensors | None
+    step: StepTensors
+    state: OptimizerState | None
+    gradient: Tensor | None
+    corrected: Tensor | None
+    rotation: Sequence[Tensor] | None
 
-def tensor_norm(tensor: Tensor) -> Tensor:
-    """‖A‖_F, summed in float64 where the tensor is.
+    def copied(self, copy: Callable[[Tensor], Tensor]) -> "_Tensors":
+        """The same of copies."""
+        return _Tensors(
+            None if self.problem is None else self.problem.copied(copy),
+            self.step.copied(copy),
+            None if self.state is None else self.state.copied(copy),
+            None if self.gradient is None else copy(self.gradient),
+            None if self.corrected is None else copy(self.corrected),
+            None if self.rotation is None else [copy(tensor) for tensor in self.rotation],
+        )
 
-    Not NumPy's: its threads and torch's spin for each other's cores when calls alternate (a record took three times as long). Nor
-    torch._foreach_norm: in float64 it takes 3 to 17 % less for 28 matrices (16 to 512 wide), 0.2 % of a record.
-    """
-    norm: Tensor = torch.linalg.vector_norm(_with_float64(tensor), dtype=torch.float64)
-    return norm
-
-
-def rms_of_norm(norm: Tensor, count: int) -> float:
-    """‖A‖_F/√(mn)."""
-    return float(norm) / math.sqrt(max(count, 1))
-
-
-def tensor_mean(tensor: Tensor) -> float:
-    """Mean of a tensor, summed in float64 where the tensor is."""
-    return float(_with_float64(tensor).mean(dtype=torch.float64))
-
-
-def _with_float64(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu() if tensor.device.type == "mps" else tensor.detach()  # Metal has no float64
-
-
-def unit_roundoff(tensor: Tensor) -> float:
-    """Half the distance from 1 to the next number of the tensor's format: 2⁻²⁴ for float32, 2⁻⁸ for bfloat16."""
-    return float(torch.finfo(tensor.dtype).eps) / 2
+    def of(self, matrix: Matrix, side: SideStream) -> Observation:
+        """The observation of one matrix."""
+        with side.stream():
+            gradient = None
+            if self.gradient is not None:
+                corrected = None if self.corrected is None else to_host(matrix.of(self.corrected))
+                gradient = Gradient(to_host(matrix.of(self.gradient)), unit_roundoff(self.gradient), corrected)
+            return Observation(
+                problem=None if self.problem is None else self.problem.of(matrix),
+                step=self.step.of(matrix),
+                moments=None if self.state is None else self.state.of(matrix, to_host, tensor_mean),
+                gradient=gradient,
+                rotation=None if self.rotation is None else Rotation(*map(to_host, self.rotation)),
+            )

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from ..adapters import Adapter, Group, Reading, adapter_for, row_of, state_of
 from ..adapters.identification import BY_NAMES, Identification
 from .copies import Copies, Memory
-from .matrices import Matrix
+from .matrix import Matrix
 from .snapshot import Snapshot
 
 # Where wrappers (Lookahead, SAM, Accelerate, ZeRO) keep the optimizer they wrap.
@@ -77,7 +77,8 @@ class Watched:
         self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
         self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
         self.steps = 0
-        self.seen = False
+        self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
+        self.longest_pause = 0  # in steps of the whole training, between two of its own
         self.captured = False  # whether a step was captured into a CUDA graph, and that has been told
         self._entered = 0  # the steps under way, one within the other
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
@@ -90,6 +91,11 @@ class Watched:
     def in_table(self) -> bool:
         """Whether the optimizer's class has a row in the adapter table."""
         return row_of(self.optimizer) is not None
+
+    @property
+    def parameters(self) -> set[int]:
+        """The `id` of all that it holds now."""
+        return {id(p) for group in self.optimizer.param_groups for p in group["params"]}
 
     def adapter(self, group: Group) -> Adapter:
         """How the parameters of a group are read."""
@@ -130,6 +136,17 @@ class Watched:
         """Note the end of a step; whether it was the outermost one."""
         self._entered = max(self._entered - 1, 0)
         return not self._entered
+
+    @property
+    def seen(self) -> bool:
+        """Whether a step was seen."""
+        return self.last_seen >= 0
+
+    def note_step(self, step: int) -> None:
+        """Note that it has stepped, as the whole training comes to `step`."""
+        if self.last_seen >= 0 and step - self.last_seen > self.longest_pause:
+            self.longest_pause = step - self.last_seen
+        self.last_seen = step
 
     def take_snapshots(self, groups: Collection[str], memory: Memory | None = None) -> None:
         """Copy what the coming step will overwrite and `groups` of quantities need; with `memory` all that they need, to be measured later.

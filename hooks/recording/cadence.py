@@ -104,7 +104,7 @@ class Cadence:
         return self.due <= step
 
     def expects(self, step: int, spent: float, elapsed: float, commit: float = 0.0) -> bool:
-        """Whether behind `step` a record at the next one, which is due, is to be expected; where it is not, a later step becomes due."""
+        """Whether after `step` a record at the next one, which is due, is to be expected; where it is not, a later step becomes due."""
         if self._every is not None or not self._costs:
             return True
         self._set_due(Look(step, spent, elapsed), commit, least=1)
@@ -123,7 +123,7 @@ class Cadence:
         self.due = min(self.expected, now.step + min(LOOK, max(now.step - self._first, 1)))
 
     def _wait(self, now: Look, commit: float) -> float:
-        """Steps until the next record, as far as can be foreseen; 0 where it can be made now."""
+        """Steps until the next record, as it can be foreseen; 0 where it can be made now."""
         cost, share = max(self._costs), self._overhead
         need = cost + 2 * (commit or cost)  # one that follows the record, and the closing one
         pace = self._pace(now)
@@ -139,7 +139,7 @@ class Cadence:
         if wait or paid_for < cost:
             return wait
         for look in self._looks:
-            # Windows that begin up to the next look have that many steps less behind them.
+            # Windows that begin up to the next look have that many steps less in them.
             ahead = max(look.step + WINDOW - GRAIN - now.step, 0)
             if look.step > now.step - WINDOW and now.spent - look.spent + need + ahead * other > share * (
                 now.elapsed - look.elapsed + ahead * pace

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.store.writer import Row, TakenOver, Writer
+from ..guard import KeptOut, raised_by_signal_handler
 from .cadence import FLUSH_SECONDS
-from .guarding import raised_by_signal_handler
 from .scalars import ScalarRow
 from .stopwatch import Stopwatch
 from .worker import Worker
@@ -53,7 +53,9 @@ class Journal:
         self._counted_before = {name: writer.attributes[""].get(name, 0) for name in _COUNTERS}
         self._write_failures = 0
         self._lost: set[int] = set()  # steps of records that were dropped
-        self._lost_behind: set[int] = set()  # steps whose scalars were, a worker being busy
+        self._lost_logs: set[int] = set()  # steps whose scalars were, a worker being busy
+        self._given_up: set[int] = set()  # steps of records that could not be written at the end; a later call may still write them
+        self._is_first = True  # the next record
         self._told = 0  # of how many lost steps it has been told at an end
         self.raise_errors = raise_errors
         self.taken_over = False
@@ -67,26 +69,21 @@ class Journal:
 
     @property
     def dropped(self) -> int:
-        """Steps of which a record, or scalars alone, were lost: for long the store could not be written, or the worker was busy."""
-        return len(self._lost | self._lost_behind)
+        """Steps of which a record, or scalars alone, were lost: the store stayed unwritable, or the worker was busy."""
+        return len(self._lost | self._lost_logs | self._given_up)
 
     @contextmanager
     def guard(self, step: int) -> Iterator[None]:
         """Keep every exception of the block out of the training, and its work under no_grad and on the recorder's own clock."""
-        with self.clock_here(), torch.no_grad():
-            try:
-                yield
-            except Exception as error:
-                if raised_by_signal_handler(error):
-                    raise
-                self.failed(error, step)
+        with self.clock_here(), torch.no_grad(), KeptOut(lambda error: self.failed(error, step)):
+            yield
 
     def clock_here(self) -> Stopwatch:
         """The clock of the thread that asks."""
         return self.worker_clock if self.worker is not None and self.worker.is_current() else self.clock
 
     def note(self, action: Callable[[], None]) -> None:
-        """Do something to the writer or its attributes: now, or behind a worker, when it is the turn of whoever writes next."""
+        """Do something to the writer or its attributes: now, or in the background when it is the turn of whoever writes next."""
         if self.worker is None:
             action()
         else:
@@ -159,8 +156,8 @@ class Journal:
 
     def _own_time(self) -> dict[str, float]:
         own = {"overhead_seconds": self.clock.wall, "overhead_cpu_seconds": self.cpu, "elapsed_seconds": time.perf_counter() - self._begun}
-        if behind := self.worker_clock.finished_cpu:
-            own["background_cpu_seconds"] = behind
+        if spent := self.worker_clock.finished_cpu:
+            own["background_cpu_seconds"] = spent
         return own
 
     def _set(self, step: int, own: dict[str, float], numbers: Mapping[str, float]) -> None:
@@ -177,14 +174,15 @@ class Journal:
         return self.clock.cpu + self.worker_clock.finished_cpu
 
     def append(self, rows: Mapping[str, Row], step: int) -> None:
-        """Take the rows of a record by group; flush if that ends a chunk, or the last flush is some time ago."""
+        """Take the rows of a record by group; flush if it is the first, for whoever looks at the run, if it ends a chunk, or the last flush is some time ago."""
         full = [self._writer.append(group, step, row) for group, row in rows.items()]
-        if any(full) or self.flush_is_due:
+        is_first, self._is_first = self._is_first, False
+        if is_first or any(full) or self.flush_is_due:
             self.flush()
 
     @contextmanager
     def ending(self, compact: bool) -> Iterator[None]:
-        """Behind the block, whatever becomes of it: flush, the scalars of the present step included, and let another recorder write.
+        """After the block, whatever becomes of it: flush, the scalars of the present step included, and let another recorder write.
 
         With `compact`, a run of many records is laid out for reading first.
         """
@@ -209,17 +207,18 @@ class Journal:
             self._compact()
 
     def _tell_what_is_lost(self) -> None:
-        lost = self._lost | (set() if self.taken_over else self._writer.unwritten)
-        if len(lost | self._lost_behind) <= self._told:
+        self._given_up = self._writer.unwritten
+        lost = self._lost | (set() if self.taken_over else self._given_up)
+        if len(lost | self._lost_logs) <= self._told:
             return
-        self._told = len(lost | self._lost_behind)
+        self._told = len(lost | self._lost_logs)
         if lost:
             log.warning(
                 "optiscope: %d records, of steps %d to %d, could not be written to %s and are lost.",
                 len(lost), min(lost), max(lost), self._writer.path.resolve(),
             )  # fmt: skip
-        if behind := self._lost_behind:
-            log.warning("optiscope: what was logged at %d steps, of steps %d to %d, is lost.", len(behind), min(behind), max(behind))
+        if logs := self._lost_logs:
+            log.warning("optiscope: what was logged at %d steps, of steps %d to %d, is lost.", len(logs), min(logs), max(logs))
 
     @property
     def flush_is_due(self) -> bool:
@@ -232,18 +231,18 @@ class Journal:
             if self.flush_is_due:
                 self.flush()
         elif may_submit and not self.worker.busy and (self.flush_is_due or len(self._logged) > MAX_LOGGED // 16):
-            self.worker.submit(partial(self._flush_behind, step))
+            self.worker.submit(partial(self._flush_in_background, step))
         else:
             while len(self._logged) > MAX_LOGGED:
                 lost, *_ = self._logged.popleft()
-                if not self._lost_behind:
+                if not self._lost_logs:
                     log.warning(
                         "optiscope: step %d: more than %d logged steps wait for the thread that measures and writes. Until it is done the oldest are "
                         "lost, from step %d on, and counted in `dropped` without a message. Training goes on.", step, MAX_LOGGED, lost,
                     )  # fmt: skip
-                self._lost_behind.add(lost)
+                self._lost_logs.add(lost)
 
-    def _flush_behind(self, step: int) -> None:
+    def _flush_in_background(self, step: int) -> None:
         with self.guard(step):
             self.take_notes()
             if self.flush_is_due:
@@ -280,15 +279,14 @@ class Journal:
             self._cannot_write(error)
 
     def _compact(self) -> None:
-        try:
+        with KeptOut(self._cannot_compact, raising=self.raise_errors):
             self._writer.lay_out_for_reading()
-        except Exception as error:
-            if self.raise_errors or raised_by_signal_handler(error):
-                raise
-            log.warning(
-                "optiscope: %s could not be laid out for reading (%s: %s). It is whole, and read more slowly.",
-                self._writer.path.resolve(), type(error).__name__, error,
-            )  # fmt: skip
+
+    def _cannot_compact(self, error: Exception) -> None:
+        log.warning(
+            "optiscope: %s could not be laid out for reading (%s: %s). It is whole, and read more slowly.",
+            self._writer.path.resolve(), type(error).__name__, error,
+        )  # fmt: skip
 
     def failed(self, error: Exception, step: int) -> None:
         """Count a failure, and tell of the first."""

@@ -21,7 +21,8 @@ from ...diagnostics.catalogue import (
 )
 from ...diagnostics.store.writer import Writer
 from ..observing.composites import compose
-from ..observing.matrices import Kind, Matrix, Names, coordinates, find_matrices, quantile_levels
+from ..observing.matrices import Names, coordinates, find_matrices, quantile_levels
+from ..observing.matrix import Kind, Matrix
 
 if TYPE_CHECKING:
     from ..observing.watched import Watched

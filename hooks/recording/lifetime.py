@@ -1,30 +1,37 @@
-"""Recorders that are still open, and their end with the interpreter's."""
+"""Recordings that are still open, and their end with the interpreter's."""
 
 import logging
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from ..recorder import Recorder
+
+class Open(Protocol):
+    """What is open, and can be closed."""
+
+    store: Path
+
+    def close(self, *, compact: bool) -> None:
+        """End it."""
+
 
 log = logging.getLogger("optiscope")
 
-still_open: "set[Recorder]" = set()
+still_open: set[Open] = set()
 
 
-def writing_to(store: Path) -> "list[Recorder]":
-    """The open recorders of this process that write to `store`."""
-    return [recorder for recorder in still_open if recorder.store == store.resolve()]
+def writing_to(store: Path) -> list[Open]:
+    """The open recordings of this process that write to `store`."""
+    return [one for one in still_open if one.store == store.resolve()]
 
 
 def _close_all() -> None:
-    for recorder in list(still_open):
+    for one in list(still_open):
         # One that fails (it may have been told to raise) keeps neither the others from closing nor the interpreter from ending.
         try:
-            recorder.close(compact=False)
+            one.close(compact=False)
         except Exception:
-            log.exception("optiscope: %s could not be closed", recorder.store)
+            log.exception("optiscope: %s could not be closed", one.store)
 
 
 # Not by `atexit`: that runs when threads can no longer be started, and Zarr writes through them. concurrent.futures, which

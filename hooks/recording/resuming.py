@@ -27,7 +27,7 @@ def _number(value: Any) -> int:
 
 
 def steps_taken(attributes: Mapping[str, Any], now: Mapping[str, int]) -> int | None:
-    """Steps of a run's training that lie behind optimizers which count `now` own steps, by label.
+    """Steps of a run's training that were taken by optimizers which count `now` own steps, by label.
 
     The run says what they counted when it was last attached to, and which step that was. An optimizer that is new counts none and tells nothing:
     a training that begins anew is no restart.

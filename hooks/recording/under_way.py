@@ -10,8 +10,7 @@ from ..observing.copies import Memory
 from .cadence import Cadence
 from .journal import Journal
 from .layout import Layout
-from .measuring import Readings, behind, write
-from .record import Record
+from .record import Readings, Record
 from .worker import Worker
 
 
@@ -42,13 +41,13 @@ class UnderWay:
     def may_begin(self, step: int) -> bool:
         """Whether one that is due can be made now."""
         self.hear(step)
-        if self.ended is not None:  # behind a worker that only flushes, the record has its turn
+        if self.ended is not None:  # a worker that only flushes leaves the record its turn
             self._journal.missed += self._cadence.missed(step)
             return False
         return self._cadence.affords(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
 
     def is_next(self, step: int) -> bool:
-        """Whether one that is due at the step behind this one will be made, as far as can be told."""
+        """Whether one that is due at the next step will be made."""
         return self.record is not None or self._cadence.expects(step, *self._journal.spent_and_elapsed(), self._journal.flush_cost)
 
     def begin(self, step: int, waits_for: set[str]) -> None:
@@ -74,7 +73,7 @@ class UnderWay:
         self.ended, self.record = self.record, None
         self._journal.log_own_time(step)
         self._cadence.begun(self.ended.step)
-        self._do(write, self.ended)
+        self._do(_write, self.ended)
         if self._journal.worker is None:
             self.hear(step)
 
@@ -101,7 +100,7 @@ class UnderWay:
         if self._journal.worker is None:
             action(record, self._journal)
         else:
-            self._journal.worker.submit(functools.partial(behind, action, record, self._journal))
+            self._journal.worker.submit(functools.partial(_in_background, action, record, self._journal))
 
     # In the background.
 
@@ -120,3 +119,15 @@ class UnderWay:
         self.memory = self._journal.worker = None
         if worker.error is not None:  # with `raise_errors`
             raise worker.error
+
+
+def _write(record: Record, journal: Journal) -> None:
+    """Hand a filled record to the writer."""
+    journal.append(record.rows, record.step)
+
+
+def _in_background(action: Callable[[Record, Journal], None], record: Record, journal: Journal) -> None:
+    """What the worker does with a record: on its own clock, with what the training thread has noted before."""
+    with journal.guard(record.step):
+        journal.take_notes()
+        action(record, journal)

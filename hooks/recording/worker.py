@@ -52,7 +52,7 @@ class Worker:
             reached.wait()
 
     def stop(self) -> None:
-        """End the thread behind what it was given, and wait for that. More work would begin another."""
+        """End the thread after what it was given, and wait for that. More work would begin another."""
         self.wait()  # not by `join`, which does not wait a second time when an exception has interrupted it
         if self._thread is not None and os.getpid() == self._process:
             self._tasks.put(None)

@@ -2,8 +2,7 @@
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
 from typing import Any, Literal
@@ -14,9 +13,9 @@ from torch.optim import Optimizer
 from ...diagnostics.about import Value, checked
 from ...diagnostics.operators import OperatorRule
 from ..attaching import attach
+from ..guard import KeptOut
 from ..recorder import Recorder
 from ..recording.cadence import Cadence
-from ..recording.guarding import raised_by_signal_handler
 
 log = logging.getLogger("optiscope")
 
@@ -88,17 +87,15 @@ class CallbackSession:
             with self.guard("numbers of the trainer were not logged"):
                 self.recorder.log(**{name: value for name, value in values.items() if _is_number(value)})
 
-    @contextmanager
-    def guard(self, trouble: str) -> Iterator[None]:
-        """Log an exception of the block, once per kind of trouble, and let the training go on; raise it with `on_error="raise"`."""
-        try:
-            yield
-        except Exception as error:
-            if self._options["on_error"] == "raise" or raised_by_signal_handler(error):
-                raise
+    def guard(self, trouble: str) -> KeptOut:
+        """Logs an exception of the block, once per kind of trouble, and lets the training go on; raises it with `on_error="raise"`."""
+
+        def tell(error: Exception) -> None:
             if trouble not in self._told:
                 self._told.add(trouble)
                 log.warning("optiscope: %s (%s: %s)", trouble, type(error).__name__, error)
+
+        return KeptOut(tell, raising=self._options["on_error"] == "raise")
 
     def flush(self) -> None:
         """Commit what was recorded."""

@@ -16,7 +16,6 @@ from torch.optim import Optimizer
 from ...diagnostics.about import Value
 from ...diagnostics.catalogue import DEFAULT_GROUPS
 from ..observing.watched import hookable_layers
-from ..recording.lifetime import still_open
 from ..recording.stopwatch import Stopwatch
 from .callback_session import CallbackSession
 from .model_search import Several, live, owners, parameters_of
@@ -128,7 +127,7 @@ class ScriptRun:
 
     def _join(self, optimizer: Optimizer) -> None:
         recorder = self._session.recorder
-        if recorder is not None and recorder in still_open:
+        if recorder is not None and recorder.session.is_open:
             # Met inside its first step, as a rule after the others have taken theirs of the same iteration.
             recorder.watch(optimizer, steps=max(recorder.step - 1, 0))
         self._keep([*self._optimizers, optimizer])

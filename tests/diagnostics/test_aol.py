@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from optiscope.diagnostics.newton_schulz.aol import aol_scaled, aol_start
 from optiscope.diagnostics.newton_schulz.spectral_map import polar_residual
-from optiscope.diagnostics.quantities.observation import NewtonSchulz, Observation, measure_geometry
+from optiscope.diagnostics.quantities.problem import NewtonSchulz, Problem, measure_problem
 
 AOL = ((4.6051, -9.6552, 5.6769), (4.7505, -6.0861, 2.1790), (2.7763, -2.3190, 0.5523), (2.4231, -2.2861, 0.8193))
 
@@ -72,13 +72,10 @@ def iterate(x, steps):
 
 
 def test_residuals_are_predicted_from_it():
-    """The curves of an observation against a naive iteration that starts from the formula."""
+    """The curves of a problem against a naive iteration that starts from the formula."""
     matrix = np.logspace(0, 3, 24)[:, None] * gaussian(24, 40, 3)
-    still = Observation(
-        np.zeros((24, 40)), np.zeros((24, 40)), 0.0, 1.0, 1.0, lr=0.0, weight_decay=0.0, decoupled_decay=0.0,
-        ns_input=matrix, ns_roundoff=2.0**-53, newton_schulz=NewtonSchulz(AOL, 1e-30, scaling="aol"),
-    )  # fmt: skip
-    measured = measure_geometry(still)
+    given = Problem(matrix, 2.0**-53, newton_schulz=NewtonSchulz(AOL, 1e-30, scaling="aol"))
+    measured = measure_problem(given)
     u, _, vt = np.linalg.svd(matrix, full_matrices=False)
     for steps in range(5):
         output = iterate(by_entries(matrix), AOL[:steps])
@@ -86,7 +83,7 @@ def test_residuals_are_predicted_from_it():
         # Square roots of Gram matrices; seen: 1e-10 here (κ = 1e3), 1e-7 at κ = 1e12.
         assert measured["ns_residual_polar"][steps] == pytest.approx(np.linalg.norm(output - u @ vt) / np.sqrt(24), abs=1e-8)
     # Read as divided by the Frobenius norm it would be another curve; the spectrum that is stored is M's either way.
-    other = measure_geometry(replace(still, newton_schulz=NewtonSchulz(AOL, 1e-30)))
+    other = measure_problem(replace(given, newton_schulz=NewtonSchulz(AOL, 1e-30)))
     assert abs(other["ns_residual"][4] - measured["ns_residual"][4]) > 0.3
     assert (other["sigma_quantile"] == measured["sigma_quantile"]).all()
 

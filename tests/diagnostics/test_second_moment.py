@@ -10,7 +10,14 @@ from hypothesis import strategies as st
 from optiscope.diagnostics.catalogue import LEVELS, PARTITIONS, SECOND_MOMENT_FORMS
 from optiscope.diagnostics.quantities.adam_mini import row_blocks
 from optiscope.diagnostics.quantities.log_bins import WIDTH
-from optiscope.diagnostics.quantities.moments import Moments, decay_spread, measure_maps, measure_moments, share_under, signal_to_noise
+from optiscope.diagnostics.quantities.moments import (
+    Moments,
+    decay_spread,
+    measure_second_moment,
+    measure_second_moment_map,
+    share_under,
+    signal_to_noise,
+)
 
 
 def adam(rows=40, cols=30, steps=7, beta1=0.9, beta2=0.999, eps=1e-8, **settings):
@@ -34,7 +41,7 @@ def hats(seen):
 def test_quantiles_are_of_the_corrected_moments():
     seen = adam()
     m_hat, root = hats(seen)
-    measured = measure_moments(seen)
+    measured = measure_second_moment(seen)
     np.testing.assert_allclose(measured["second_moment_quantile"], np.quantile(root**2, LEVELS, method="lower"), rtol=WIDTH + 1e-6)
     np.testing.assert_allclose(measured["snr_quantile"], np.quantile(np.abs(m_hat) / root, LEVELS, method="lower"), rtol=WIDTH + 1e-6)
     for level in (0, -1):  # extremes
@@ -45,7 +52,7 @@ def test_quantiles_are_of_the_corrected_moments():
 def test_shares_under_eps(eps):
     seen = adam(eps=eps)
     _, root = hats(seen)
-    measured = measure_moments(seen)
+    measured = measure_second_moment(seen)
     assert measured["second_moment_eps"] == eps
     assert measured["eps_share"] == np.mean(root < eps)
     assert measured["near_eps_share"] == np.mean(root < 1000 * eps)
@@ -79,17 +86,17 @@ def test_decay_spread_is_that_of_one_over_the_root():
     rate = 1e-3 * 0.1 / (root + seen.eps)
     wanted = np.log10(np.quantile(rate, 0.95) / np.quantile(rate, 0.05))
     # Two roots, each right to half a bin: 2·log10(1 + 2⁻⁵).
-    assert measure_moments(seen)["decay_spread"] == pytest.approx(wanted, abs=2 * np.log10(1 + WIDTH / 2) + 1e-3)
+    assert measure_second_moment(seen)["decay_spread"] == pytest.approx(wanted, abs=2 * np.log10(1 + WIDTH / 2) + 1e-3)
     assert wanted > 3
 
 
 def test_decay_spread_is_none_for_one_rate_and_missing_without_decay():
     seen = adam()
-    assert measure_moments(replace(seen, coupled_decay=0.0))["decay_spread"] == 0
-    assert np.isnan(measure_moments(seen)["decay_spread"])
-    assert np.isnan(measure_moments(replace(seen, v_weight=np.nan, coupled_decay=0.1))["decay_spread"])
+    assert measure_second_moment(replace(seen, coupled_decay=0.0))["decay_spread"] == 0
+    assert np.isnan(measure_second_moment(seen)["decay_spread"])
+    assert np.isnan(measure_second_moment(replace(seen, v_weight=np.nan, coupled_decay=0.1))["decay_spread"])
     # ε large: every coordinate shrinks alike. ε missing: it counts as 0.
-    flat = measure_moments(replace(seen, eps=1e6, coupled_decay=0.1))["decay_spread"]
+    flat = measure_second_moment(replace(seen, eps=1e6, coupled_decay=0.1))["decay_spread"]
     assert flat == pytest.approx(0, abs=1e-9)
     quantiles = np.full(len(LEVELS), 4.0)
     quantiles[LEVELS.index(0.95)] = 400.0
@@ -98,14 +105,14 @@ def test_decay_spread_is_none_for_one_rate_and_missing_without_decay():
 
 def test_sophias_clip_and_its_negative_curvature():
     h = np.array([[1.0, 0.0, -2.0, 3.0]])
-    measured = measure_moments(Moments(h, "hessian", 0.5, clipped=np.array([[0.5, 1e12, -1e12, -0.99]])))
+    measured = measure_second_moment(Moments(h, "hessian", 0.5, clipped=np.array([[0.5, 1e12, -1e12, -0.99]])))
     assert (measured["sophia_win_rate"], measured["sophia_nonpositive_share"]) == (0.5, 0.5)
     assert "eps_share" not in measured
     assert "snr_quantile" not in measured
 
 
 def test_unknown_weights_leave_out_what_needs_them_and_nothing_else():
-    known, unknown = measure_moments(adam()), measure_moments(replace(adam(), v_weight=np.nan, m_weight=np.nan, eps=np.nan))
+    known, unknown = measure_second_moment(adam()), measure_second_moment(replace(adam(), v_weight=np.nan, m_weight=np.nan, eps=np.nan))
     assert np.isnan(unknown["second_moment_quantile"]).all()
     assert np.isnan([unknown["eps_share"], unknown["near_eps_share"], unknown["second_moment_eps"], *unknown["block_cosine"]]).all()
     assert "snr_quantile" not in unknown
@@ -114,7 +121,7 @@ def test_unknown_weights_leave_out_what_needs_them_and_nothing_else():
 
 
 def test_the_partition_is_told():
-    assert PARTITIONS[measure_moments(adam())["block_partition"]] == "head"
+    assert PARTITIONS[measure_second_moment(adam())["block_partition"]] == "head"
 
 
 @pytest.mark.parametrize("form", SECOND_MOMENT_FORMS)
@@ -122,7 +129,7 @@ def test_the_partition_is_told():
 def test_every_form_in_every_shape_is_measured_without_a_warning(form, shape):
     """Rank 1, blocks and maps only of what there is a number for in every coordinate."""
     seen = Moments(np.ones(shape, dtype=np.float32), form, 1.0, None, 1.0, 1.0, 1e-8, partition=row_blocks("mlp_up", 4, 6))
-    measured, maps = measure_moments(seen), measure_maps(seen)
+    measured, maps = measure_second_moment(seen), measure_second_moment_map(seen)
     everywhere = form in ("full", "quantised", "frozen") and len(shape) == 2
     assert ("rank1_information" in measured) == ("block_dispersion" in measured) == everywhere
     assert bool(maps) == (len(shape) == 2 and (everywhere or form == "row_col"))
@@ -133,7 +140,7 @@ def test_factors_and_bases_by_side():
     left, right = np.diag([4.0, 1.0]), np.diag([9.0, 3.0, 3.0])
     turn = np.array([[1.0, -1.0], [1.0, 1.0]]) / np.sqrt(2)
     seen = Moments(np.ones((2, 3)), "preconditioner", 1.0, factors=(left, right), bases=(turn, None), exponent=-0.25)
-    measured = measure_moments(seen)
+    measured = measure_second_moment(seen)
     assert measured["factor_condition"] == pytest.approx([4.0, 3.0])
     assert measured["factor_effective_rank"] == pytest.approx([1.25, 15 / 9])
     assert measured["factor_exponent"] == -0.25
@@ -143,5 +150,5 @@ def test_factors_and_bases_by_side():
 
 def test_soaps_second_moment_says_whether_the_factors_suffice():
     v = np.outer([1.0, 5.0], [2.0, 3.0, 4.0])
-    assert measure_moments(Moments(v, "rotated", 1.0))["eigenbasis_information"] < 1e-15
-    assert measure_moments(Moments(np.eye(2), "rotated", 1.0))["eigenbasis_information"] == pytest.approx(np.log(2))
+    assert measure_second_moment(Moments(v, "rotated", 1.0))["eigenbasis_information"] < 1e-15
+    assert measure_second_moment(Moments(np.eye(2), "rotated", 1.0))["eigenbasis_information"] == pytest.approx(np.log(2))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from contract.harness import Kept
+from contract.harness import Expected
 from torch import nn
 
 from optiscope.diagnostics.schedules.schedule_file import OperatorSchedule, Schedule
@@ -42,7 +42,7 @@ def transcription(shape, triples, through_svd, nesterov=True):
     def step(g, w):
         nonlocal b
         b = MU * b + (1 - MU) * g
-        return Kept(b, None, 0.2 * np.sqrt(max(shape)) * through_svd((1 - MU) * g + MU * b if nesterov else b, triples))
+        return Expected(b, None, 0.2 * np.sqrt(max(shape)) * through_svd((1 - MU) * g + MU * b if nesterov else b, triples))
 
     return step
 

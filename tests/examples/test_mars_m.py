@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from contract.harness import Kept
+from contract.harness import Expected
 from torch import nn
 
 from optiscope.examples.optimizers.mars_m import MARSM, corrected
@@ -22,7 +22,7 @@ def transcription(shape, through_svd, beta=BETA, gamma=GAMMA):
         if np.linalg.norm(c) > 1:
             c = c / np.linalg.norm(c)
         m, last = beta * m + (1 - beta) * c, g
-        return Kept(m, None, 0.2 * np.sqrt(max(shape)) * through_svd(m, [JORDAN] * 5))
+        return Expected(m, None, 0.2 * np.sqrt(max(shape)) * through_svd(m, [JORDAN] * 5))
 
     return step
 

@@ -94,5 +94,5 @@ def test_recorded_intent_where_bfloat16_weights_cannot_follow(tmp_path):
     with xr.open_datatree(tmp_path / "run.zarr", engine="zarr") as run:
         update = run["update"].load()
     assert update["update_rms"].values[:, 0].tolist() == [0.0] * 3
-    # Step 3: m = 0.9·0.095 + 0.1 = 0.1855, over 1 − 0.9³ = 0.271, over √v̂ = 0.5 of the frozen v. Kept in bfloat16, within 0.4 %.
+    # Step 3: m = 0.9·0.095 + 0.1 = 0.1855, over 1 − 0.9³ = 0.271, over √v̂ = 0.5 of the frozen v. Expected in bfloat16, within 0.4 %.
     np.testing.assert_allclose(update["update_rms_intended"].values[:, 0], [1, 1, 0.1855 / 0.271 / 0.5], rtol=0.02)

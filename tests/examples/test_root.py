@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from contract.harness import Kept
+from contract.harness import Expected
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
@@ -27,7 +27,7 @@ def transcription(shape, through_svd, triple=JORDAN, nesterov=True):
         b = MU * b + g
         n = g + MU * b if nesterov else b
         outliers = np.sign(n) * np.maximum(np.abs(n) - np.percentile(np.abs(n), 90) - 1e-9, 0)
-        return Kept(b, None, 0.2 * np.sqrt(max(shape)) * through_svd(n - outliers, [triple] * 5))
+        return Expected(b, None, 0.2 * np.sqrt(max(shape)) * through_svd(n - outliers, [triple] * 5))
 
     return step
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from contract.harness import Kept
+from contract.harness import Expected
 from torch import nn
 
 from optiscope.examples.optimizers import teon
@@ -28,7 +28,7 @@ def transcription(shape, count, through_svd, triples):
         nonlocal momenta
         momenta = [MU * m + g for m, g in zip(momenta, gradients, strict=True)]
         o = through_svd(np.hstack(momenta), triples)
-        return [Kept(m, None, np.sqrt(shape[0] / shape[1]) * part) for m, part in zip(momenta, np.hsplit(o, count), strict=True)]
+        return [Expected(m, None, np.sqrt(shape[0] / shape[1]) * part) for m, part in zip(momenta, np.hsplit(o, count), strict=True)]
 
     return step
 
@@ -125,7 +125,7 @@ def test_a_stack_is_one_row_of_geometry_and_its_layers_are_rows_of_updates(tmp_p
         return original(matrix, *rest)
 
     def measured(observation):
-        seen.append(observation.ns_input.copy())
+        seen.append(observation.problem.matrix.copy())
         return measure(observation)
 
     with patch.object(teon, "orthogonalise", iteration), patch.object(record, "measure_geometry", measured):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import xarray as xr
-from contract.harness import Kept
+from contract.harness import Expected
 from torch import nn
 
 from optiscope.examples.optimizers.turbo_muon import AOL, TurboMuon, aol_orthogonalise
@@ -29,7 +29,7 @@ def transcription(shape, through_svd, nesterov=True):
         nonlocal b
         b = MU * b + (1 - MU) * g
         n = (1 - MU) * g + MU * b if nesterov else b
-        return Kept(b, None, 0.2 * np.sqrt(max(shape)) * through_svd(scaled(n), AOL, start="as it is"))
+        return Expected(b, None, 0.2 * np.sqrt(max(shape)) * through_svd(scaled(n), AOL, start="as it is"))
 
     return step
 

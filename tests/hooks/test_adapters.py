@@ -2,7 +2,7 @@
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,9 @@ def observed(monkeypatch: pytest.MonkeyPatch) -> list[Observation]:
     original = record_module.measure_geometry
 
     def spy(observation: Observation) -> Any:
-        assert observation.ns_input is not None
+        assert observation.problem is not None
         # A buffer may be seen through an alias; kept as it was then.
-        observation.__dict__["ns_input"] = observation.ns_input.copy()
-        seen.append(observation)
+        seen.append(replace(observation, problem=replace(observation.problem, matrix=observation.problem.matrix.copy())))
         return original(observation)
 
     monkeypatch.setattr(record_module, "measure_geometry", spy)
@@ -109,9 +108,9 @@ def test_muon_ns_input_is_bitwise_what_torch_orthogonalises(
     own = [call for i, call in enumerate(calls) if dtype == torch.float32 or i // 3 % 2 == 0]
     assert len(observed) == len(own) == 4 * 3
     for observation, call in zip(observed, own, strict=True):
-        assert observation.ns_input is not None
-        assert observation.ns_input.tobytes() == call.ns_input.float().numpy().tobytes()
-        assert observation.ns_roundoff == {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}[dtype]
+        assert observation.problem is not None
+        assert observation.problem.matrix.tobytes() == call.ns_input.float().numpy().tobytes()
+        assert observation.problem.roundoff == {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8}[dtype]
 
 
 def test_muon_ns_input_is_none_of_the_near_misses(mlp: Make, tmp_path: Path, calls: list[Call]) -> None:
@@ -139,8 +138,8 @@ def test_trap_bfloat16_buffer_is_overwritten_by_the_step(mlp: Make, tmp_path: Pa
         buffer = optimizer.state[p]["momentum_buffer"].float()
         assert buffer.norm().item() == pytest.approx(1, rel=0.01)  # normalised
         assert call.ns_input.float().norm().item() < 0.1
-        assert observation.ns_input is not None
-        assert observation.ns_input.tobytes() == call.ns_input.float().numpy().tobytes()
+        assert observation.problem is not None
+        assert observation.problem.matrix.tobytes() == call.ns_input.float().numpy().tobytes()
 
 
 # What Muon achieved, read back from the weights

@@ -19,7 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from optiscope.analysis import derive_schedule, open_run
 from optiscope.analysis.scheduling import default_window
 from optiscope.diagnostics import JORDAN, Schedule
-from optiscope.diagnostics.quantities.observation import NewtonSchulz
+from optiscope.diagnostics.quantities.problem import NewtonSchulz
 from optiscope.diagnostics.schedules.observation_window import observation_window
 from optiscope.hooks import Adapter, AdaptiveSchedule, Orthogonalisation, Reading, RmsAlignment, apply_schedule, attach, register_adapter
 from optiscope.hooks.adapters import entry, table

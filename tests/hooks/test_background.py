@@ -58,8 +58,8 @@ def train(model: nn.Module, optimizers: list[Optimizer], recorder: Recorder | No
                 next(model.parameters()).mul_(0.9)  # a clip, right behind the step
         if recorder is not None:
             recorder.log(loss=loss.item())
-            if wait and recorder._journal.worker is not None:
-                recorder._journal.worker.wait()
+            if wait and recorder.session.journal.worker is not None:
+                recorder.session.journal.worker.wait()
     return [p.detach().float().numpy().tobytes() for p in model.parameters()]
 
 
@@ -131,7 +131,7 @@ def test_memory_is_that_of_one_record(held: threading.Event, mlp: Make, tmp_path
     optimizers = build(model, "AdamW")
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise")
     train(model, optimizers, recorder, 3, wait=False)
-    memory = recorder._under_way.memory
+    memory = recorder.session.under_way.memory
     assert memory is not None
     assert sum(map(len, memory._free.values())) == 0
     held.set()
@@ -143,7 +143,7 @@ def test_memory_is_that_of_one_record(held: threading.Event, mlp: Make, tmp_path
     assert len(kept[0]) == 5 * len(matrices)  # weights before and after, gradient, two moments
     assert kept[0] == kept[1] == kept[2]
     recorder.close()
-    assert recorder._under_way.memory is None
+    assert recorder.session.under_way.memory is None
 
 
 def test_closure_that_is_called_again_and_again_takes_no_more_memory(mlp: Make, tmp_path: Path) -> None:
@@ -162,7 +162,7 @@ def test_closure_that_is_called_again_and_again_takes_no_more_memory(mlp: Make, 
         return loss
 
     with attach(optimizer, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise") as recorder:
-        memory = recorder._under_way.memory
+        memory = recorder.session.under_way.memory
         assert memory is not None
         optimizer.step(closure)
         recorder.flush()
@@ -330,7 +330,7 @@ def test_governor_counts_both_threads(mlp: Make, tmp_path: Path) -> None:
     optimizers = build(model, "SGD")
     with attach(optimizers, model, tmp_path / "run.zarr", background=True, overhead=0.2, on_error="raise") as recorder:
         train(model, optimizers, recorder, 30)
-        spent, _ = recorder._journal.spent_and_elapsed()
+        spent, _ = recorder.session.journal.spent_and_elapsed()
         assert spent == pytest.approx(recorder.overhead_seconds + recorder.background_cpu_seconds, rel=0.05)
         assert recorder.missed == 0
 

@@ -339,7 +339,7 @@ def test_refused_store_is_left_as_it_is(mlp: Make, tmp_path: Path) -> None:
     model = mlp(dropout=0.0)
     with attach(SGD([model[0].weight], lr=0.1), model, tmp_path / "run.zarr", every=1) as recorder:
         backward(model)
-        recorder._watched[0].optimizer.step()
+        recorder.session.watched[0].optimizer.step()
     before = (tmp_path / "run.zarr" / "zarr.json").read_bytes()
     with pytest.raises(ValueError, match="holds a run of other matrices"):
         attach(SGD([model[3].weight], lr=0.1), model, tmp_path / "run.zarr", first_step=0)
@@ -360,7 +360,7 @@ def test_closed_recorder_stays_closed_and_holds_no_weights(mlp: Make, tmp_path: 
 
     with pytest.raises(Stop):
         optimizer.step(closure)
-    assert recorder._watched[0].snapshots  # copies that the step left behind
+    assert recorder.session.watched[0].snapshots  # copies that the step left behind
     recorder.close()
     assert open_run(tmp_path / "run.zarr")["update"].sizes["step"] == 0  # nor is a record of that step made
     other = AdamW(mlp().parameters())

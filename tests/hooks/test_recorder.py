@@ -12,6 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Muon, Optimizer
 
 import optiscope.hooks.recording.record as record_module
+from optiscope.analysis import open_run
 from optiscope.diagnostics.store.files import Files
 from optiscope.hooks import attach
 from optiscope.hooks.observing.snapshot import Snapshot
@@ -366,7 +367,7 @@ def test_full_disk_loses_nothing(
                 d.step()
                 recorder.flush()
         assert (recorder.errors, recorder.dropped) == (0, 0)
-        assert steps_in(read(tmp_path / "run.zarr")) == []
+        assert steps_in(read(tmp_path / "run.zarr")) == [1]  # the first, committed at once
         d.step()
     assert "errors" not in read(tmp_path / "run.zarr").attrs
     assert steps_in(read(tmp_path / "run.zarr")) == present(read(tmp_path / "run.zarr"), 0) == [1, 2, 3, 4, 5]
@@ -391,8 +392,8 @@ def test_a_listener_may_log_flush_and_close(
     recorder.on_record(listener)
     for _ in range(4):
         d.step()
-        if recorder._journal.worker is not None:
-            recorder._journal.worker.wait()
+        if recorder.session.journal.worker is not None:
+            recorder.session.journal.worker.wait()
     assert recorder.step == 2  # in the background as the third one begins, of which nothing is recorded
     assert not d._optimizer_step_pre_hooks
     run = read(tmp_path / "run.zarr")
@@ -537,3 +538,18 @@ def test_run_moved_away_while_training_goes_on(
     assert "could not be written (FileNotFoundError" in trouble
     assert "1 records, of steps 1 to 1, could not be written" in loss
     assert not (tmp_path / "run.zarr").exists()
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_the_first_record_is_committed_at_once(tmp_path, background):
+    """Whoever looks at a run that has just begun sees a record, not an empty run for half a minute."""
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attach(optimizer, model, tmp_path / "run.zarr", every=1, background=background) as recorder:
+        for _ in range(2):
+            model(torch.ones(2, 4)).sum().backward()
+            optimizer.step()
+            if recorder.session.journal.worker is not None:
+                recorder.session.journal.worker.wait()
+            steps = open_run(tmp_path / "run.zarr")["update"]["step"].values.tolist()
+            assert steps == [1]  # the second waits for the next commit

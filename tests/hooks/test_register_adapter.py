@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import SGD, Optimizer
 
 import optiscope.hooks.adapters.table as table_module
-from optiscope.diagnostics.quantities.observation import NewtonSchulz
+from optiscope.diagnostics.quantities.problem import NewtonSchulz
 from optiscope.hooks import attach, register_adapter
 from optiscope.hooks.adapters import Adapter, Orthogonalisation, SecondMoment, entry
 

@@ -478,9 +478,8 @@ def test_factors_survive_a_checkpoint(tmp_path: Path, record: Callable[..., Reco
         recorder = record(optimizer)
         return optimizer, RmsAlignment(recorder, optimizer, rescale=True, patience=2), recorder
 
-    whole, guard, _ = build()
+    whole, guard, recorder = build()
     steps(whole, 12)
-    recorder = guard._recorder
     saved = tmp_path / "checkpoint.pt"
     torch.save({"w": whole.param_groups[0]["params"][0].detach(), "optimizer": whole.state_dict(), "alignment": guard.state_dict()}, saved)
     recorder.close()

@@ -5,7 +5,7 @@ from math import sqrt
 import torch
 from torch.optim import Optimizer
 
-from optiscope.diagnostics.quantities.observation import NewtonSchulz
+from optiscope.diagnostics.quantities.problem import NewtonSchulz
 from optiscope.hooks.adapters import Adapter, Orthogonalisation, entry
 
 JORDAN = (3.4445, -4.7750, 2.0315)

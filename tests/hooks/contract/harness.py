@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from optiscope.hooks import Recorder, attach
 from optiscope.hooks.observing.snapshot import Snapshot
-from optiscope.hooks.recording.measuring import Readings
+from optiscope.hooks.recording.record import Readings
 
 Floats = NDArray[np.float64]
 
@@ -239,8 +239,8 @@ def train(
             (case.step or plain_step)(built, model, loss)
             if recorder is not None and overwritten is not None and recorder.step % 2:
                 overwritten.set()
-                assert recorder._journal.worker is not None
-                recorder._journal.worker.wait()
+                assert recorder.session.journal.worker is not None
+                recorder.session.journal.worker.wait()
                 overwritten.clear()
             trace += [p.detach().clone() for p in model.parameters()]
             trace += [p.grad.clone() for p in model.parameters() if p.grad is not None]

@@ -11,7 +11,7 @@ from optiscope.hooks.curvature.diagonal import Region
 from optiscope.hooks.curvature.gauss_newton_bartlett import gauss_newton_bartlett
 from optiscope.hooks.curvature.probes import Probes
 from optiscope.hooks.curvature.undisturbed import RandomState
-from optiscope.hooks.observing.matrices import Matrix
+from optiscope.hooks.observing.matrix import Matrix
 
 B, D = 64, 3
 

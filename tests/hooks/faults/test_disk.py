@@ -197,6 +197,7 @@ def test_store_that_stays_unwritable(tmp_path: Path, reference: xr.DataTree) -> 
     first, last = outcome.warnings
     assert "could not be written" in first
     assert f"4 records, of steps 4 to 7, could not be written to {store} and are lost" in last
+    assert outcome.recorder.dropped == 4
     run = read(store)
     assert steps_in(run) == [1, 2, 3]
     assert_same_records(run, reference)
@@ -217,7 +218,26 @@ def test_folder_deleted(tmp_path: Path) -> None:
     outcome = disturbed(script, store)
     assert ["could not be written" in warning for warning in outcome.warnings] == [True, True]
     assert "4 records, of steps 4 to 7" in outcome.warnings[1]
+    assert outcome.recorder.dropped == 4
     assert not store.exists()
+
+
+def test_all_that_a_long_outage_takes_is_counted(tmp_path: Path) -> None:
+    """What did not fit into memory while the disk was full, and what the end gives up: as many as the warning says."""
+    store = tmp_path / "run.zarr"
+
+    def script(training: Training) -> None:
+        training.go(3)
+        training.flush()
+        if training.recorder is not None:
+            shutil.rmtree(store)
+        for _ in range(3):  # more than the four chunks of 64 that are kept
+            training.go(100)
+            training.flush()
+
+    outcome = disturbed(script, store)
+    assert "300 records, of steps 4 to 303" in outcome.warnings[-1]
+    assert outcome.recorder.dropped == 300
 
 
 @pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])

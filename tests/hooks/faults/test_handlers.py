@@ -92,7 +92,7 @@ def interrupted(
                     assert handler is closes_and_exits
             assert at is None or sent.lines >= at
             if handler is not closes_and_exits:
-                assert at is None or recorder not in lifetime.still_open
+                assert at is None or recorder.session not in lifetime.still_open
                 plain = Training()
                 plain.go(4)
                 assert training.fingerprint() == plain.fingerprint()
