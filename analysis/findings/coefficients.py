@@ -1,4 +1,4 @@
-"""Whether the Newton–Schulz coefficients in force do what they are meant to, told from their scalar maps (`diagnostics.ns_hazards`)."""
+"""Whether the Newton–Schulz coefficients in force do what they are meant to, told from their scalar maps (`diagnostics.newton_schulz.hazards`)."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any

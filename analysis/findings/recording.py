@@ -19,11 +19,11 @@ def recording_errors(run: xr.DataTree) -> Iterator[Finding]:
 
 
 def dropped(run: xr.DataTree) -> Iterator[Finding]:
-    """Records were lost, or scalars behind a slow one: the recorder counts their steps in the run's attribute `dropped`."""
+    """Records were lost, or scalars that came after a slow one: the recorder counts their steps in the run's attribute `dropped`."""
     if lost := run.attrs.get("dropped", 0):
         yield Finding(
             "dropped", "warning", f"What was recorded at {lost} step{'' if lost == 1 else 's'} is lost: for long it could not be written.",
-            "See the training's log: make room, record elsewhere, or less often if it was the scalars behind a slow record.", numbers={"dropped": lost},
+            "See the training's log: make room, record elsewhere, or less often if it was scalars that came after a slow record.", numbers={"dropped": lost},
         )  # fmt: skip
 
 

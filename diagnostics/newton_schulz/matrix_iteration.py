@@ -1,11 +1,10 @@
-"""The Newton–Schulz iteration run on a matrix: in float32, or rounded to bfloat16 as an accelerator rounds it.
+"""The Newton–Schulz iteration run on a matrix M = UΣVᵀ, in float32 or rounded to bfloat16 as an accelerator rounds it, and the exact polar
+factor Q = UVᵀ that it should approach.
 
 Elsewhere residuals follow from singular values alone (:mod:`.spectral_map`). Low precision adds what scalars cannot say: rounding
 turns singular vectors, so that further steps orthogonalise the noise of the cast, and the Gram residual falls while the direction
 does not improve. The emulated arithmetic is that of bfloat16 matrix units: numbers of 8 bits, products summed in float32, the sum
 aX + (bA + cA²)X rounded once per product.
-
-The exact polar factor Q = UVᵀ of a matrix M = UΣVᵀ: what a Newton–Schulz iteration is to approach.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from ..spectra.spectrum import GRAM_CONDITION_LIMIT
 from .aol import aol_scaled
 from .families import Coefficients
 
+Floats: TypeAlias = NDArray[np.float64]
 Single: TypeAlias = NDArray[np.float32]
 Matrix: TypeAlias = NDArray[Any]  # of float32 or float64
 
@@ -76,7 +76,7 @@ def orthogonalised(matrix: NDArray[np.floating], coefficients: Coefficients, eps
 
 def bfloat16_residuals(
     matrix: NDArray[np.floating], coefficients: Coefficients, eps: float, scaling: str = "frobenius"
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+) -> tuple[Floats, Floats]:
     """Gram and polar residual of the bfloat16 iteration after 0, 1, …, len(coefficients) steps, the polar one against the exact factor of M.
 
     `matrix` is finite and not zero. The residuals themselves are computed in float32 of the rounded iterates: right to 1e-5.
@@ -92,9 +92,6 @@ def bfloat16_residuals(
     return gram_curve, polar_curve
 
 
-Floats = NDArray[np.float64]
-
-
 def polar_factor(matrix: NDArray[np.floating]) -> Floats:
     """UVᵀ in float64, shape (m, n), the matrix finite and not zero.
 
@@ -106,7 +103,7 @@ def polar_factor(matrix: NDArray[np.floating]) -> Floats:
     [[1.0, 0.0], [0.0, -1.0]]
     """
     short = np.asarray(matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T, dtype=np.float64)
-    # As in `spectrum`: a power of two keeps squares inside float64 and rounds nothing.
+    # As in `spectrum`, a power of two keeps squares inside float64 and rounds nothing.
     short = np.ldexp(short, -int(np.frexp(np.abs(short).max())[1]))
     values, u = np.linalg.eigh(short @ short.T)
     if values[0] * GRAM_CONDITION_LIMIT**2 > values[-1]:

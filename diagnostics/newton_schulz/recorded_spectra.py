@@ -1,12 +1,11 @@
-"""Spectra as a run stores them, and what any Newton–Schulz schedule would have made of them.
+"""Spectra as a run stores them, and the residual that any Newton–Schulz schedule would have left of them.
 
 A record keeps 64 normalised singular values per matrix (:mod:`..spectra.spectrum_sketch`). Newton–Schulz acts on singular values alone, so the
 residual under any coefficients follows from them; no training is run again.
 
-What every schedule on offer would leave of the spectra of a window, and how much of it bfloat16 could do anything about.
-
-Muon iterates in bfloat16. Singular values x below the rounding noise of the cast, φ = 0.425·2⁻⁸(1/√m + 1/√n), are noise: steps
-spent on them turn it, not the momentum, into an orthogonal matrix. A residual over the recoverable values, x_i ≥ φ, leaves them out.
+Some of that residual no schedule can lower. Muon iterates in bfloat16, and singular values x below the rounding noise of the cast,
+φ = 0.425·2⁻⁸(1/√m + 1/√n), are noise: steps spent on them turn it, not the momentum, into an orthogonal matrix. The residual over the
+recoverable values, x_i ≥ φ, leaves them out (:class:`WindowResiduals`).
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,12 +56,12 @@ class RecordedSpectra:
         return np.asarray(np.isfinite(self.stored).all(axis=-1).any(axis=0))
 
     def of_matrices(self, chosen: NDArray[Any]) -> "RecordedSpectra":
-        """Those of some matrices, an index or a mask."""
+        """The spectra of some matrices, chosen by an index or a mask."""
         parts = {field: getattr(self, field)[chosen] for field in ("name", "operator", "layer", "rows", "cols")}
         return replace(self, **parts, stored=self.stored[:, chosen], in_force=self.in_force[:, chosen])
 
     def of_records(self, chosen: NDArray[Any] | slice) -> "RecordedSpectra":
-        """Those of some records, an index, a mask or a slice."""
+        """The spectra of some records, chosen by an index, a mask or a slice."""
         return replace(self, step=self.step[chosen], stored=self.stored[chosen], in_force=self.in_force[chosen])
 
 
@@ -138,7 +137,7 @@ def residual_in_force(
     Args:
         curve: the recorded `ns_residual`, shape (records, matrices, 1 + steps).
         index: the recorded `ns_schedule`, shape (records, matrices).
-        schedules: what that points to.
+        schedules: the schedules that `index` points to.
         stored: as in :class:`RecordedSpectra`; read only where a schedule was longer than the curve.
         ranks: of every matrix.
     """
@@ -180,7 +179,7 @@ class WindowResiduals:
 
 
 def window_residuals(spectra: RecordedSpectra, schedules: Sequence[Coefficients]) -> WindowResiduals:
-    """Of every spectrum under each of `schedules`."""
+    """The residuals of every spectrum under each of `schedules`, with the part of each that the recoverable values make up."""
     shape = spectra.stored.shape[:2]
     square = np.full((2, len(schedules), *shape), np.nan)
     share = np.full(shape, np.nan)

@@ -1,6 +1,6 @@
 """Measuring a list of Newton–Schulz coefficients: what it does to singular values, in exact arithmetic and rounded to bfloat16.
 
-The second is no matter of course. A polynomial that is steep beyond the interval it was designed for amplifies what rounding pushes past its
+Both are measured, since one does not follow from the other. A polynomial that is steep beyond the interval it was designed for amplifies what rounding pushes past its
 end: lists without a safety factor keep their band in exact arithmetic and lose it in bfloat16, the more so the smaller the matrix, whose
 largest x is nearer 1.
 """

@@ -96,7 +96,7 @@ def schedule_from_spectra(
     cost = step_costs(spectra.rows, spectra.cols, members.values(), cubic=is_cubic(family))
     evidence = evidence_of(spectra, members, matrices, cost, budget=budget, family=family, recoverable=recoverable)
     depth = {"split": split, "variances": tested}
-    return schedule_of(evidence, RULES[rule](evidence.given), rule, {**(provenance or {}), "depth": depth}, keep_uniform=keep_uniform)
+    return schedule_of(evidence, RULES[rule](evidence.problem), rule, {**(provenance or {}), "depth": depth}, keep_uniform=keep_uniform)
 
 
 def few_records(window: RecordedSpectra) -> RecordedSpectra:
@@ -128,8 +128,8 @@ def schedule_of(
     evidence: Evidence, choice: Allocation, rule: str, provenance: Mapping[str, Any], *, keep_uniform: bool = False
 ) -> Schedule:
     """The schedule that holds the steps a rule chose; with `keep_uniform` equal steps where the interval of their gain includes zero."""
-    given, spectra, baseline = evidence.given, evidence.spectra, uniform(evidence.given)
-    residual = evidence.seen.residual(recoverable=evidence.recoverable)
+    given, spectra, baseline = evidence.problem, evidence.spectra, uniform(evidence.problem)
+    residual = evidence.residuals.residual(recoverable=evidence.recoverable)
     before, after = (evidence.under(a.steps, residual) for a in (baseline, choice))
     intervals = gain_intervals(before, after, evidence.members, given.weight, spectra.layer, largest=rule == "minimax")
     kept = keep_uniform and choice.steps != baseline.steps and intervals.gain is not None and intervals.gain[0] <= 0
@@ -167,7 +167,7 @@ def schedule_of(
             "snapshots": len(spectra.step),
             "layers": count_layers(spectra.layer),
             "family": evidence.family,
-            "below_bfloat16_floor": dict(zip(evidence.members, evidence.means(1 - evidence.seen.recoverable).tolist(), strict=True)),
+            "below_bfloat16_floor": dict(zip(evidence.members, evidence.means(1 - evidence.residuals.recoverable).tolist(), strict=True)),
             "residual": "Gram residual ‖I − OOᵀ‖_F/√r predicted in float64 from the stored singular values"
             + (" above bfloat16's rounding noise" if evidence.recoverable else ""),
             "optiscope": version("optiscope"),

@@ -1,11 +1,10 @@
-"""What the records of a window say about every operator: all that a schedule is chosen by.
+"""What the records of a window say about every operator, and what a choice of steps made from them promises.
 
-How sure is the gain that a schedule promises? The same allocation over other layers of the same kind.
+:class:`Evidence` holds all that a schedule is chosen by. A choice is then told by what it gains over equal steps for all, how sure that gain is,
+and how much of it bfloat16 can keep (:func:`predicted_gain`).
 
-Layers are drawn anew, the steps stay (:mod:`..bootstrap`): an interval tells what another draw of layers would have promised of these steps,
-not what another choice would have come to. Steps were chosen on the same layers, so that the gain itself is a little too large.
-
-What a choice of steps promises against equal steps for all, how sure that is, and how much of it bfloat16 can keep.
+How sure: layers are drawn anew and the steps stay (:mod:`..bootstrap`). The interval tells what another draw of layers would have promised of
+these steps, not what another choice would have come to. Steps were chosen on the same layers, so that the gain itself is a little too large.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,10 @@ from ..newton_schulz.recorded_spectra import RecordedSpectra, WindowResiduals
 from .allocation import Allocation, Problem, lower_bound, uniform
 
 Floats = NDArray[np.float64]
+Ends = tuple[float, float]
+
+# Rule → whether its certificate is that of the capped programme; rules that do not minimise the mean have none.
+CERTIFIED = {"mean": True, "mean-uncapped": False}
 
 
 @dataclass(frozen=True)
@@ -28,18 +31,18 @@ class Evidence:
 
     Attributes:
         spectra: of the matrices that were seen.
-        members: operator → which of those matrices are its own, shape (matrices,).
+        members: operator → which of these matrices are its own, shape (matrices,).
         matrices: operator → the names of all its matrices, seen or not.
-        seen: what each schedule on offer leaves of each spectrum.
-        given: the operators' mean residuals, costs and weights.
+        residuals: what each schedule on offer leaves of each spectrum.
+        problem: the operators' mean residuals, costs and weights.
         family, recoverable: whose coefficients, and over which singular values the residuals are.
     """
 
     spectra: RecordedSpectra
     members: Mapping[str, NDArray[np.bool_]]
     matrices: Mapping[str, tuple[str, ...]]
-    seen: WindowResiduals
-    given: Problem
+    residuals: WindowResiduals
+    problem: Problem
     family: str
     recoverable: bool
 
@@ -47,7 +50,7 @@ class Evidence:
         """Of `values` (schedules, records, matrices) those under each operator's own steps, shape (records, matrices)."""
         chosen = np.zeros(values.shape[-1], np.int64)
         for own, k in zip(self.members.values(), steps, strict=True):
-            chosen[own] = self.given.steps.index(k)
+            chosen[own] = self.problem.steps.index(k)
         return np.asarray(values[chosen, :, np.arange(values.shape[-1])].T)
 
     def means(self, values: Floats) -> Floats:
@@ -59,9 +62,6 @@ def known_mean(values: Floats) -> float:
     """Mean of the finite ones; NaN where there are none."""
     known = np.isfinite(values)
     return float(values[known].mean()) if known.any() else float("nan")
-
-
-Ends = tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -127,15 +127,6 @@ def count_layers(layers: NDArray[np.integer]) -> int:
     return len(np.unique(layers[layers >= 0])) + int((layers < 0).sum())
 
 
-def _ends(distribution: Floats) -> Ends | None:
-    low, high = interval(distribution)
-    return (float(low), float(high)) if np.isfinite(low) and np.isfinite(high) else None
-
-
-# Rule → whether its certificate is that of the capped programme; rules that do not minimise the mean have none.
-CERTIFIED = {"mean": True, "mean-uncapped": False}
-
-
 def predicted_gain(evidence: Evidence, choice: Allocation, rule: str, intervals: GainIntervals) -> dict[str, Any]:
     """What the rule chose, and what it gains: in plain data.
 
@@ -143,7 +134,7 @@ def predicted_gain(evidence: Evidence, choice: Allocation, rule: str, intervals:
     mean over matrices; `relative_gain` its share of objective(uniform); each with a 95 % interval over layers, null under 3 of them.
     `mean_residuals` holds the means over all singular values and over the recoverable ones, whichever of them was minimised.
     """
-    baseline = uniform(evidence.given)
+    baseline = uniform(evidence.problem)
     before, after = (a.max_residual if rule == "minimax" else a.mean_residual for a in (baseline, choice))
     return {
         "steps": dict(zip(evidence.members, choice.steps, strict=True)),
@@ -153,13 +144,13 @@ def predicted_gain(evidence: Evidence, choice: Allocation, rule: str, intervals:
         "relative_gain_interval": intervals.relative and list(intervals.relative),
         "mean_residuals": {
             over: {
-                name: _weighted(evidence, evidence.under(a.steps, evidence.seen.residual(recoverable=over == "recoverable")))
+                name: _weighted(evidence, evidence.under(a.steps, evidence.residuals.residual(recoverable=over == "recoverable")))
                 for name, a in (("uniform", baseline), ("choice", choice))
             }
             for over in ("all", "recoverable")
         },
         "recoverable_share": recoverable_share(evidence, choice),
-        "lower_bound": lower_bound(evidence.given, capped=CERTIFIED[rule]) if rule in CERTIFIED else None,
+        "lower_bound": lower_bound(evidence.problem, capped=CERTIFIED[rule]) if rule in CERTIFIED else None,
     }
 
 
@@ -169,9 +160,9 @@ def recoverable_share(evidence: Evidence, choice: Allocation) -> float | None:
     ε̃² is a mean over singular values, and ε̃_u − ε̃_c = (ε̃_u² − ε̃_c²)/(ε̃_u + ε̃_c) for the uniform and the chosen steps, so that every
     spectrum's fall is a sum over its singular values, and the share exact. It leaves [0, 1] where one part falls and the other rises.
     """
-    steps = uniform(evidence.given).steps, choice.steps
-    u, c = (evidence.under(k, evidence.seen.square) for k in steps)
-    above_u, above_c = (evidence.under(k, evidence.seen.square_recoverable) for k in steps)
+    steps = uniform(evidence.problem).steps, choice.steps
+    u, c = (evidence.under(k, evidence.residuals.square) for k in steps)
+    above_u, above_c = (evidence.under(k, evidence.residuals.square_recoverable) for k in steps)
     with np.errstate(invalid="ignore", divide="ignore"):
         scale = np.where(u + c > 0, np.sqrt(u) + np.sqrt(c), np.inf)
         scale = np.where(np.isfinite(u) & np.isfinite(c), scale, np.nan)
@@ -180,4 +171,9 @@ def recoverable_share(evidence: Evidence, choice: Allocation) -> float | None:
 
 
 def _weighted(evidence: Evidence, values: Any) -> float:
-    return float((evidence.given.weight * evidence.means(values)).sum())
+    return float((evidence.problem.weight * evidence.means(values)).sum())
+
+
+def _ends(distribution: Floats) -> Ends | None:
+    low, high = interval(distribution)
+    return (float(low), float(high)) if np.isfinite(low) and np.isfinite(high) else None

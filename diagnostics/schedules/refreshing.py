@@ -70,7 +70,7 @@ def retained_gain(record: RecordedSpectra, schedule: Schedule) -> tuple[float, f
     evidence = _evidence(record, schedule)
     if evidence is None:
         return NOTHING, NOTHING, NOTHING
-    return retained(evidence.given, _steps(schedule), capped=schedule.objective.get("rule") != "mean-uncapped")
+    return retained(evidence.problem, _steps(schedule), capped=schedule.objective.get("rule") != "mean-uncapped")
 
 
 def next_schedule(
@@ -90,7 +90,7 @@ def next_schedule(
     evidence = _evidence(window, current)
     if evidence is None:
         return Refresh(current, False, NOTHING, {"agreeing": 0})
-    given = replace(evidence.given, current=_steps(current))
+    given = replace(evidence.problem, current=_steps(current))
     rule = str(current.objective["rule"])
     before, found = evaluate(given, _steps(current)), RULES[rule](given)
     # What the rule minimises: the largest residual, or the mean.
