@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
@@ -21,6 +22,15 @@ if TYPE_CHECKING:
 
 # Wide token tables: their spectrum costs more than all hidden matrices together and no optimizer here orthogonalises them.
 NO_GEOMETRY = frozenset({"embed", "head"})
+
+
+# What keeps parameters with two or more dimensions from being recorded, and why.
+LEFT_OUT = {
+    "complex": "what is measured here is of real numbers; keep real and imaginary parts in parameters of their own to have them recorded",
+    "integer or quantised": "there is no gradient in such a format",
+    "8-bit floating-point": "torch computes nothing in such a format; attach to the optimizer of the master weights",
+    "sparse or packed": "what is measured here is of dense arrays",
+}
 
 
 # A parameter's own, or a slice of it; several, side by side, that are orthogonalised as one; rows (or columns) of one; two of neighbouring layers.
@@ -84,8 +94,21 @@ class Names:
         return lambda parameter: found.get(id(parameter), self._heads or UNKNOWN_HEADS)
 
 
+def left_out(parameter: Tensor) -> str | None:
+    """What keeps a parameter with two or more dimensions from being recorded, a key of `LEFT_OUT`; None where nothing does."""
+    if parameter.layout is not torch.strided:
+        return "sparse or packed"
+    if parameter.is_complex():
+        return "complex"
+    if not parameter.is_floating_point():
+        return "integer or quantised"
+    return "8-bit floating-point" if parameter.element_size() < 2 else None
+
+
 def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
-    """The matrices of every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
+    """The matrices of every dense floating-point parameter with two or more dimensions, in the optimizers' order; each parameter once.
+
+    What else has two or more dimensions is told of, once per optimizer and kind.
 
     Raises:
         ValueError: a parameter is sharded.
@@ -94,14 +117,18 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
     heads = names.heads()
     found: dict[int, list[Matrix]] = {}
     for one in watched:
+        others: dict[str, list[str]] = {}
         for g, group in enumerate(one.optimizer.param_groups):
             adapter = one.adapter(group)
             ns = adapter.orthogonalisation
             stacked_ids = {id(p) for stack in one.stacks(group) for p in stack}
             for i, p in enumerate(group["params"]):
-                if p.ndim < 2 or not p.numel() or not p.is_floating_point() or id(p) in found:
+                if p.ndim < 2 or not p.numel() or id(p) in found:
                     continue
                 name = name_of.get(id(p), f"{one.label}.group{g}.param{i}")
+                if (kind := left_out(p)) is not None:
+                    others.setdefault(kind, []).append(name)
+                    continue
                 if hasattr(p, "full_tensor"):
                     raise ValueError(
                         f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
@@ -114,6 +141,7 @@ def find_matrices(watched: "Iterable[Watched]", names: Names) -> list[Matrix]:
                 )  # fmt: skip
                 is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)
                 found[id(p)] = _slices(whole) if is_stack else [whole]
+        one.tell_left_out(others)
     return [m for matrices in found.values() for m in matrices]
 
 
