@@ -5,6 +5,7 @@ all K matrices, of shape (K, m, n), under the first one). Such a group, split, w
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -75,11 +76,11 @@ def _of_several(optimizer: Optimizer, group: Group) -> Iterator[str]:
     """What is kept of several parameters of the group together, in words."""
     matrices = [p for p in group["params"] if p.ndim >= 2]
     held = [tensors_in(state_of(optimizer, p)) for p in matrices]
+    holders = Counter(path for tensors in held for path in tensors)
     for p, tensors in zip(matrices, held, strict=True):
         for path, tensor in tensors.items():
-            holders = sum(path in others for others in held)
             # What every one of them has for itself may have any shape: a history, factors, the parts of an encoding.
-            if holders < len(matrices) and not _is_own(tensor, p, len(matrices) if holders == 1 else None):
+            if holders[path] < len(matrices) and not _is_own(tensor, p, len(matrices) if holders[path] == 1 else None):
                 yield f"`{_spelled(path)}` of shape {tuple(tensor.shape)} under one of {len(matrices)} parameters of shape {tuple(p.shape)}"
     yield from _with_the_first(optimizer, matrices)
     yield from _one_in_several(optimizer, [[p] for p in group["params"]])
@@ -87,26 +88,24 @@ def _of_several(optimizer: Optimizer, group: Group) -> Iterator[str]:
         f"`{_spelled(path)}` of shape {tuple(t.shape)} in its state, under a key that is no parameter"
         for path, t in _under_other_keys(optimizer)
     )
+    smallest = min(p.numel() for p in matrices)
     settings = {key: value for key, value in group.items() if key not in ("params", *COEFFICIENT_FIELDS)}
-    for path, t in tensors_in(settings).items():
-        if t.numel() > 1:
-            yield f"`{_spelled(path)}` of shape {tuple(t.shape)} in the parameter group"
-    smallest = min((p.numel() for p in matrices), default=0)
-    for path, t in _on_the_optimizer(optimizer):
-        if t.numel() >= smallest or _stacks(t, matrices[0], len(matrices)):
-            yield f"`{_spelled(path)}` of shape {tuple(t.shape)} on the optimizer itself"
+    elsewhere = [(path, t, "in the parameter group") for path, t in tensors_in(settings).items() if t.numel() > 1]
+    elsewhere += [(path, t, "on the optimizer itself") for path, t in _on_the_optimizer(optimizer)]
+    for path, t, where in elsewhere:
+        if t.numel() >= smallest or _stacks(t, matrices[0], len(matrices)):  # not a few numbers for all
+            yield f"`{_spelled(path)}` of shape {tuple(t.shape)} {where}"
 
 
 def _across_parts(optimizer: Optimizer, parts: Sequence[Group]) -> Iterator[str]:
     """What is kept of parameters that are in several of these groups, in words."""
     whole = [p for part in parts for p in part["params"] if p.ndim >= 2]
-    held = [tensors_in(state_of(optimizer, p)) for p in whole]
+    holders = Counter(path for p in whole for path in tensors_in(state_of(optimizer, p)))
     for part in parts:
         count = sum(p.ndim >= 2 for p in part["params"])
         for p in part["params"]:
             for path, t in tensors_in(state_of(optimizer, p)).items():
-                of_all = all(path in others for others in held)
-                if not of_all and not _is_own(t, p, None) and t.numel() > count * p.numel():
+                if holders[path] < len(whole) and not _is_own(t, p, None) and t.numel() > count * p.numel():
                     yield f"`{_spelled(path)}` of shape {tuple(t.shape)} under one of {count} parameters of shape {tuple(p.shape)}"
     yield from _one_in_several(optimizer, [part["params"] for part in parts])
     for path, t in (*_under_other_keys(optimizer), *_on_the_optimizer(optimizer)):

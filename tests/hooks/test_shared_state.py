@@ -244,5 +244,6 @@ def test_attributes_that_hold_no_momenta() -> None:
     optimizer.average = {p: torch.zeros_like(p) for p in model.of_muon().values()}
     optimizer.by_id = {id(p): torch.zeros_like(p) for p in model.of_muon().values()}
     optimizer.levels = torch.zeros(7)
+    optimizer.param_groups[0]["betas"] = torch.tensor([0.9, 0.95])
     optimizer.state[torch.nn.Parameter(torch.zeros(3, 3))]["momentum_buffer"] = torch.zeros(3, 3)  # has left the groups
     assert apply_schedule(optimizer, FIVE_STEPS, model)
