@@ -57,7 +57,8 @@ def attach(
 
     Args:
         optimizers: one `torch.optim.Optimizer` or several. They share one step counter: the number of steps of the one
-            that has stepped most.
+            that has stepped most. Recorded are their dense floating-point parameters with two or more dimensions; complex, integer, 8-bit and
+            sparse ones, and those whose gradients are sparse, are named in a warning.
         model: where parameter names come from; without it they are numbered by optimizer and group.
         store: a path for the run. An existing run of the same matrices is continued. One that holds later records, the training having been restarted
             from a checkpoint, goes back: they are kept as a lineage of their own, which `open_run(store, lineage=n)` shows.
@@ -111,7 +112,7 @@ def attach(
     matrices += compose(watched, matrices, measure)
     if not any(belongs(m, group) for m in matrices for group in measure):
         raise ValueError(
-            f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a parameter with two or more dimensions) to record "
+            f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a dense floating-point parameter with two or more dimensions) to record "
             f"{' and '.join(measure)} of, so nothing can be recorded"
         )
     if background and (elsewhere := {m.parameter.device.type for m in matrices} - {"cpu"}):

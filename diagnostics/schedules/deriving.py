@@ -142,6 +142,7 @@ def schedule_of(
             baseline_residual=_residual(given, g, given.baseline),
             cost=int(given.cost[g]) * k,
             baseline_interval=intervals.baseline[o],
+            shapes=_shapes(spectra, evidence.members[o]),
         )
         for g, (o, k) in enumerate(zip(evidence.members, held.steps, strict=True))
     }
@@ -174,6 +175,11 @@ def schedule_of(
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         },
     )
+
+
+def _shapes(spectra: RecordedSpectra, own: NDArray[np.bool_]) -> tuple[tuple[int, int], ...]:
+    """(rows, columns) of an operator's matrices, each shape once, ascending."""
+    return tuple(sorted(set(zip(spectra.rows[own].tolist(), spectra.cols[own].tolist(), strict=True))))
 
 
 def _log_smallest(spectra: RecordedSpectra, roundoff: float) -> Floats:

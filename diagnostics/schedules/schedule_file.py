@@ -27,6 +27,7 @@ class OperatorSchedule:
         baseline_residual: the same under the uniform schedule of the same budget.
         cost: FLOPs of all its matrices for all its steps.
         baseline_interval: 95 % of `baseline_residual` over layers; None under 3 layers, and in files of an earlier version.
+        shapes: (rows, columns) of those matrices, each shape once; empty where they are not known, as in files of an earlier version.
     """
 
     coefficients: Coefficients
@@ -35,6 +36,7 @@ class OperatorSchedule:
     baseline_residual: float
     cost: int
     baseline_interval: tuple[float, float] | None = None
+    shapes: tuple[tuple[int, int], ...] = ()
 
     @property
     def steps(self) -> int:
@@ -119,7 +121,10 @@ def _operator(entry: Mapping[str, Any]) -> OperatorSchedule:
     if not isinstance(entry["matrices"], list) or not all(isinstance(name, str) for name in entry["matrices"]):
         raise TypeError("matrices that are not a list of names")
     low_high = entry.get("baseline_interval")
+    shapes = tuple((int(rows), int(cols)) for rows, cols in entry.get("shapes", ()))
+    if any(size < 1 for shape in shapes for size in shape):
+        raise ValueError("shapes that are no sizes of a matrix")
     return OperatorSchedule(
         coefficients, tuple(entry["matrices"]), float(entry["predicted_residual"]),
-        float(entry["baseline_residual"]), int(entry["cost"]), None if low_high is None else (float(low_high[0]), float(low_high[1])),
+        float(entry["baseline_residual"]), int(entry["cost"]), None if low_high is None else (float(low_high[0]), float(low_high[1])), shapes,
     )  # fmt: skip

@@ -11,10 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from ...diagnostics.operators import OperatorRule, classify, clean_name
 from ...diagnostics.schedules.schedule_file import Schedule
-from ..adapters import Group, class_name
+from ..adapters import class_name
 from ..observing.watched import hookable_layers
 from .group_splitting import extend_schedulers, owned_by_place, schedulers_of, split_by_operator
 from .schedule_fields import ScheduleFields, fields_of, gram_form_warning, runs_newton_schulz, why_not
+from .schedule_fit import Scheduled, check_fit
+from .shared_state import check_splittable, look_after_next_step
 
 log = logging.getLogger("optiscope")
 
@@ -29,6 +31,7 @@ def apply_schedule(
     *,
     lr_schedulers: Iterable[Any] = (),
     operators: OperatorRule | None = None,
+    force: bool = False,
 ) -> dict[str, int]:
     """Give every matrix of `optimizer` the Newton–Schulz steps and coefficients that `schedule` holds for its operator.
 
@@ -40,7 +43,7 @@ def apply_schedule(
     σ/‖M‖_F, becomes 1. Groups that run AdamW are not touched.
 
     Where the groups have no field for a list of coefficients (Moonlight, MARS-M), the steps alone are put into force, and a
-    warning says so. torch.optim.Muon itself takes one triple for all steps. Its Newton–Schulz function is therefore replaced,
+    warning says so; more steps than the optimizer's own list of coefficients is long are refused. torch.optim.Muon itself takes one triple for all steps. Its Newton–Schulz function is therefore replaced,
     once per process, by one that understands a list of triples and hands everything else to torch's own: optimizers without a
     schedule are not affected.
 
@@ -58,6 +61,8 @@ def apply_schedule(
         lr_schedulers: learning-rate schedulers already built on `optimizer`; their per-group lists are extended to the
             new groups. Not needed for those built afterwards.
         operators: your own naming, as in `attach`.
+        force: put the schedule into force where it was derived from matrices of other shapes, or has more steps than the optimizer brings
+            coefficients for, with a warning instead of an error. (m, n) and (n, m) count as one shape.
 
     Returns:
         Number of matrices per operator that got a schedule.
@@ -65,7 +70,8 @@ def apply_schedule(
     Raises:
         TypeError: no group of the optimizer holds `ns_steps`, or a wrapper keeps parameter groups of its own.
         ValueError: no matrix of the optimizer is in the schedule, an operator has no step, a scheduler exists that was not
-            passed, a stack of matrices is of several operators, or ranks would lose the momenta they own.
+            passed, a stack of matrices is of several operators, ranks would lose the momenta they own, a group that would be split keeps
+            something of several matrices together; and without `force`, shapes or steps that do not fit.
         RuntimeError: this version of torch does not run the function that would be replaced.
     """
     layers = layers_that_take_a_schedule(optimizer)
@@ -83,6 +89,9 @@ def apply_schedule(
             f"schedule: none of the optimizer's matrices is one of its operators ({', '.join(schedule.operators)}); pass the model they were recorded from"
         )
     schedulers: list[Any] = []
+    for group, parts in zip(inner.param_groups, split, strict=True):
+        if len(parts) > 1:
+            check_splittable(inner, group)
     if max(map(len, split)) > 1:
         if owned_by_place(inner):
             raise ValueError(
@@ -90,12 +99,14 @@ def apply_schedule(
                 "apply the schedule before the first step"
             )
         schedulers = schedulers_of((*outer, inner), lr_schedulers)
+    check_fit(inner, schedule, scheduled, force=force)
     for _, _, fields in scheduled:
         fields.prepare()  # may refuse; nothing has been changed, and nothing refuses after it
     _warn(inner, schedule, scheduled)
 
     extend_schedulers(schedulers, [len(parts) for parts in split])
     inner.param_groups[:] = groups
+    look_after_next_step(inner, split)
     put_into_force = _putting_into_force(schedule, shares)
     put_into_force(inner)
     for layer in layers:  # SAM loads by itself and hands the groups to the optimizer it wraps
@@ -161,7 +172,7 @@ def _operator_of(schedule: Schedule, model: nn.Module, operators: OperatorRule |
     return operator_of
 
 
-def _warn(optimizer: Optimizer, schedule: Schedule, scheduled: Sequence[tuple[Group, str, ScheduleFields]]) -> None:
+def _warn(optimizer: Optimizer, schedule: Schedule, scheduled: Scheduled) -> None:
     """Say once what of the schedule cannot hold on this optimizer."""
     name = class_name(type(optimizer))
     if any(fields.coefficients is None for _, _, fields in scheduled):

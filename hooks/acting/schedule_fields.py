@@ -40,7 +40,7 @@ _OF_CLASS = {
 }
 
 # Every other class by its fields: pytorch_optimizer's Muon and its kin, then those that spell it as torch does.
-_COEFFICIENT_FIELDS = ("ns_coeffs", "ns_coefficients")
+COEFFICIENT_FIELDS = ("ns_coeffs", "ns_coefficients")
 
 # Why a class that does orthogonalise takes no schedule, by the beginning of its full name, and what to do instead.
 _STEPS_ELSEWHERE = {
@@ -65,7 +65,7 @@ def fields_of(optimizer: object, group: Group) -> ScheduleFields:
     for cls in type(optimizer).__mro__:
         if (fields := _OF_CLASS.get(class_name(cls))) is not None:
             return fields
-    return ScheduleFields(next((key for key in _COEFFICIENT_FIELDS if key in group and not _is_one_triple(group[key])), None))
+    return ScheduleFields(next((key for key in COEFFICIENT_FIELDS if key in group and _takes_a_list(optimizer, group[key])), None))
 
 
 def why_not(optimizer: object) -> str:
@@ -90,5 +90,8 @@ def gram_form_warning(group: Group, coefficients: Coefficients) -> str | None:
     )
 
 
-def _is_one_triple(value: Any) -> bool:
-    return isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float))
+def _takes_a_list(optimizer: object, value: Any) -> bool:
+    """Whether a list may stand in the place of these coefficients: not in that of one triple, nor, in a class that is not known, of a name."""
+    if isinstance(value, str):
+        return any(cls.__module__.startswith("pytorch_optimizer.") for cls in type(optimizer).__mro__)
+    return not (isinstance(value, (list, tuple)) and bool(value) and isinstance(value[0], (int, float)))

@@ -99,7 +99,9 @@ def _choose(groups: Iterable[Mapping[str, Any]]) -> list[Tensor]:
     turns: list[tuple[int, int, Tensor]] = []
     for i, group in enumerate(groups):
         able = [p for p in group["params"] if p.ndim >= 2 and p.is_floating_point() and p.numel() >= _SMALLEST and p.grad is not None]
-        able = sorted((p for p in able if not hasattr(p, "full_tensor")), key=lambda p: (p.ndim, p.numel()))
+        able = sorted(
+            (p for p in able if not hasattr(p, "full_tensor") and p.grad.layout is torch.strided), key=lambda p: (p.ndim, p.numel())
+        )
         turns += [(turn, i, p) for turn, p in enumerate(able[:_PROBES])]
     chosen: list[Tensor] = []
     for _, _, p in sorted(turns, key=lambda turn: turn[:2]):

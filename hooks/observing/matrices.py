@@ -14,6 +14,7 @@ from ...diagnostics.operators import OperatorRule, classify, clean_name, layer_i
 from ...diagnostics.quantities.adam_mini import UNKNOWN_HEADS, Heads
 from ...diagnostics.spectra.spectrum_sketch import sketch_levels
 from .heads import find_heads, heads_of
+from .left_out import left_out
 from .matrix import NO_GEOMETRY, Matrix
 from .watched import Watched
 
@@ -42,7 +43,9 @@ class Names:
 
 
 def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
-    """The matrices of every real parameter with two or more dimensions, in the optimizers' order; each parameter once.
+    """The matrices of every dense floating-point parameter with two or more dimensions, in the optimizers' order; each parameter once.
+
+    What else has two or more dimensions is told of, once per optimizer and kind.
 
     Raises:
         ValueError: a parameter is sharded.
@@ -51,14 +54,18 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
     heads = names.heads()
     found: dict[int, list[Matrix]] = {}
     for one in watched:
+        others: dict[str, list[str]] = {}
         for g, group in enumerate(one.optimizer.param_groups):
             adapter = one.adapter(group)
             ns = adapter.orthogonalisation
             stacked_ids = {id(p) for stack in one.stacks(group) for p in stack}
             for i, p in enumerate(group["params"]):
-                if p.ndim < 2 or not p.numel() or not p.is_floating_point() or id(p) in found:
+                if p.ndim < 2 or not p.numel() or id(p) in found:
                     continue
                 name = name_of.get(id(p), f"{one.label}.group{g}.param{i}")
+                if (kind := left_out(p)) is not None:
+                    others.setdefault(kind, []).append(name)
+                    continue
                 if hasattr(p, "full_tensor"):
                     raise ValueError(
                         f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
@@ -71,6 +78,7 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
                 )  # fmt: skip
                 is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)
                 found[id(p)] = _slices(whole) if is_stack else [whole]
+        one.tell_left_out(others)
     return [m for matrices in found.values() for m in matrices]
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from ...diagnostics.quantities.observation import Gradient, Observation
@@ -36,6 +37,7 @@ class Snapshot:
         has_spectra: whether those of the NS inputs are measured.
         copies: None where observations are made as soon as they are read; else what they are made of is copied.
         errors: what the adapter's readers raised; what they would have read is missing from the observation.
+        tell_sparse: is told the name of a matrix whose gradient is sparse: it has no observation.
     """
 
     matrices: list[Matrix]  # the parameter's: one, or one per slice of a stack
@@ -48,6 +50,7 @@ class Snapshot:
     gradient_copy: Tensor | None = None  # for a closure that is called again
     grad_rms: tuple[Callable[[], float], ...] = ()  # of every matrix
     errors: list[Exception] = field(default_factory=list)
+    tell_sparse: Callable[[str], None] = lambda name: None
 
     def see_gradient(self, grad_scale: Tensor | None = None) -> None:
         """Copy the gradient, and what the adapter reads before the step, before the optimizer touches either.
@@ -55,7 +58,10 @@ class Snapshot:
         `grad_scale` is what a GradScaler leaves to a fused optimizer to divide by within its step.
         """
         gradient = self.reading.parameter.grad
-        if gradient is None or gradient.is_sparse:
+        if gradient is None:
+            return
+        if gradient.layout is not torch.strided:
+            self.tell_sparse(self.matrices[0].name)
             return
         gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
         self.gradient_seen = True

@@ -1,7 +1,8 @@
 """One watched optimizer: its matrices, its step count, and what was copied before the step under way."""
 
+import logging
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch.optim import Optimizer
 from ..adapters import Adapter, Group, Reading, adapter_for, row_of, state_of
 from ..adapters.identification import BY_NAMES, Identification
 from .copies import Copies, Memory
+from .left_out import LEFT_OUT
 from .matrix import Matrix
 from .snapshot import Snapshot
+
+log = logging.getLogger("optiscope")
 
 # Where wrappers (Lookahead, SAM, Accelerate, ZeRO) keep the optimizer they wrap.
 _INNER = ("optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "optim")
@@ -85,6 +89,7 @@ class Watched:
         self.snapshots: list[Snapshot] = []
         self.snapshot_steps = -1  # `steps` when the snapshots were taken; they are of this step only if it still is
         self.changed: dict[Matrix, int] = {}  # what `changed_since` found before this step
+        self._told: dict[str, int] = {}  # kinds of matrices of which it was told that they are not recorded, and of how many
         self._weights_left: dict[int, list[float]] = {}  # norms of the weights as the last step left them
 
     @property
@@ -166,7 +171,32 @@ class Watched:
             copies = None if memory is None else Copies(memory)
             weight = parameter.detach().clone() if copies is None else copies.of(parameter)
             reading = Reading(self.optimizer, parameter, weight, dict(group), state_of(self.optimizer, parameter))
-            self.snapshots.append(Snapshot(matrices, adapters[id(group)], reading, "gradient" in groups, "geometry" in groups, copies))
+            self.snapshots.append(
+                Snapshot(
+                    matrices, adapters[id(group)], reading, "gradient" in groups, "geometry" in groups, copies,
+                    tell_sparse=self.tell_sparse_gradient,
+                )
+            )  # fmt: skip
+
+    def tell_left_out(self, names: Mapping[str, Sequence[str]]) -> None:
+        """Say which matrices are not recorded, and why: names by kind (`LEFT_OUT`). Again only where there are more of a kind."""
+        for kind, of_kind in names.items():
+            if len(of_kind) > self._told.get(kind, 0):
+                self._told[kind] = len(of_kind)
+                log.warning(
+                    "optiscope: %d %s %s of %s (the first: %s) %s not recorded: %s.", len(of_kind), kind, "matrix" if len(of_kind) == 1 else "matrices",
+                    self.label, of_kind[0], "is" if len(of_kind) == 1 else "are", LEFT_OUT[kind],
+                )  # fmt: skip
+
+    def tell_sparse_gradient(self, name: str) -> None:
+        """Say once what is not recorded of matrices whose gradients are sparse, `name` being the first."""
+        if "gradient" not in self._told:
+            self._told["gradient"] = 1
+            log.warning(
+                "optiscope: %s gets sparse gradients (the first: %s). Of such matrices neither update, gradient, spectrum nor optimizer state is recorded, "
+                "only whether something else than the optimizer changed them; build the layer with sparse=False to have them recorded.",
+                self.label, name,
+            )  # fmt: skip
 
     def note_weights(self) -> None:
         """Keep the weights' norms as this step leaves them, to see at the next one whether something else changed them."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from ...diagnostics.about import Value
 from ...diagnostics.catalogue import DEFAULT_GROUPS
+from ..observing.left_out import left_out
 from ..observing.watched import hookable_layers
 from ..recording.stopwatch import Stopwatch
 from .callback_session import CallbackSession
@@ -217,7 +218,7 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _has_matrix(optimizer: Optimizer) -> bool:
-    return any(p.ndim >= 2 and p.is_floating_point() and p.numel() for group in optimizer.param_groups for p in group["params"])
+    return any(p.ndim >= 2 and p.numel() and left_out(p) is None for group in optimizer.param_groups for p in group["params"])
 
 
 def _steps_of_records(store: Path) -> list[int]:

@@ -77,6 +77,15 @@ def test_the_worked_example_from_its_spectra(example, rule, family, expected):
     assert list(found.operators) == list(SHAPES)
 
 
+def test_every_operator_says_the_shapes_it_was_derived_from():
+    """Each once, also of an operator with several; so does what a later look finds."""
+    window = spectra([[2.0, 3.0]] * 4, {"attn_q": (64, 32), "mlp_up": (96, 32)})
+    wider = window.name == "layers.3.mlp_up.weight"
+    window = replace(window, rows=np.where(wider, 128, window.rows))
+    found = schedule_from_spectra(window, split="never")
+    assert {name: entry.shapes for name, entry in found.operators.items()} == {"attn_q": ((64, 32),), "mlp_up": ((96, 32), (128, 32))}
+
+
 def test_part_of_the_worked_examples_gain_is_noise(example):
     found = schedule_from_spectra(example)
     # 27 % of attn_v's singular values lie below bfloat16's noise, as published.

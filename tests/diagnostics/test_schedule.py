@@ -19,6 +19,7 @@ entries = st.builds(
     baseline_residual=finite,
     cost=st.integers(0, 10**20),
     baseline_interval=st.none() | st.tuples(finite, finite),
+    shapes=st.lists(st.tuples(st.integers(1, 10**6), st.integers(1, 10**6)), max_size=3).map(tuple),
 )
 facts = st.dictionaries(st.text(), st.one_of(finite, st.integers(), st.text(), st.none(), st.booleans()), max_size=4)
 schedules = st.builds(Schedule, operators=st.dictionaries(st.text(), entries, max_size=4), budget=facts, objective=facts, provenance=facts)
@@ -26,7 +27,7 @@ schedules = st.builds(Schedule, operators=st.dictionaries(st.text(), entries, ma
 EXAMPLE = Schedule(
     {
         "attn_q": OperatorSchedule((JORDAN,) * 3, ("layers.0.q.weight", "layers.1.q.weight"), 0.3, 0.34, 1200),
-        "mlp_up": OperatorSchedule(matched_coefficients(6), ("layers.0.up.weight",), 0.1, 0.2, 7200),
+        "mlp_up": OperatorSchedule(matched_coefficients(6), ("layers.0.up.weight",), 0.1, 0.2, 7200, shapes=((64, 16),)),
     },
     budget={"kind": "flops", "mean_steps": 5, "limit": 10**12, "cost": 8400},
     objective={"mean_residual": 0.2, "rule": "capped"},
@@ -119,6 +120,9 @@ MALFORMED = {
     "numbers for names": lambda d: d["operators"]["attn_q"].update(matrices=[1, 2]),
     "an interval of one end": lambda d: d["operators"]["attn_q"].update(baseline_interval=[0.1]),
     "a cost without end": lambda d: d["operators"]["attn_q"].update(cost=float("inf")),
+    "a shape of three sizes": lambda d: d["operators"]["attn_q"].update(shapes=[[1, 2, 3]]),
+    "a shape of no size": lambda d: d["operators"]["attn_q"].update(shapes=[[0, 2]]),
+    "a shape for a list of shapes": lambda d: d["operators"]["attn_q"].update(shapes=[64, 16]),
     "a budget that is a number": lambda d: d.update(budget=3),
 }  # fmt: skip
 
@@ -142,6 +146,14 @@ def test_a_file_from_before_intervals_is_read(tmp_path):
     path = tmp_path / "schedule.json"
     path.write_text(spoilt(lambda document: document["operators"]["attn_q"].pop("baseline_interval")))
     assert Schedule.load(path) == EXAMPLE
+
+
+def test_a_file_from_before_shapes_is_read_without_them(tmp_path):
+    path = tmp_path / "schedule.json"
+    path.write_text(spoilt(lambda document: [entry.pop("shapes") for entry in document["operators"].values()]))
+    back = Schedule.load(path)
+    assert back.operators["mlp_up"].shapes == ()
+    assert back.operators["mlp_up"].coefficients == EXAMPLE.operators["mlp_up"].coefficients
 
 
 @pytest.mark.parametrize("part", ["budget", "objective", "provenance"])

@@ -167,6 +167,9 @@ def test_findings_page_and_description(case, tmp_path):
 
 def test_vectors_alone_are_refused_with_a_sentence(tmp_path):
     model = nn.LayerNorm(4)
-    with pytest.raises(ValueError, match=r"^optimizers: AdamW hold no weight matrix \(a parameter with two or more dimensions\) to record"):
+    with pytest.raises(
+        ValueError,
+        match=r"^optimizers: AdamW hold no weight matrix \(a dense floating-point parameter with two or more dimensions\) to record",
+    ):
         attach(torch.optim.AdamW(model.parameters()), model, tmp_path / "run.zarr")
     assert not (tmp_path / "run.zarr").exists()
