@@ -5,20 +5,20 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ..diagnostics.about import Value, checked
+from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
+from ..diagnostics.options import HeadsGiven, OnError, Options, head_counts
 from ..diagnostics.store.forking import fork
 from ..diagnostics.store.lock import RunLock
 from ..diagnostics.store.opening import nothing_or_a_run
 from ..diagnostics.store.writer import Writer
 from .observing.composites import compose
-from .observing.heads import HeadsGiven, check_heads
 from .observing.matrices import Names, find_matrices
 from .observing.watched import watch
 from .recorder import Recorder
@@ -46,7 +46,7 @@ def attach(
     first_step: int | None = None,
     background: bool = False,
     about: Mapping[str, Value] | None = None,
-    on_error: Literal["warn", "raise"] = "warn",
+    on_error: OnError = "warn",
 ) -> "Recorder":
     """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
 
@@ -91,26 +91,32 @@ def attach(
         >>> recorder.step
         1
     """
-    if not measure or set(measure) - set(MEASURES):
-        raise ValueError(f"measure: expected one or more of {', '.join(MEASURES)}; got {measure!r}")
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
+    options = Options(
+        every=every,
+        overhead=overhead,
+        measure=measure,
+        operators=operators,
+        heads=heads,
+        background=background,
+        about=about,
+        on_error=on_error,
+    )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     if first_step is not None and (isinstance(first_step, bool) or not isinstance(first_step, Integral) or first_step < 0):
         raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
-    cadence = Cadence(every, overhead)
-    stated: dict[str, Any] = {"about": checked(about)} if about else {}
+    cadence = Cadence(options.every, options.overhead)
+    stated: dict[str, Any] = {"about": options.about} if options.about else {}
     for recorder in writing_to(Path(store)):
         recorder.close(compact=False)  # a cell that is run again: what the first recorder holds is committed before the second goes on
     watched = watch(_as_list(optimizers))
-    names = Names(model, operators, check_heads(heads))
+    names = Names(model, operators, head_counts(heads))
     matrices = find_matrices(watched, names)
-    matrices += compose(watched, matrices, measure)
-    if not any(belongs(m, group) for m in matrices for group in measure):
+    matrices += compose(watched, matrices, options.measure)
+    if not any(belongs(m, group) for m in matrices for group in options.measure):
         raise ValueError(
             f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a parameter with two or more dimensions) to record "
-            f"{' and '.join(measure)} of, so nothing can be recorded"
+            f"{' and '.join(options.measure)} of, so nothing can be recorded"
         )
     if background and (elsewhere := {m.parameter.device.type for m in matrices} - {"cpu"}):
         raise ValueError(
@@ -122,7 +128,7 @@ def attach(
         undoing.callback(lock.release)
         session = {**describe_software(), "optimizers": [{**describe_optimizer(w), "own_steps": own_steps(w)} for w in watched], **stated}
         writer = Writer(store, {"first_step": int(first_step or 0), **session}, lock)
-        layout = Layout(writer, [group for group in MEASURES if group in measure])
+        layout = Layout(writer, [group for group in MEASURES if group in options.measure])
         if not layout.describes(matrices):
             raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
         given = None if first_step is None else int(first_step)

@@ -2,20 +2,18 @@
 
 import logging
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...diagnostics.about import Value, checked
-from ...diagnostics.operators import OperatorRule
+from ...diagnostics.options import Options
 from ..attaching import attach
 from ..recorder import Recorder
-from ..recording.cadence import Cadence
 from ..recording.guarding import raised_by_signal_handler
 
 log = logging.getLogger("optiscope")
@@ -32,30 +30,11 @@ class CallbackSession:
         recorder: the present recorder, or the last one; None before the first training, and after `let_go`.
     """
 
-    def __init__(
-        self,
-        store: str | Path,
-        *,
-        every: int | None,
-        overhead: float,
-        measure: Sequence[str],
-        operators: OperatorRule | None,
-        on_error: Literal["warn", "raise"],
-        background: bool = False,
-        about: Mapping[str, Value] | None = None,
-    ) -> None:
-        """Options as of :func:`attach`.
-
-        Raises:
-            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
-        """
-        Cadence(every, overhead)  # refuses them here, long before the training begins
+    def __init__(self, store: str | Path, options: Options) -> None:
+        """`store` and options as of :func:`attach`; a relative path is one of the present working folder, whatever that is when training begins."""
         self.recorder: Recorder | None = None
-        self._store = Path(store)
-        self._options: dict[str, Any] = {
-            "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error, "about": checked(about),
-            "background": background,
-        }  # fmt: skip
+        self._store = Path(store).absolute()
+        self._options = options
         self._steps: int | None = None  # of the training let go of last
         self._close: weakref.finalize[Any, Any] | None = None
         self._told: set[str] = set()
@@ -75,10 +54,10 @@ class CallbackSession:
         last, following = _last_and_following(self._store)
         try:
             # A trainer that trains anew counts from 0; the run goes on behind what it holds.
-            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **self._options)
+            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **vars(self._options))
         except ValueError as refused:
             # Where it was not the store that was refused, the same error comes again.
-            recorder = attach(optimizers, model, following, first_step=steps_taken, **self._options)
+            recorder = attach(optimizers, model, following, first_step=steps_taken, **vars(self._options))
             log.warning("optiscope: recording to %s, because %s cannot be continued (%s)", following, last, str(refused))
             return recorder
 
@@ -94,7 +73,7 @@ class CallbackSession:
         try:
             yield
         except Exception as error:
-            if self._options["on_error"] == "raise" or raised_by_signal_handler(error):
+            if self._options.on_error == "raise" or raised_by_signal_handler(error):
                 raise
             if trouble not in self._told:
                 self._told.add(trouble)

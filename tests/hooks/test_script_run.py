@@ -12,6 +12,7 @@ import zarr
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from optiscope.diagnostics.options import Options
 from optiscope.hooks import attach
 from optiscope.hooks.trainers import script_run as module
 from optiscope.hooks.trainers.model_search import Several, owners, parameters_of
@@ -24,7 +25,7 @@ def script_run(tmp_path):
     # What other tests keep is put out of the garbage collector's sight.
     gc.collect()
     gc.freeze()
-    script_run = ScriptRun(tmp_path / "run.zarr", every=1, overhead=1.0)
+    script_run = ScriptRun(tmp_path / "run.zarr", Options(every=1, overhead=1.0))
     handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: script_run.before_step(optimizer))
     yield script_run
     handle.remove()

@@ -1,0 +1,104 @@
+"""One set of options: `attach`, the callbacks of trainers and `diag run` take the same, with the same defaults, and refuse the same."""
+
+import dataclasses
+import inspect
+import json
+import re
+from typing import Any
+
+import pytest
+import typer
+from torch import nn
+from torch.optim import SGD
+
+from optiscope.cli import app
+from optiscope.cli.recording_options import Measure, options_of
+from optiscope.cli.startup.sitecustomize import Start
+from optiscope.diagnostics.catalogue import ON_REQUEST
+from optiscope.diagnostics.options import Options, head_counts
+from optiscope.hooks import attach
+from optiscope.hooks.huggingface import OptiscopeCallback as OfTransformers
+from optiscope.hooks.lightning import OptiscopeCallback as OfLightning
+
+FIELDS = {field.name: field.default for field in dataclasses.fields(Options)}
+NOT_TYPED = {"on_error"}  # a script's training is never to be stopped
+
+
+def keywords(function: Any) -> dict[str, inspect.Parameter]:
+    return {name: p for name, p in inspect.signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize(("function", "own"), [(attach, {"first_step"}), (OfTransformers, set()), (OfLightning, set())])
+def test_signatures_spell_out_the_options(function: Any, own: set[str]) -> None:
+    found = keywords(function)
+    assert found.keys() - FIELDS.keys() == own
+    assert {name: p.default for name, p in found.items() if name not in own} == FIELDS
+    assert [name for name in found if name not in own] == list(FIELDS)
+    kinds = {field.name: field.type for field in dataclasses.fields(Options)}
+    assert {name: p.annotation for name, p in found.items() if name not in own} == kinds
+
+
+def test_every_option_is_documented() -> None:
+    text = inspect.getdoc(attach) or ""
+    assert all(re.search(rf"^    {name}: ", text, re.MULTILINE) for name in FIELDS)
+
+
+def test_diag_run_takes_every_option() -> None:
+    command = typer.main.get_command(app).commands["run"]  # type: ignore[attr-defined]
+    options = {p.name: p for p in command.params}
+    assert FIELDS.keys() - options.keys() == NOT_TYPED
+    assert keywords(options_of) == {}
+    assert set(inspect.signature(options_of).parameters) == FIELDS.keys() - NOT_TYPED
+    assert f"by default {FIELDS['overhead']}" in options["overhead"].help
+    assert tuple(Measure) == ON_REQUEST
+    assert all(group in options["measure"].help for group in ON_REQUEST)
+    assert options_of(None, None, (), (), None, (), False) == {}
+
+
+def test_what_is_typed_arrives_at_the_recorder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "names.txt").write_text("# ours\nmixer$=attn_o\n\n(?=a)=other\n")
+    (tmp_path / "names.json").write_text(json.dumps({r"\.p$": "mlp_up", "mixer$": "never"}))
+    operators = [r"x=y$=head", str(tmp_path / "names.txt"), str(tmp_path / "names.json")]
+    typed = options_of(None, 0.5, ["blocks"], operators, "8,2", ["seed=1"], True)
+    made: list[Any] = []
+    monkeypatch.setattr("optiscope.hooks.trainers.script_run.ScriptRun.__init__", lambda self, store, options: made.append(options))
+    monkeypatch.setattr("optiscope.hooks.trainers.script_run.ScriptRun.before_step", lambda self, optimizer: None)
+    Start("run.zarr", json.dumps(typed))._begin(None)
+    rule = {"x=y$": "head", "mixer$": "attn_o", "(?=a)": "other", r"\.p$": "mlp_up"}
+    groups = ("geometry", "update", "second_moment", "blocks")
+    assert made == [Options(overhead=0.5, measure=groups, operators=rule, heads=(8, 2), about={"seed": 1}, background=True)]
+    assert list(made[0].operators) == list(rule)  # the first that matches wins
+
+
+WRONG = {
+    "every": [0, -1, 1.5, "3", True, float("nan")],
+    "overhead": [0, 2, "0.1", True, float("nan"), None],
+    "measure": [(), None, 3, "spectra", ["update", "spectra"], [["update"]]],
+    "operators": ["mixer", [("a", "b")], {"(": "attn_q"}, {"a": ""}, {"a": 3}, {3: "attn_q"}],
+    "heads": [0, "four", (4, 3), [4, 2, 1], 4.0],
+    "background": [None, 1, "yes"],
+    "about": [["a"], {"data": None}],
+    "on_error": ["ignore", None],
+}
+
+
+@pytest.mark.parametrize(("name", "value"), [(name, value) for name, values in WRONG.items() for value in values])
+def test_a_wrong_option_is_named_by_all(name: str, value: Any, tmp_path: Any) -> None:
+    assert WRONG.keys() == FIELDS.keys()
+    model = nn.Linear(3, 2)
+    for make in (
+        lambda **option: attach(SGD(model.parameters(), lr=0.1), model, tmp_path / "run.zarr", **option),
+        lambda **option: OfTransformers(tmp_path / "run.zarr", **option),
+        lambda **option: OfLightning(tmp_path / "run.zarr", **option),
+    ):
+        with pytest.raises((ValueError, TypeError), match=f"^{name}: expected .*got ") as refused:
+            make(**{name: value})
+        assert "\n" not in str(refused.value)
+    assert not (tmp_path / "run.zarr").exists()
+
+
+def test_options_are_kept_in_one_form() -> None:
+    options = Options(every=2.0, measure="update", heads=4, about=None)  # type: ignore[arg-type]
+    assert (options.every, options.measure, options.heads, options.about) == (2, ("update",), (4, 4), {})
+    assert Options(**vars(options)) == options
+    assert head_counts([8, 2]) == (8, 2)
