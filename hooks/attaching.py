@@ -24,10 +24,10 @@ from .observing.watched import watch
 from .recorder import Recorder
 from .recording.cadence import Cadence
 from .recording.layout import Layout, belongs
-from .recording.lifetime import writing_to
 from .recording.provenance import describe_optimizer, describe_software
 from .recording.readable_log import readable
 from .recording.resuming import own_steps, steps_taken
+from .second_recorder import close, left_behind
 
 log = logging.getLogger("optiscope")
 log.addFilter(readable)  # names of a model stand in what all modules log
@@ -57,8 +57,9 @@ def attach(
         optimizers: one `torch.optim.Optimizer` or several. They share one step counter: the number of steps of the one
             that has stepped most.
         model: where parameter names come from; without it they are numbered by optimizer and group.
-        store: a path for the run. An existing run of the same matrices is continued. One that holds later records, the training having been restarted
-            from a checkpoint, goes back: they are kept as a lineage of their own, which `open_run(store, lineage=n)` shows.
+        store: a path for the run; where it is relative, from the present working folder. An existing run of the same matrices is continued. One that
+            holds later records, the training having been restarted from a checkpoint, goes back: they are kept as a lineage of their own, which
+            `open_run(store, lineage=n)` shows.
         every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
         overhead: share of training time that recording may take, with `every=None`.
         measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", and, each at
@@ -78,7 +79,8 @@ def attach(
 
     Raises:
         TypeError: something in `optimizers` is no optimizer, `model` no module, or something in `about` no plain value.
-        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued or that another process is writing.
+        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued, that another process is writing, or that an
+            open recorder of this process records: one of an earlier training of the same matrices (a cell that is run again) is closed instead.
 
     Example:
         >>> import tempfile, torch
@@ -107,8 +109,7 @@ def attach(
         raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
     cadence = Cadence(options.every, options.overhead)
     stated: dict[str, Any] = {"about": options.about} if options.about else {}
-    for recorder in writing_to(Path(store)):
-        recorder.close(compact=False)  # a cell that is run again: what the first recorder holds is committed before the second goes on
+    store = Path(store).absolute()  # training may change its working folder
     watched = watch(_as_list(optimizers))
     names = Names(model, operators, head_counts(heads))
     matrices = find_matrices(watched, names)
@@ -122,8 +123,9 @@ def attach(
         raise ValueError(
             f"background: expected parameters on the CPU, got some on {' and '.join(sorted(elsewhere))}; leave background out there"
         )
-    nothing_or_a_run(Path(store))  # before a lock is left in somebody's folder
-    lock = _locked(Path(store))
+    nothing_or_a_run(store)  # before a lock is left in somebody's folder
+    close(left_behind(store, watched, matrices))
+    lock = _locked(store)
     with ExitStack() as undoing:
         undoing.callback(lock.release)
         session = {**describe_software(), "optimizers": [{**describe_optimizer(w), "own_steps": own_steps(w)} for w in watched], **stated}

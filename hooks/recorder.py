@@ -72,6 +72,11 @@ class Recorder:
         self.close(compact=kind is None)
 
     @property
+    def watched(self) -> tuple[Watched, ...]:
+        """The optimizers that it watches, with their labels and matrices; none once it is closed."""
+        return tuple(self._watched)
+
+    @property
     def errors(self) -> int:
         """How many measurements failed."""
         return self._journal.errors
@@ -175,9 +180,8 @@ class Recorder:
         still_open.discard(self)  # only now: what an interrupt left unwritten is for the interpreter's end
         if not any(watched.seen for watched in self._watched):
             log.warning(
-                "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
-                ", ".join(w.label for w in self._watched),
-            )
+                "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)", ", ".join(w.label for w in self._watched),
+            )  # fmt: skip
         self._let_go()
 
     def _let_go(self) -> None:
@@ -211,11 +215,7 @@ class Recorder:
 
     def _hook(self, watched: Watched) -> list[RemovableHandle]:
         before, after = functools.partial(self._before_step, watched), functools.partial(self._after_step, watched)
-        return [
-            handle
-            for optimizer in watched.layers
-            for handle in (optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after))
-        ]
+        return [h for one in watched.layers for h in (one.register_step_pre_hook(before), one.register_step_post_hook(after))]
 
     # At every step of every watched optimizer: a count and a comparison.
 

@@ -102,3 +102,16 @@ def test_options_are_kept_in_one_form() -> None:
     assert (options.every, options.measure, options.heads, options.about) == (2, ("update",), (4, 4), {})
     assert Options(**vars(options)) == options
     assert head_counts([8, 2]) == (8, 2)
+
+
+def test_callbacks_take_the_working_folder_of_when_they_were_made(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    for make, name in ((OfTransformers, "a.zarr"), (OfLightning, "b.zarr")):
+        monkeypatch.chdir(tmp_path)
+        callback = make(name, every=1)
+        monkeypatch.chdir("elsewhere")
+        model = nn.Linear(3, 2)
+        callback._session.begin(SGD(model.parameters(), lr=0.1), model, 0)
+        callback._session.end()
+        assert (tmp_path / name / "zarr.json").exists()
+    assert list((tmp_path / "elsewhere").iterdir()) == []
