@@ -11,11 +11,17 @@ from .console import LineageOption, RunArgument, print_json, say
 @command
 def check(
     run: RunArgument,
-    fail_on: Annotated[Literal["info", "warning", "error"], typer.Option(help="Least severity that makes the exit code 1.")] = "warning",
+    fail_on: Annotated[
+        Literal["info", "warning", "error"],
+        typer.Option(help="Least severity that makes the exit code 1: info, warning or error.", metavar="SEVERITY"),
+    ] = "warning",
     lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Check update sizes and hazards: exit code 0 clean, 1 findings, 2 unreadable."""
+    """Judge a run: exit code 0 clean, 1 findings, 2 unreadable.
+
+    Update sizes, coefficients, ε, spikes, dead matrices: what is wrong, in a sentence with its numbers, and what to do.
+    """
     from ..analysis import check as find
     from ..analysis import open_run
     from ..analysis.findings import SEVERITIES

@@ -12,8 +12,17 @@ RunArgument = Annotated[Path, typer.Argument(help="The run's folder, as passed t
 LineageOption = Annotated[
     int | None,
     typer.Option(
-        help="Of a run that was restarted from an earlier checkpoint, one that was left, as `diag info` numbers them; by default the newest.",
+        help="One of the lineages that `diag info` lists, of a run that went back to a checkpoint; by default the newest.",
         metavar="N",
+        show_default=False,
+    ),
+]
+
+WindowOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Steps to average over, both included; by default 1 % of the run after warm-up, at least 8 records.",
+        metavar="FIRST:LAST",
         show_default=False,
     ),
 ]
@@ -73,3 +82,13 @@ def print_json(result: Any) -> None:
     from ..diagnostics.escape import json_text
 
     print(json_text(result))
+
+
+def parse_window(text: str | None) -> slice | None:
+    """FIRST:LAST as a slice of steps, both included."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (first, last)):
+        raise ValueError(f"--window: expected FIRST:LAST in optimizer steps, for example 20:100, got {text!r}")
+    return slice(int(first) if first else None, int(last) if last else None)

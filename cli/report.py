@@ -9,7 +9,7 @@ from .app import JsonOption, command
 from .console import LineageOption, console, print_json, say
 
 RunArguments = Annotated[
-    list[Path], typer.Argument(help="Folders of runs, as passed to attach; several give one comparing page.", metavar="RUN.zarr …")
+    list[Path], typer.Argument(help="Folders of runs, as passed to attach; several give one comparing page.", metavar="RUN.zarr")
 ]
 
 
@@ -20,7 +20,10 @@ def report(
     lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page: findings, every study with its picture, every matrix."""
+    """Write one self-contained HTML page about a run or several.
+
+    It holds the findings, every study with its picture, and a table of every matrix.
+    """
     from rich.progress import track
 
     if output.is_dir():

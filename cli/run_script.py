@@ -68,9 +68,9 @@ def run(
         bool, typer.Option("--overwrite", help="Replace a run that is already there; without this it is continued.")
     ] = False,
 ) -> None:
-    """Run a training script as python would, and record every optimizer it makes.
+    """Run a training script as python would, and record it.
 
-    Its arguments, output, signals and exit code are its own; when it ends, one line on standard error tells what was recorded. Under
+    Every optimizer it makes is recorded. Its arguments, output, signals and exit code are its own; when it ends, one line on standard error tells what was recorded. Under
     a launcher of several processes (torchrun --no-python diag run SCRIPT) the one of rank 0 records.
     """
     if not script:
