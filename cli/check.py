@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from .app import CLEAN, FINDINGS, JsonOption, command
-from .console import LineageOption, RunArgument, print_json, say
+from .console import LineageOption, RunArgument, print_json, say, who_writes
 
 
 @command
@@ -26,12 +26,17 @@ def check(
     from ..analysis import open_run
     from ..analysis.findings import SEVERITIES
 
-    findings = find(open_run(run, lineage))
+    opened = open_run(run, lineage)
+    now = who_writes(run, opened)
+    findings = find(opened)
     failing = [f for f in findings if SEVERITIES.index(f.severity) >= SEVERITIES.index(fail_on)]
     if as_json:
-        print_json({"findings": [f.as_dict() for f in findings], "failing": len(failing)})
+        activity = None if now is None else now.as_dict()
+        print_json({"findings": [f.as_dict() for f in findings], "failing": len(failing), "activity": activity})
     else:
         print_findings([f.as_dict() for f in findings])
+        if now is not None:
+            say("now", str(now))
     raise typer.Exit(FINDINGS if failing else CLEAN)
 
 

@@ -1,10 +1,16 @@
 """What commands share: how a run is named, and how lines, tables and JSON are printed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ..diagnostics.store.activity import Activity
 
 ROWS = 1_000  # of a table on the terminal
 
@@ -82,6 +88,21 @@ def print_json(result: Any) -> None:
     from ..diagnostics.escape import json_text
 
     print(json_text(result))
+
+
+def who_writes(name: object, run: "xr.DataTree") -> "Activity | None":
+    """Who is writing to an opened run; None where nobody does.
+
+    Raises:
+        ValueError: somebody is who has not committed a record yet.
+    """
+    from ..analysis.describe import being_written
+    from ..analysis.findings import has_records
+
+    now = being_written(run)
+    if now is not None and not has_records(run):
+        raise ValueError(f"run: no record is committed yet; {name} is {replace(now, last_commit=None)}")
+    return now
 
 
 def parse_window(text: str | None) -> slice | None:

@@ -279,7 +279,7 @@ def test_check_of_a_clean_run_says_none(diag, tmp_path, strict_json):
             optimizer.step()
     result = diag("check", tmp_path / "clean.zarr", "--fail-on", "info")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "findings: none\n", "")
-    assert strict_json(diag("check", tmp_path / "clean.zarr", "--json").stdout) == {"findings": [], "failing": 0}
+    assert strict_json(diag("check", tmp_path / "clean.zarr", "--json").stdout) == {"findings": [], "failing": 0, "activity": None}
 
 
 def test_siblings_stand_beside_the_run(tmp_path, monkeypatch):
