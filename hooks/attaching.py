@@ -110,7 +110,7 @@ def attach(
     cadence = Cadence(options.every, options.overhead)
     stated: dict[str, Any] = {"about": options.about} if options.about else {}
     store = Path(store).absolute()  # training may change its working folder
-    watched = watch(_as_list(optimizers))
+    watched = watch(as_list(optimizers))
     names = Names(model, operators, head_counts(heads))
     matrices = find_matrices(watched, names)
     matrices += compose(watched, matrices, options.measure)
@@ -188,7 +188,8 @@ def _locked(store: Path) -> RunLock:
     return lock
 
 
-def _as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Any]:
+def as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Any]:
+    """One optimizer or several as a list. Raises ValueError for none."""
     given: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
     if not given:
         raise ValueError("optimizers: expected at least one optimizer, got none")

@@ -1,8 +1,11 @@
 """What becomes of a recorder of this process that is still open on a run when `attach` is called for that run again."""
 
 import logging
+import weakref
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from torch.optim import Optimizer
 
 from .observing.matrices import Matrix
 from .observing.watched import Watched
@@ -10,6 +13,9 @@ from .recorder import Recorder
 from .recording.lifetime import writing_to
 
 log = logging.getLogger("optiscope")
+
+# Made by `diag run`, whose script knows nothing of it: they give way to one that the script makes itself.
+yielding: "weakref.WeakSet[Recorder]" = weakref.WeakSet()
 
 
 def left_behind(store: Path, watched: Sequence[Watched], matrices: Iterable[Matrix]) -> list[Recorder]:
@@ -25,6 +31,8 @@ def left_behind(store: Path, watched: Sequence[Watched], matrices: Iterable[Matr
     found = writing_to(store)
     for recorder in found:
         others = _keys(m for one in recorder.watched for m in one.matrices)
+        if recorder in yielding:
+            continue
         if parameters & _parameters(recorder.watched) or not (own <= others or others <= own):
             raise ValueError(
                 f"store: {store} is being recorded by a recorder that is still open and watches {_labels(recorder)}; pass all optimizers to one "
@@ -38,10 +46,17 @@ def close(recorders: Iterable[Recorder]) -> None:
     for recorder in recorders:
         labels, step = _labels(recorder), recorder.step
         recorder.close(compact=False)
-        log.warning(
-            "optiscope: the recorder of %s that was still open on %s, at step %d, is closed: the same matrices are recorded anew, of other "
-            "parameters, as when a cell is run again", labels, recorder.store, step,
-        )  # fmt: skip
+        why = (
+            "the script records by itself"
+            if recorder in yielding
+            else "the same matrices are recorded anew, of other parameters, as when a cell is run again"
+        )
+        log.warning("optiscope: the recorder of %s that was still open on %s, at step %d, is closed: %s", labels, recorder.store, step, why)
+
+
+def records_any_of(recorder: Recorder, optimizers: Iterable[Optimizer]) -> bool:
+    """Whether it watches a parameter of one of these optimizers."""
+    return bool(_parameters(recorder.watched) & {id(p) for one in optimizers for group in one.param_groups for p in group["params"]})
 
 
 def _labels(recorder: Recorder) -> str:

@@ -12,28 +12,33 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...diagnostics.options import Options
-from ..attaching import attach
+from ..attaching import as_list, attach
 from ..recorder import Recorder
 from ..recording.guarding import raised_by_signal_handler
+from ..second_recorder import records_any_of
 
 log = logging.getLogger("optiscope")
+
+# All that have begun: a trainer that was interrupted, and made anew with another callback, tells nobody of its end.
+_begun: "weakref.WeakSet[CallbackSession]" = weakref.WeakSet()
 
 
 class CallbackSession:
     """Attaches for a callback, and keeps every trouble with that out of the training.
 
-    A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open and
-    goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
+    A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open, of another
+    callback too where that recorded the same parameters, and goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
     and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
 
     Attributes:
+        store: where to record, as an absolute path.
         recorder: the present recorder, or the last one; None before the first training, and after `let_go`.
     """
 
     def __init__(self, store: str | Path, options: Options) -> None:
         """`store` and options as of :func:`attach`; a relative path is one of the present working folder, whatever that is when training begins."""
         self.recorder: Recorder | None = None
-        self._store = Path(store).absolute()
+        self.store = Path(store).absolute()
         self._options = options
         self._steps: int | None = None  # of the training let go of last
         self._close: weakref.finalize[Any, Any] | None = None
@@ -44,6 +49,12 @@ class CallbackSession:
         self.let_go()
         self._told.clear()
         with self.guard("this training is not recorded"):
+            optimizers = as_list(optimizers)
+            for other in list(_begun):
+                # Of two trainers only the later one trains the same parameters.
+                if other.recorder is not None and other.store == self.store and records_any_of(other.recorder, optimizers):
+                    other.end()
+            _begun.add(self)
             self.recorder = recorder = self._attach(optimizers, model, steps_taken)
             # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
             # with the callback. The interpreter's end is looked after by the recorder itself.
@@ -51,7 +62,7 @@ class CallbackSession:
             self._close.atexit = False
 
     def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> Recorder:
-        last, following = _last_and_following(self._store)
+        last, following = _last_and_following(self.store)
         try:
             # A trainer that trains anew counts from 0; the run goes on behind what it holds.
             return attach(optimizers, model, last, first_step=steps_taken or self._steps, **vars(self._options))

@@ -17,6 +17,7 @@ from ...diagnostics.options import Options
 from ..observing.watched import hookable_layers
 from ..recording.lifetime import still_open
 from ..recording.stopwatch import Stopwatch
+from ..second_recorder import yielding
 from .callback_session import CallbackSession
 from .model_search import Several, live, owners, parameters_of
 
@@ -170,6 +171,7 @@ class ScriptRun:
         model = Several(self._models) if len(self._models) > 1 else next(iter(self._models), None)
         self._session.begin(optimizers, model, 0)
         if self._session.recorder is not None:
+            yielding.add(self._session.recorder)
             self._stores[self._session.recorder.store] = None
 
     def _keep(self, optimizers: list[Optimizer]) -> None:

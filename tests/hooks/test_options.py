@@ -7,10 +7,12 @@ import re
 from typing import Any
 
 import pytest
+import torch
 import typer
 from torch import nn
 from torch.optim import SGD
 
+from optiscope.analysis import open_run
 from optiscope.cli import app
 from optiscope.cli.recording_options import Measure, options_of
 from optiscope.cli.startup.sitecustomize import Start
@@ -115,3 +117,32 @@ def test_callbacks_take_the_working_folder_of_when_they_were_made(tmp_path: Any,
         callback._session.end()
         assert (tmp_path / name / "zarr.json").exists()
     assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+def test_a_trainer_made_anew_after_an_interrupt_goes_on_in_the_same_run(tmp_path: Any) -> None:
+    """The first callback is told of no end, and somebody still holds it: a notebook, a traceback."""
+    model = nn.Linear(3, 2)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    callbacks = [OfTransformers(tmp_path / "run.zarr", every=1) for _ in range(2)]
+    for callback in callbacks:
+        optimizer = SGD(model.parameters(), lr=0.1)
+        callback._session.begin(optimizer, model, 0)
+        optimizer.step()
+    callbacks[1]._session.end()
+    assert callbacks[0]._session.recorder.watched == ()
+    assert [path.name for path in tmp_path.iterdir()] == ["run.zarr"]
+    assert [len(open_run(tmp_path / "run.zarr")["update"]["step"])] == [2]
+
+
+def test_two_trainers_of_two_models_disturb_each_other_not(tmp_path: Any) -> None:
+    callbacks = []
+    for width in (2, 5):
+        model = nn.Linear(3, width)
+        callback = OfTransformers(tmp_path / "run.zarr", every=1)
+        callback._session.begin(SGD(model.parameters(), lr=0.1), model, 0)
+        callbacks.append(callback)
+    assert [len(callback._session.recorder.watched) for callback in callbacks] == [1, 1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run-2.zarr", "run.zarr"]
+    for callback in callbacks:
+        callback._session.end()

@@ -260,7 +260,7 @@ def test_a_training_that_is_passed_over_does_not_share_its_memory_with_the_one_b
     assert [reference() for reference in gone] == [None] * 3
 
 
-def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, tmp_path):
+def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, tmp_path, caplog):
     model = Generator()
     first = torch.optim.SGD(model.up_proj.parameters(), lr=0.1)
     train(first)
@@ -270,6 +270,7 @@ def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, t
         train(late, first)
     assert not late._optimizer_step_pre_hooks
     assert not late._optimizer_step_post_hooks
+    assert "is closed: the script records by itself" in caplog.text
     script_run.end()
     assert recorded(read(tmp_path / "run.zarr")) == {("up_proj.weight", "SGD"): [1, 2, 3, 4]}
 
