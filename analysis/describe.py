@@ -6,11 +6,12 @@ import numpy as np
 import xarray as xr
 
 from ..diagnostics.operators import ordered
+from ..diagnostics.store.activity import Activity, activity
 from .run import unread
 
 
 def describe(run: xr.DataTree) -> dict[str, Any]:
-    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took, what was decided and noted live, the lineages that there are."""
+    """Optimizers, groups with their steps, matrices per operator, the last logged scalars, the share of time recording took, who is writing to it, what was decided and noted live, the lineages that there are."""
     groups = {}
     for name in sorted(run.children):
         group = run[name].to_dataset()
@@ -28,7 +29,9 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         values = scalars[name].values  # one at a time
         if (known := np.isfinite(values)).any():
             last[name] = float(values[known][-1])
+    now = being_written(run)
     return {
+        "activity": None if now is None else now.as_dict(),
         "lineage": run.attrs.get("lineage"),
         "lineages": run.attrs.get("lineages", []),
         "created": run.attrs.get("created"),
@@ -43,6 +46,12 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         "background": _share(scalars, "background_cpu_seconds"),
         "lost": {name: int(run.attrs.get(name, 0)) for name in ("missed", "dropped", "errors")},
     }
+
+
+def being_written(run: xr.DataTree) -> Activity | None:
+    """Who writes to a run that was opened from a folder; None where nobody does."""
+    source = run.encoding.get("source")
+    return None if source is None else activity(source)
 
 
 def what_recording_took(described: dict[str, Any]) -> str:

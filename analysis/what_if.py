@@ -50,9 +50,10 @@ def what_if(
         `residual` and `alignment` (⟨M, O⟩/‖M‖_*), each (family, operator, k, precision): means over an operator's matrices and the records;
         `mean_residual` and `mean_alignment` (family, k, precision) over all matrices; `cost` (family, operator, k), FLOPs, and
         `relative_cost` (family, k), relative to five quintic steps for all; `recoverable` (operator), the share of singular values
-        over bfloat16's floor, and `residual_recoverable` (family, operator, k) over those alone, in float64. Of what was in force:
-        `in_force_residual` and `in_force_alignment` (operator, precision), predicted; `achieved_residual` and `achieved_alignment`
-        (operator), read back from the updates; over records that hold both.
+        over bfloat16's floor, and `residual_recoverable` (family, operator, k) and `mean_residual_recoverable` (family, k) over those alone,
+        in float64. Of what was in force: `in_force_residual` and `in_force_alignment` (operator, precision), predicted; `achieved_residual` and
+        `achieved_alignment` (operator), read back from the updates; over records that hold both; `in_force_residual_recoverable`
+        (operator), predicted in float64; `in_force_relative_cost`, NaN where its steps were not recorded, and the attribute `in_force`, its name.
 
     Raises:
         ValueError: an unknown family, a number of steps out of range, nothing orthogonalised in the run, or no spectrum in the window.
@@ -74,7 +75,8 @@ def what_if(
     own = ns_schedules(geometry)
     values = np.full((3, 2, len(schedules), *known.shape), np.nan)  # residual, alignment, recoverable residual; precision
     share = np.full(known.shape, np.nan)
-    in_force = np.full((2, 2, *known.shape), np.nan)  # residual, alignment; precision
+    in_force = np.full((3, 2, *known.shape), np.nan)  # the same
+    spent = np.full(known.shape, np.nan)  # FLOPs of what was in force
     rows, cols, index = geometry["rows"].values, geometry["cols"].values, geometry["ns_schedule"].values
     norm = geometry["fro_norm"].values
     for m, n in sorted(set(zip(rows.tolist(), cols.tolist(), strict=True))):
@@ -86,9 +88,11 @@ def what_if(
         for i, schedule in enumerate(own):
             # Another start than M/‖M‖_F has other singular values than those recorded.
             chosen = index[t, j] == i
+            if schedule.coefficients:
+                spent[t[chosen], j[chosen]] = sum(ns_flops(m, n, cubic=c == 0) for _, _, c in schedule.coefficients)
             if chosen.any() and schedule.coefficients and schedule.scaling == "frobenius":
                 found = _outcomes(x[chosen], above[chosen], m, n, [schedule.coefficients], norm[t, j][chosen], schedule.eps)
-                in_force[:, :, t[chosen], j[chosen]] = found[:2, :, 0]
+                in_force[:, :, t[chosen], j[chosen]] = found[:, :, 0]
 
     label, operators = geometry["operator"].values, operators_of(geometry)
     groups = [label == o for o in operators]
@@ -98,8 +102,8 @@ def what_if(
     cost = np.array([[_flops(schedule, rows[group], cols[group]) for schedule in schedules] for group in groups]).T.reshape(*shape, -1)
     uniform = 5 * sum(ns_flops(m, n) for m, n in zip(rows.tolist(), cols.tolist(), strict=True))
     achieved = np.stack([geometry[name].values.astype(np.float64) for name in ("ns_residual_achieved", "alignment")])
-    both = np.isfinite(in_force).all(axis=1) & np.isfinite(achieved)
-    predicted, achieved = np.where(both[:, None], in_force, np.nan), np.where(both, achieved, np.nan)
+    both = np.isfinite(in_force[:2]).all(axis=1) & np.isfinite(achieved)
+    predicted, achieved = np.where(both[:, None], in_force[:2], np.nan), np.where(both, achieved, np.nan)
     dims = ("family", "operator", "k", "precision")
     order = np.moveaxis(by_operator, (0, 1, 2, 3, 4), (0, 4, 1, 3, 2))
     means = np.moveaxis(overall, 1, -1)
@@ -112,6 +116,7 @@ def what_if(
             "residual_recoverable": (dims[:3], order[2, ..., 0]),
             "mean_residual": (("family", "k", "precision"), means[0]),
             "mean_alignment": (("family", "k", "precision"), means[1]),
+            "mean_residual_recoverable": (("family", "k"), overall[2, 0]),
             "cost": (dims[:3], np.moveaxis(cost, -1, 1)),
             "relative_cost": (("family", "k"), cost.sum(axis=-1) / uniform),
             "recoverable": ("operator", [float(np.nanmean(share[:, group])) for group in groups]),
@@ -119,6 +124,8 @@ def what_if(
             "in_force_alignment": (("operator", "precision"), in_force_means[1]),
             "achieved_residual": ("operator", achieved_means[0]),
             "achieved_alignment": ("operator", achieved_means[1]),
+            "in_force_residual_recoverable": ("operator", [float(_mean(in_force[2, 0][:, group])) for group in groups]),
+            "in_force_relative_cost": _relative(spent, rows, cols),
             "matrices": ("operator", [int(group.sum()) for group in groups]),
         },
         coords={"family": list(families), "operator": operators, "k": list(steps), "precision": list(PRECISIONS)},
@@ -126,6 +133,7 @@ def what_if(
             "first_step": int(geometry["step"].values[0]),
             "last_step": int(geometry["step"].values[-1]),
             "records": geometry.sizes["step"],
+            "in_force": _named([own[i].coefficients for i in np.unique(index[known & np.isfinite(spent)])]),
         },
     )
 
@@ -158,30 +166,33 @@ def _flops(schedule: Coefficients, rows: NDArray[np.integer], cols: NDArray[np.i
     return sum(ns_flops(m, n, cubic=c == 0) for m, n in shapes for _, _, c in schedule)
 
 
+def _relative(spent: Floats, rows: NDArray[np.integer], cols: NDArray[np.integer]) -> float:
+    """FLOPs over those of five quintic steps of the same matrices, where they are known."""
+    five = np.broadcast_to([5 * ns_flops(m, n) for m, n in zip(rows.tolist(), cols.tolist(), strict=True)], spent.shape)
+    known = np.isfinite(spent)
+    return float(spent[known].sum() / five[known].sum()) if known.any() else float("nan")
+
+
+def _named(schedules: Sequence[Coefficients]) -> str:
+    """What was in force, in words: "5 steps of jordan", "3 to 7 steps"; empty where that was not recorded."""
+    counts = sorted({len(schedule) for schedule in schedules})
+    if not counts:
+        return ""
+    steps = f"{counts[0]} steps" if len(counts) == 1 else f"{counts[0]} to {counts[-1]} steps"
+    names = {_family_of(schedule) for schedule in schedules}
+    return f"{steps} of {names.pop()}" if len(names) == 1 and None not in names else steps
+
+
+def _family_of(schedule: Coefficients) -> str | None:
+    k = len(schedule)
+    names = (name for name in SCHEDULE_FAMILIES if name != "matched" or k in STEPS)
+    return next((name for name in names if np.allclose(coefficients_of(name, k), schedule, rtol=1e-6)), None)
+
+
 def hazardous(dataset: xr.Dataset) -> list[str]:
     """Families of a table that are not to be put into force: lists with an error or a warning of `diag ns`, whatever the residual."""
     known = [str(family) for family in dataset["family"].values if family in FAMILIES]
     return [name for name in known if any(hazard.severity != "info" for hazard in of_family(FAMILIES[name]).hazards)]
-
-
-def summary(dataset: xr.Dataset) -> str:
-    """The result in sentences."""
-    k = min((int(k) for k in dataset["k"].values), key=lambda k: abs(k - 5))
-    at = dataset["mean_residual"].sel(k=k, precision="bfloat16").to_series().dropna().drop(hazardous(dataset), errors="ignore")
-    text = f"Records {dataset.attrs['first_step']} to {dataset.attrs['last_step']} ({dataset.attrs['records']} of them). "
-    if len(at):
-        best = at.idxmin()
-        exact = float(dataset["mean_residual"].sel(k=k, precision="float64", family=best))
-        text += f"At {k} steps the family '{best}' would leave the smallest mean residual, {at[best]:.3f} in bfloat16, {exact:.3f} in exact arithmetic."
-    weights = dataset["matrices"].where(np.isfinite(dataset["achieved_residual"]))
-    if not np.isfinite(weights).any():
-        return text + " What the schedule in force achieved was not recorded."
-    achieved = float((dataset["achieved_residual"] * weights).sum() / weights.sum())
-    predicted = [float((dataset["in_force_residual"].sel(precision=p) * weights).sum() / weights.sum()) for p in PRECISIONS]
-    return (
-        f"{text} What was in force achieved {achieved:.4f}; predicted {predicted[1]:.4f} in bfloat16 and {predicted[0]:.4f} in exact "
-        f"arithmetic: low precision moves the residual by {achieved - predicted[0]:+.4f}."
-    )
 
 
 def table(dataset: xr.Dataset) -> list[dict[str, float | int | str]]:

@@ -19,7 +19,10 @@ def analyze(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Folder for tables and figures; by default RUN-analysis.", show_default=False)
     ] = None,
-    study: Annotated[list[str] | None, typer.Option(help="Only this study; may be given several times.", show_default=False)] = None,
+    study: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this study, as docs/studies.md names it. May be repeated.", metavar="NAME", show_default=False),
+    ] = None,
     lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -7,11 +7,25 @@ from collections.abc import Callable
 from typing import Annotated, Any, ParamSpec
 
 import typer
+from typer.core import TyperGroup
 
 P = ParamSpec("P")
 
+# As a newcomer meets them; help lists them so, whatever the order in which they are registered.
+ORDER = ("demo", "run", "info", "check", "report", "analyze", "schedule", "what-if", "compare", "ns", "verify")
+
+
+class InOrder(TyperGroup):
+    """Commands in the order above, any other after them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: ORDER.index(name) if name in ORDER else len(ORDER))
+
+
 app = typer.Typer(
     name="diag",
+    cls=InOrder,
     help="See what an optimizer really did in a recorded run, and derive Newton–Schulz schedules from it.",
     no_args_is_help=True,
     add_completion=False,
@@ -37,7 +51,7 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show the traceb
 def command(function: Callable[P, None], **settings: Any) -> Callable[P, None]:
     """Register a command, with settings of Typer's; its errors are told by :func:`reporting_errors`."""
     reporting = reporting_errors(function)
-    app.command(function.__name__, **settings)(reporting)
+    app.command(function.__name__.replace("_", "-"), **settings)(reporting)
     return reporting
 
 

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 @command
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Two or more runs.", metavar="RUN.zarr …", show_default=False)],
+    runs: Annotated[list[Path], typer.Argument(help="Two or more runs.", metavar="RUN.zarr", show_default=False)],
     baseline: Annotated[
         str | None,
         typer.Option(
-            help="The run that the others are compared with, by its name below or its path; by default the first.",
+            help="The run that the others are compared with, by its name in the table or its path; by default the first.",
             metavar="NAME",
             show_default=False,
         ),
@@ -31,7 +31,10 @@ def compare(
     lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare runs: same data and budget or not, what each took to reach one loss, and how far seeds scatter."""
+    """Compare runs: what each took to reach one loss.
+
+    Whether data and budget are the same is told with it, and how far seeds scatter.
+    """
     from ..analysis import compare as comparison
     from ..analysis import open_run
     from ..analysis.report.answer import Answer

@@ -1,10 +1,16 @@
 """What commands share: how a run is named, and how lines, tables and JSON are printed."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+    from ..diagnostics.store.activity import Activity
 
 ROWS = 1_000  # of a table on the terminal
 
@@ -12,8 +18,17 @@ RunArgument = Annotated[Path, typer.Argument(help="The run's folder, as passed t
 LineageOption = Annotated[
     int | None,
     typer.Option(
-        help="Of a run that was restarted from an earlier checkpoint, one that was left, as `diag info` numbers them; by default the newest.",
+        help="One of the lineages that `diag info` lists, of a run that went back to a checkpoint; by default the newest.",
         metavar="N",
+        show_default=False,
+    ),
+]
+
+WindowOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Steps to average over, both included; by default 1 % of the run after warm-up, at least 8 records.",
+        metavar="FIRST:LAST",
         show_default=False,
     ),
 ]
@@ -73,3 +88,28 @@ def print_json(result: Any) -> None:
     from ..diagnostics.escape import json_text
 
     print(json_text(result))
+
+
+def who_writes(name: object, run: "xr.DataTree") -> "Activity | None":
+    """Who is writing to an opened run; None where nobody does.
+
+    Raises:
+        ValueError: somebody is who has not committed a record yet.
+    """
+    from ..analysis.describe import being_written
+    from ..analysis.findings import has_records
+
+    now = being_written(run)
+    if now is not None and not has_records(run):
+        raise ValueError(f"run: no record is committed yet; {name} is {replace(now, last_commit=None)}")
+    return now
+
+
+def parse_window(text: str | None) -> slice | None:
+    """FIRST:LAST as a slice of steps, both included."""
+    if text is None:
+        return None
+    first, colon, last = text.partition(":")
+    if not colon or not all(part == "" or part.isdecimal() for part in (first, last)):
+        raise ValueError(f"--window: expected FIRST:LAST in optimizer steps, for example 20:100, got {text!r}")
+    return slice(int(first) if first else None, int(last) if last else None)

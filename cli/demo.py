@@ -19,7 +19,10 @@ def demo(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a run that is already there.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Train a small Llama on real text with hooks attached, analyse it, and derive a schedule."""
+    """Train a small Llama on real text, recorded, and analyse it.
+
+    Findings, figures and tables of every study, and a Newton–Schulz schedule derived from it; all of it is written beside the run.
+    """
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     from ..analysis import derive_schedule, open_run

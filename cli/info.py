@@ -17,6 +17,8 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
         print_json(described)
         return
     say(run, f"begun {described['created']}")
+    if described["activity"] is not None:
+        say("now", described["activity"]["words"])
     for entry in first_of("lineages", described["lineages"]):
         say(f"lineage {entry['lineage']}", _of_lineage(entry, described["lineage"]))
     for optimizer in first_of("optimizers", described["optimizers"]):

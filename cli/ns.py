@@ -6,7 +6,7 @@ import re
 import sys
 from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,7 +32,10 @@ def families(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Tell what the known Newton–Schulz families do to singular values; `diag ns validate` judges a list of your own."""
+    """Tell what known Newton–Schulz families do to singular values.
+
+    `diag ns validate` judges a list of your own.
+    """
     if context.invoked_subcommand is not None:
         return
     from ..diagnostics.newton_schulz.coefficients import matched
@@ -78,7 +81,8 @@ def validate(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps taken; by default as many as there are triples.", show_default=False)] = None,
     after_last: Annotated[
-        str | None, typer.Option(help="What follows the last triple: repeat, cycle or exact.", show_default=False)
+        Literal["repeat", "cycle", "exact"] | None,
+        typer.Option(help="What follows the last triple: repeat, cycle or exact.", metavar="HOW", show_default=False),
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

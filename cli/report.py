@@ -6,10 +6,10 @@ from typing import Annotated
 import typer
 
 from .app import JsonOption, command
-from .console import LineageOption, console, print_json, say
+from .console import LineageOption, console, print_json, say, who_writes
 
 RunArguments = Annotated[
-    list[Path], typer.Argument(help="Folders of runs, as passed to attach; several give one comparing page.", metavar="RUN.zarr …")
+    list[Path], typer.Argument(help="Folders of runs, as passed to attach; several give one comparing page.", metavar="RUN.zarr")
 ]
 
 
@@ -20,7 +20,10 @@ def report(
     lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Write one self-contained HTML page: findings, every study with its picture, every matrix."""
+    """Write one self-contained HTML page about a run or several.
+
+    It holds the findings, every study with its picture, and a table of every matrix.
+    """
     from rich.progress import track
 
     if output.is_dir():
@@ -33,14 +36,17 @@ def report(
 
     terminal = console(stderr=True)
     opened = {name: open_run(path, lineage) for name, path in _names(runs).items()}
+    activities = {name: now for name, one in opened.items() if (now := who_writes(name, one)) is not None}
     written = write_report(
         opened, output, lambda studies: track(studies, "analysing", console=terminal, transient=True, disable=not terminal.is_terminal)
     )
     if as_json:
-        print_json(written)
+        print_json({**written, "activity": {name: now.as_dict() for name, now in activities.items()}})
         return
     found = ", ".join(f"{number} {severity}" for severity, number in written["findings"].items())
     say("report", f"{output}, {written['size'] / 1e6:.1f} MB; findings: {found}")
+    for name, now in activities.items():
+        say(name, str(now))
 
 
 def _names(runs: list[Path]) -> dict[str, Path]:

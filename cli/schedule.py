@@ -2,16 +2,19 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from .app import JsonOption, command
-from .console import LineageOption, RunArgument, print_table, say
-from .what_if import answer_what_if
+from .console import LineageOption, RunArgument, WindowOption, parse_window, print_table, say
 
 if TYPE_CHECKING:
     from ..diagnostics.schedules.schedule_file import Schedule
+
+# The allocation's, held equal to them by a test: they load NumPy, which no help needs.
+Rule = Literal["mean", "mean-uncapped", "minimax", "uniform", "kappa"]
+Split = Literal["auto", "never"]
 
 
 @command
@@ -22,54 +25,44 @@ def schedule(
         typer.Option(
             "-o",
             "--output",
-            help="Where to write the schedule, by default schedule.json; with --what-if, the table as CSV.",
+            help="Where to write the schedule, by default schedule.json.",
             show_default=False,
         ),
     ] = None,
-    budget: Annotated[int, typer.Option(help="Steps per matrix of the uniform baseline whose FLOPs may be spent (3 to 8).")] = 5,
-    rule: Annotated[str, typer.Option(help="mean, mean-uncapped, minimax, uniform, or kappa (from condition numbers alone).")] = "mean",
+    budget: Annotated[
+        int, typer.Option(help="Steps per matrix of the uniform baseline whose FLOPs may be spent, 3 to 8.", metavar="N")
+    ] = 5,
+    rule: Annotated[
+        Rule,
+        typer.Option(
+            help="mean, mean-uncapped, minimax, kappa (from condition numbers alone), or uniform; docs/schedules.md says what each chooses.",
+            metavar="RULE",
+        ),
+    ] = "mean",
     family: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="matched (one design per step count; the default), or a family of `diag ns`. With --what-if several; by default all.",
-            metavar="NAME",
-            show_default=False,
-        ),
-    ] = None,
-    window: Annotated[
-        str | None,
-        typer.Option(
-            help="Steps to average over, FIRST:LAST; by default 1 % of the run after warm-up, at least 8 records.", show_default=False
-        ),
-    ] = None,
+        str, typer.Option(help="matched, which has a design for each number of steps, or a family of `diag ns`.", metavar="NAME")
+    ] = "matched",
+    window: WindowOption = None,
     recoverable: Annotated[bool, typer.Option("--recoverable", help="Count only singular values above bfloat16's rounding noise.")] = False,
     split: Annotated[
-        str, typer.Option(help="auto (an operator by depth, where its halves differ more than operators do) or never.")
+        Split,
+        typer.Option(
+            help="auto (cut an operator in two by depth, where its halves differ more than operators do) or never.", metavar="SPLIT"
+        ),
     ] = "auto",
     keep_uniform: Annotated[bool, typer.Option(help="Hold equal steps where the gain's 95 % interval over layers includes zero.")] = True,
-    what_if: Annotated[
-        bool, typer.Option("--what-if", help="Write no schedule; compare families and step counts, exact and in bfloat16.")
-    ] = False,
-    by_operator: Annotated[bool, typer.Option("--by-operator", help="With --what-if, every operator too.")] = False,
+    moved: Annotated[bool, typer.Option("--what-if", "--by-operator", hidden=True)] = False,
     lineage: LineageOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Derive Newton–Schulz steps and coefficients per operator."""
+    if moved:
+        raise ValueError(f"--what-if: expected as a command of its own: diag what-if {run}")
     from ..analysis import derive_schedule, open_run
 
-    if what_if:
-        from ..diagnostics.schedules.deriving import check_choices
-
-        check_choices(budget, rule, "matched", split)
-        answer_what_if(open_run(run, lineage), family, parse_window(window), output, by_operator=by_operator, as_json=as_json)
-        return
-    if by_operator:
-        raise ValueError("--by-operator: expected together with --what-if; a schedule is printed by operator anyway")
-    chosen, path = family or ["matched"], output or Path("schedule.json")
-    if len(chosen) > 1:
-        raise ValueError(f"--family: expected one for a schedule, got {', '.join(chosen)}; --what-if compares several")
+    path = output or Path("schedule.json")
     found = derive_schedule(
-        open_run(run, lineage), budget=budget, rule=rule, family=chosen[0], window=parse_window(window), recoverable=recoverable, split=split,
+        open_run(run, lineage), budget=budget, rule=rule, family=family, window=parse_window(window), recoverable=recoverable, split=split,
         keep_uniform=keep_uniform,
     )  # fmt: skip
     found.save(path)
@@ -154,13 +147,3 @@ def _verdicts(found: "Schedule") -> Iterator[tuple[str, str]]:
     )
     cut = ", ".join(operator for operator in variances if operator not in found.operators)
     yield "depth", f"{differ}; {f'cut in two: {cut}' if cut else 'no operator is cut in two'}"
-
-
-def parse_window(text: str | None) -> slice | None:
-    """FIRST:LAST as a slice of steps, both included."""
-    if text is None:
-        return None
-    first, colon, last = text.partition(":")
-    if not colon or not all(part == "" or part.isdecimal() for part in (first, last)):
-        raise ValueError(f"--window: expected FIRST:LAST in optimizer steps, for example 20:100, got {text!r}")
-    return slice(int(first) if first else None, int(last) if last else None)

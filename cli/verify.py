@@ -18,7 +18,10 @@ def verify(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Check every file of a run against its checksum: exit code 0 whole, 1 damaged, 2 unreadable."""
+    """Check every file of a run against its checksum.
+
+    Exit code 0 whole, 1 damaged, 2 unreadable.
+    """
     from ..analysis.repairing import repair as repaired
     from ..analysis.verifying import verify as verified
 

@@ -5,29 +5,29 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from numbers import Integral
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
-from ..diagnostics.about import Value, checked
+from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
+from ..diagnostics.options import HeadsGiven, OnError, Options, head_counts
 from ..diagnostics.store.forking import fork
 from ..diagnostics.store.lock import RunLock
 from ..diagnostics.store.opening import nothing_or_a_run
 from ..diagnostics.store.writer import Writer
 from .observing.composites import compose
-from .observing.heads import HeadsGiven, check_heads
 from .observing.matrices import Names, find_matrices
 from .observing.watched import watch
 from .recorder import Recorder
 from .recording.cadence import Cadence
 from .recording.layout import Layout, belongs
-from .recording.lifetime import writing_to
 from .recording.provenance import describe_optimizer, describe_software
 from .recording.readable_log import readable
 from .recording.resuming import own_steps, steps_taken
+from .recording.second_session import close, left_behind
 from .recording.session import Session
 from .recording.step_hooks import watch_steps
 
@@ -48,7 +48,7 @@ def attach(
     first_step: int | None = None,
     background: bool = False,
     about: Mapping[str, Value] | None = None,
-    on_error: Literal["warn", "raise"] = "warn",
+    on_error: OnError = "warn",
 ) -> "Recorder":
     """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
 
@@ -60,8 +60,9 @@ def attach(
             that has stepped most. Recorded are their dense floating-point parameters with two or more dimensions; complex, integer, 8-bit and
             sparse ones, and those whose gradients are sparse, are named in a warning.
         model: where parameter names come from; without it they are numbered by optimizer and group.
-        store: a path for the run. An existing run of the same matrices is continued. One that holds later records, the training having been restarted
-            from a checkpoint, goes back: they are kept as a lineage of their own, which `open_run(store, lineage=n)` shows.
+        store: a path for the run; where it is relative, from the present working folder. An existing run of the same matrices is continued. One that
+            holds later records, the training having been restarted from a checkpoint, goes back: they are kept as a lineage of their own, which
+            `open_run(store, lineage=n)` shows.
         every: record every N-th step; None spaces records so that they take at most `overhead` of the time.
         overhead: share of training time that recording may take, with `every=None`.
         measure: groups of quantities to record: "geometry", "update" and "second_moment"; on request "second_moment_map", and, each at
@@ -81,7 +82,8 @@ def attach(
 
     Raises:
         TypeError: something in `optimizers` is no optimizer, `model` no module, or something in `about` no plain value.
-        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued or that another process is writing.
+        ValueError: no matrix to record, an argument out of range, or a `store` that cannot be continued, that another process is writing, or that an
+            open recorder of this process records: one of an earlier training of the same matrices (a cell that is run again) is closed instead.
 
     Example:
         >>> import tempfile, torch
@@ -94,38 +96,44 @@ def attach(
         >>> recorder.step
         1
     """
-    if not measure or set(measure) - set(MEASURES):
-        raise ValueError(f"measure: expected one or more of {', '.join(MEASURES)}; got {measure!r}")
-    if on_error not in ("warn", "raise"):
-        raise ValueError(f"on_error: expected 'warn' or 'raise', got {on_error!r}")
+    options = Options(
+        every=every,
+        overhead=overhead,
+        measure=measure,
+        operators=operators,
+        heads=heads,
+        background=background,
+        about=about,
+        on_error=on_error,
+    )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     if first_step is not None and (isinstance(first_step, bool) or not isinstance(first_step, Integral) or first_step < 0):
         raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
-    cadence = Cadence(every, overhead)
-    stated: dict[str, Any] = {"about": checked(about)} if about else {}
-    for former in writing_to(Path(store)):
-        former.close(compact=False)  # a cell that is run again: what the first recorder holds is committed before the second goes on
-    watched = watch(_as_list(optimizers))
-    names = Names(model, operators, check_heads(heads))
+    cadence = Cadence(options.every, options.overhead)
+    stated: dict[str, Any] = {"about": options.about} if options.about else {}
+    store = Path(store).absolute()  # training may change its working folder
+    watched = watch(as_list(optimizers))
+    names = Names(model, operators, head_counts(heads))
     matrices = find_matrices(watched, names)
-    matrices += compose(watched, matrices, measure)
-    if not any(belongs(m, group) for m in matrices for group in measure):
+    matrices += compose(watched, matrices, options.measure)
+    if not any(belongs(m, group) for m in matrices for group in options.measure):
         raise ValueError(
             f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a dense floating-point parameter with two or more dimensions) to record "
-            f"{' and '.join(measure)} of, so nothing can be recorded"
+            f"{' and '.join(options.measure)} of, so nothing can be recorded"
         )
     if background and (elsewhere := {m.parameter.device.type for m in matrices} - {"cpu"}):
         raise ValueError(
             f"background: expected parameters on the CPU, got some on {' and '.join(sorted(elsewhere))}; leave background out there"
         )
-    nothing_or_a_run(Path(store))  # before a lock is left in somebody's folder
-    lock = _locked(Path(store))
+    nothing_or_a_run(store)  # before a lock is left in somebody's folder
+    close(left_behind(store, watched, matrices))
+    lock = _locked(store)
     with ExitStack() as undoing:
         undoing.callback(lock.release)
         session = {**describe_software(), "optimizers": [{**describe_optimizer(w), "own_steps": own_steps(w)} for w in watched], **stated}
         writer = Writer(store, {"first_step": int(first_step or 0), **session}, lock)
-        layout = Layout(writer, [group for group in MEASURES if group in measure])
+        layout = Layout(writer, [group for group in MEASURES if group in options.measure])
         if not layout.describes(matrices):
             raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
         given = None if first_step is None else int(first_step)
@@ -186,7 +194,8 @@ def _locked(store: Path) -> RunLock:
     return lock
 
 
-def _as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Any]:
+def as_list(optimizers: Optimizer | Iterable[Optimizer]) -> list[Any]:
+    """One optimizer or several as a list. Raises ValueError for none."""
     given: list[Any] = [optimizers] if hasattr(optimizers, "param_groups") else list(optimizers)
     if not given:
         raise ValueError("optimizers: expected at least one optimizer, got none")

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
+from ..diagnostics.options import HeadsGiven, OnError, Options
 from .trainers.callback_session import CallbackSession
 
 if find_spec("transformers") is None:
@@ -36,15 +37,17 @@ class OptiscopeCallback(TrainerCallback):
         overhead: float = 0.01,
         measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
+        heads: HeadsGiven = None,
         background: bool = False,
         about: Mapping[str, Value] | None = None,
-        on_error: Literal["warn", "raise"] = "warn",
+        on_error: OnError = "warn",
     ) -> None:
         """`store` and the options are those of :func:`optiscope.hooks.attach`."""
-        self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=operators, background=background, about=about,
+        options = Options(
+            every=every, overhead=overhead, measure=measure, operators=operators, heads=heads, background=background, about=about,
             on_error=on_error,
         )  # fmt: skip
+        self._session = CallbackSession(store, options)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, optimizer: Any = None, **kwargs: Any) -> None:
         # Not earlier: a checkpoint is loaded by now, and the optimizer is made only shortly before.

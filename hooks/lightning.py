@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
+from ..diagnostics.options import HeadsGiven, OnError, Options
 from .trainers.callback_session import CallbackSession
 
 # The one library goes by two names, and a Trainer of either takes callbacks of its own name only.
@@ -46,16 +47,18 @@ class OptiscopeCallback(*_callback_classes()):  # type: ignore[misc]
         overhead: float = 0.01,
         measure: Sequence[str] = DEFAULT_GROUPS,
         operators: OperatorRule | None = None,
+        heads: HeadsGiven = None,
         background: bool = False,
         about: Mapping[str, Value] | None = None,
-        on_error: Literal["warn", "raise"] = "warn",
+        on_error: OnError = "warn",
     ) -> None:
         """`store` and the options are those of :func:`optiscope.hooks.attach`."""
         super().__init__()
-        self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=operators, background=background, about=about,
+        options = Options(
+            every=every, overhead=overhead, measure=measure, operators=operators, heads=heads, background=background, about=about,
             on_error=on_error,
         )  # fmt: skip
+        self._session = CallbackSession(store, options)
         self._logged: dict[str, Tensor] = {}
         self._logged_step = 0
 

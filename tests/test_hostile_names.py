@@ -57,7 +57,7 @@ def files(hostile_run, tmp_path_factory):
     try:
         call("analyze", run.name, *(part for study in STUDIES for part in ("--study", study)))
         call("schedule", run.name)
-        call("schedule", run.name, "--what-if", "-o", "what-if.csv", "--family", "jordan")
+        call("what-if", run.name, "-o", "what-if.csv", "--family", "jordan")
         call("compare", run.name, hostile_run, "-o", "compared")
     finally:
         os.chdir(here)
@@ -72,7 +72,7 @@ COMMANDS = {
     "info": ["info"],
     "check": ["check"],
     "schedule": ["schedule", "-o", os.devnull],
-    "what_if": ["schedule", "--what-if", "--by-operator", "--family", "jordan"],
+    "what_if": ["what-if", "--by-operator", "--family", "jordan"],
 }
 
 

@@ -37,13 +37,18 @@ _SUBJECTS = (
 RULES = tuple(rule for subject in _SUBJECTS for rule in subject.RULES)
 
 
+def has_records(run: xr.DataTree) -> bool:
+    """Whether there is a record that could be judged."""
+    return any(run[group].sizes.get("step") for group in ("update", "geometry") if group in run.children)
+
+
 def check(run: xr.DataTree) -> list[Finding]:
     """All findings of a run, the most severe first.
 
     Raises:
         ValueError: the run has no records.
     """
-    if not any(run[group].sizes.get("step") for group in ("update", "geometry") if group in run.children):
+    if not has_records(run):
         raise ValueError("run: no records yet; record at least one step")
     run = update_size.with_alignment(run)
     return worst_first([finding for rule in RULES for finding in rule(run)])

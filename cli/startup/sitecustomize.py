@@ -25,15 +25,8 @@ AWAITED = "torch.optim.optimizer"
 class Start:
     """Waits on `sys.meta_path` for torch's optimizers, then at their steps, and tells at the end what came of it."""
 
-    def __init__(
-        self, store: str, every: str | None, overhead: str | None, about: str | None = None, measure: str | None = None,
-        background: str | None = None,
-    ) -> None:  # fmt: skip
-        self._store = store
-        self._options: dict[str, Any] = {"every": every and int(every), "overhead": float(overhead or 0.01), "background": bool(background)}
-        if measure:
-            self._options["measure"] = measure.split(",")
-        self._about = about
+    def __init__(self, store: str, options: str) -> None:
+        self._store, self._options = store, options
         self._process = os.getpid()
         self._recording: Any = None
         self._hook: Any = None
@@ -93,9 +86,9 @@ class Start:
         asyncio = logging.getLogger("asyncio")  # tells of the event loop that Zarr makes
         level = asyncio.level
         asyncio.setLevel(logging.WARNING)
-        about = json.loads(self._about or "{}")
         try:
-            self._recording = import_module("optiscope.hooks.trainers.script_run").ScriptRun(self._store, about=about, **self._options)
+            options = import_module("optiscope.diagnostics.options").Options(**json.loads(self._options))
+            self._recording = import_module("optiscope.hooks.trainers.script_run").ScriptRun(self._store, options)
             self._recording.before_step(optimizer)
             import_module("zarr").create_group({})  # makes that loop now
         finally:
@@ -144,7 +137,7 @@ def start() -> None:
     folder = os.path.dirname(__file__)
     sys.path.remove(folder)
     sys.path_importer_cache.pop(folder, None)
-    waiting = Start(settings["STORE"], *map(settings.get, ("EVERY", "OVERHEAD", "ABOUT", "MEASURE", "BACKGROUND")))
+    waiting = Start(settings["STORE"], settings.get("OPTIONS", "{}"))
     sys.meta_path.insert(0, waiting)
     atexit.register(waiting.end)
     _import_the_environments_own()

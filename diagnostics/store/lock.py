@@ -79,9 +79,15 @@ class RunLock:
 
 def owner(folder: Path) -> str | None:
     """Who says to write to the run at `folder`, in words; None where nobody does. It may have ended since without a word."""
+    who = read_owner(folder)
+    return None if who is None else f"process {who[0]} on {who[1]} since {who[2]}"
+
+
+def read_owner(folder: Path) -> tuple[int, str, str] | None:
+    """The same as process number, host and time."""
     try:
         with (folder / OWNER).open("rb") as file:
             who = json.loads(file.read(4096))
-        return f"process {int(who['process'])} on {str(who['host'])[:100]} since {str(who['since'])[:40]}"
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return int(who["process"]), str(who["host"])[:100], str(who["since"])[:40]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, OverflowError):
         return None

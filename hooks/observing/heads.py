@@ -1,36 +1,18 @@
-"""How many attention heads a parameter's rows belong to: told by the user, or found on the model."""
+"""How many attention heads a parameter's rows belong to, as the model tells it."""
 
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any
 
 from torch import nn
 
+from ...diagnostics.options import is_count
 from ...diagnostics.quantities.adam_mini import UNKNOWN_HEADS, Heads
-
-HeadsGiven: TypeAlias = int | tuple[int, int] | None
 
 # Spellings in configurations (Transformers, nanoGPT, Llama's params.json) and on attention modules (torch, timm, x-transformers).
 _QUERY = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead")
 _SHARED = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "n_kv_head", "n_head_kv", "kv_heads")
 
 _ATTENTION = frozenset({"attn_q", "attn_k", "attn_v", "attn_o", "attn_qkv"})
-
-
-def check_heads(heads: HeadsGiven) -> Heads | None:
-    """What the user gave as (query heads, key/value heads); None where it is to be found.
-
-    Raises:
-        TypeError, ValueError: something else than one or two positive numbers, the second a divisor of the first.
-    """
-    if heads is None:
-        return None
-    pair = (heads, heads) if not isinstance(heads, tuple) else heads
-    if len(pair) != 2 or not all(_is_count(count) for count in pair) or pair[0] % pair[1]:
-        kind = TypeError if not isinstance(heads, (int, tuple)) else ValueError
-        raise kind(
-            f"heads: expected a positive number, or (query heads, key/value heads) with the second dividing the first; got {heads!r}"
-        )
-    return pair
 
 
 def find_heads(model: nn.Module | None) -> dict[int, Heads]:
@@ -68,9 +50,5 @@ def _counts(place: Any, names: tuple[str, ...]) -> Iterator[int]:
             value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
         except Exception:  # a property of somebody's module
             continue
-        if _is_count(value):
-            yield value
-
-
-def _is_count(value: Any) -> TypeGuard[int]:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+        if is_count(value):
+            yield int(value)

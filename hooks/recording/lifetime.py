@@ -5,11 +5,15 @@ import threading
 from pathlib import Path
 from typing import Protocol
 
+from ..observing.watched import Watched
+
 
 class Open(Protocol):
-    """What is open, and can be closed."""
+    """A recording that is open, and can be closed."""
 
     store: Path
+    step: int
+    watched: list[Watched]
 
     def close(self, *, compact: bool) -> None:
         """End it."""

@@ -2,59 +2,43 @@
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from numbers import Real
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...diagnostics.about import Value, checked
-from ...diagnostics.operators import OperatorRule
-from ..attaching import attach
+from ...diagnostics.options import Options
+from ..attaching import as_list, attach
 from ..guard import KeptOut
 from ..recorder import Recorder
-from ..recording.cadence import Cadence
+from ..recording.second_session import records_any_of
 
 log = logging.getLogger("optiscope")
+
+# All that have begun: a trainer that was interrupted, and made anew with another callback, tells nobody of its end.
+_begun: "weakref.WeakSet[CallbackSession]" = weakref.WeakSet()
 
 
 class CallbackSession:
     """Attaches for a callback, and keeps every trouble with that out of the training.
 
-    A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open and
-    goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
+    A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open, of another
+    callback too where that recorded the same parameters, and goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
     and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
 
     Attributes:
+        store: where to record, as an absolute path.
         recorder: the present recorder, or the last one; None before the first training, and after `let_go`.
     """
 
-    def __init__(
-        self,
-        store: str | Path,
-        *,
-        every: int | None,
-        overhead: float,
-        measure: Sequence[str],
-        operators: OperatorRule | None,
-        on_error: Literal["warn", "raise"],
-        background: bool = False,
-        about: Mapping[str, Value] | None = None,
-    ) -> None:
-        """Options as of :func:`attach`.
-
-        Raises:
-            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
-        """
-        Cadence(every, overhead)  # refuses them here, long before the training begins
+    def __init__(self, store: str | Path, options: Options) -> None:
+        """`store` and options as of :func:`attach`; a relative path is one of the present working folder, whatever that is when training begins."""
         self.recorder: Recorder | None = None
-        self._store = Path(store)
-        self._options: dict[str, Any] = {
-            "every": every, "overhead": overhead, "measure": measure, "operators": operators, "on_error": on_error, "about": checked(about),
-            "background": background,
-        }  # fmt: skip
+        self.store = Path(store).absolute()
+        self._options = options
         self._steps: int | None = None  # of the training let go of last
         self._close: weakref.finalize[Any, Any] | None = None
         self._told: set[str] = set()
@@ -64,6 +48,12 @@ class CallbackSession:
         self.let_go()
         self._told.clear()
         with self.guard("this training is not recorded"):
+            optimizers = as_list(optimizers)
+            for other in list(_begun):
+                # Of two trainers only the later one trains the same parameters.
+                if other.recorder is not None and other.store == self.store and records_any_of(other.recorder.session, optimizers):
+                    other.end()
+            _begun.add(self)
             self.recorder = recorder = self._attach(optimizers, model, steps_taken)
             # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
             # with the callback. The interpreter's end is looked after by the recorder itself.
@@ -71,13 +61,13 @@ class CallbackSession:
             self._close.atexit = False
 
     def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> Recorder:
-        last, following = _last_and_following(self._store)
+        last, following = _last_and_following(self.store)
         try:
             # A trainer that trains anew counts from 0; the run goes on behind what it holds.
-            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **self._options)
+            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **vars(self._options))
         except ValueError as refused:
             # Where it was not the store that was refused, the same error comes again.
-            recorder = attach(optimizers, model, following, first_step=steps_taken, **self._options)
+            recorder = attach(optimizers, model, following, first_step=steps_taken, **vars(self._options))
             log.warning("optiscope: recording to %s, because %s cannot be continued (%s)", following, last, str(refused))
             return recorder
 
@@ -95,7 +85,7 @@ class CallbackSession:
                 self._told.add(trouble)
                 log.warning("optiscope: %s (%s: %s)", trouble, type(error).__name__, error)
 
-        return KeptOut(tell, raising=self._options["on_error"] == "raise")
+        return KeptOut(tell, raising=self._options.on_error == "raise")
 
     def flush(self) -> None:
         """Commit what was recorded."""

@@ -5,7 +5,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from math import inf
 from pathlib import Path
 
@@ -13,10 +13,10 @@ import zarr
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ...diagnostics.about import Value
-from ...diagnostics.catalogue import DEFAULT_GROUPS
+from ...diagnostics.options import Options
 from ..observing.left_out import left_out
 from ..observing.watched import hookable_layers
+from ..recording.second_session import yielding
 from ..recording.stopwatch import Stopwatch
 from .callback_session import CallbackSession
 from .model_search import Several, live, owners, parameters_of
@@ -45,24 +45,9 @@ class ScriptRun:
         outcome: what was recorded, in a clause; known after the end.
     """
 
-    def __init__(
-        self,
-        store: str | Path,
-        *,
-        every: int | None,
-        overhead: float,
-        measure: Sequence[str] = DEFAULT_GROUPS,
-        background: bool = False,
-        about: Mapping[str, Value] | None = None,
-    ) -> None:
-        """Options as of :func:`optiscope.hooks.attach`.
-
-        Raises:
-            ValueError, TypeError: an `every`, `overhead` or `about` that `attach` would refuse.
-        """
-        self._session = CallbackSession(
-            store, every=every, overhead=overhead, measure=measure, operators=None, background=background, about=about, on_error="warn"
-        )
+    def __init__(self, store: str | Path, options: Options) -> None:
+        """`store` and options as of :func:`optiscope.hooks.attach`."""
+        self._session = CallbackSession(store, options)
         self._optimizers: list[Optimizer] = []  # attached to
         self._layers: set[int] = set()  # ids of them, and of those that they wrap
         self._models: list[nn.Module] = []
@@ -71,7 +56,7 @@ class ScriptRun:
         self._passed_over: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
         self._look_again = inf
         self._told: set[str] = set()
-        self._overhead, self._budgeted = overhead, every is None
+        self._overhead, self._budgeted = options.overhead, options.every is None
         self._started = time.perf_counter()
         self._beginnings = Stopwatch()
         self._records = 0.0  # seconds that recorders of before took
@@ -186,6 +171,7 @@ class ScriptRun:
         model = Several(self._models) if len(self._models) > 1 else next(iter(self._models), None)
         self._session.begin(optimizers, model, 0)
         if self._session.recorder is not None:
+            yielding.add(self._session.recorder.session)
             self._stores[self._session.recorder.store] = None
 
     def _keep(self, optimizers: list[Optimizer]) -> None:

@@ -10,8 +10,8 @@ import torch
 
 from optiscope.analysis import STUDIES, derive_schedule, open_run
 from optiscope.cli import app
-from optiscope.cli.console import sibling
-from optiscope.cli.schedule import parse_window, print_schedule
+from optiscope.cli.console import parse_window, sibling
+from optiscope.cli.schedule import print_schedule
 from optiscope.diagnostics import OperatorSchedule, Schedule, matched_coefficients
 from optiscope.hooks import attach
 
@@ -279,7 +279,7 @@ def test_check_of_a_clean_run_says_none(diag, tmp_path, strict_json):
             optimizer.step()
     result = diag("check", tmp_path / "clean.zarr", "--fail-on", "info")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "findings: none\n", "")
-    assert strict_json(diag("check", tmp_path / "clean.zarr", "--json").stdout) == {"findings": [], "failing": 0}
+    assert strict_json(diag("check", tmp_path / "clean.zarr", "--json").stdout) == {"findings": [], "failing": 0, "activity": None}
 
 
 def test_siblings_stand_beside_the_run(tmp_path, monkeypatch):
@@ -290,22 +290,63 @@ def test_siblings_stand_beside_the_run(tmp_path, monkeypatch):
     assert sibling(Path(), "-x") == sibling(Path("inner/.."), "-x") == Path(f"{tmp_path}-x")
 
 
-def test_what_if_writes_a_table_and_no_schedule(diag, recorded, tmp_path, monkeypatch, strict_json):
+def test_what_if_answers_first_and_writes_no_schedule(diag, recorded, tmp_path, monkeypatch, strict_json):
     monkeypatch.chdir(tmp_path)
-    result = diag("schedule", recorded, "--what-if", "--family", "jordan", "--family", "matched", "--by-operator", "-o", "table.csv")
+    families = ["--family", "you", "--family", "matched", "--family", "cubic"]
+    result = diag("what-if", recorded, *families, "--by-operator", "-o", "table.csv")
     assert (result.exit_code, result.stderr) == (0, "")
+    first, second, *_ = result.stdout.splitlines()
+    assert first.startswith(
+        "what if: 5 steps of 'you' would leave the smallest mean residual for the FLOPs of what is in force (5 steps of jordan), "
+    )
+    assert second.startswith("schedule: diag schedule takes 'matched', which is designed anew for each number of steps (")
     assert "mean residual in bfloat16" in result.stdout
     assert "observed: " in result.stdout
+    assert sum(line.startswith("by operator: residual in bfloat16 under ") for line in result.stdout.splitlines()) == 3
     assert [path.name for path in tmp_path.iterdir()] == ["table.csv"]
-    header, *rows = (tmp_path / "table.csv").read_text(encoding="utf-8").splitlines()
-    assert header.startswith("family,k,operator,residual_float64,residual_bfloat16,")
-    assert len(rows) == 2 * 6 * 3
-    told = strict_json(diag("schedule", recorded, "--what-if", "--json").stdout)
+    table = pd.read_csv(tmp_path / "table.csv")
+    assert table.columns[:5].tolist() == ["family", "k", "operator", "residual_float64", "residual_bfloat16"]
+    assert len(table) == 3 * 6 * 3
+    told = strict_json(diag("what-if", recorded, *families, "--json").stdout)
+    assert told["answer"]["family"] == "you"
+    at = table[(table["family"] == "you") & (table["k"] == 5) & (table["operator"] == "all")]
+    assert told["answer"]["residual_bfloat16"] == pytest.approx(at["residual_bfloat16"].item(), rel=1e-4)
+    assert f"{told['answer']['residual_bfloat16']:.3f} in bfloat16" in first
+    assert told["summary"] in first
+
+
+def test_what_if_of_all_families(diag, recorded, strict_json):
+    told = strict_json(diag("what-if", recorded, "--json").stdout)
     assert {row["operator"] for row in told["rows"]} == {"all", "attn_q", "mlp_up"}
     assert len(told["in_force"]) == 2
+    assert len({row["family"] for row in told["rows"]}) > 8
+    # Of each operator three families are told: those that leave least.
+    shown = diag("what-if", recorded, "--by-operator").stdout
+    titles = [line.rpartition(" ")[2] for line in shown.splitlines() if line.startswith("by operator: ")]
+    means = {row["family"]: row["residual_bfloat16"] for row in told["rows"] if row["operator"] == "all" and row["k"] == 5}
+    safe = [family for family in sorted(means, key=means.get) if f"{family} (!)" not in shown]
+    assert titles == safe[:3]
 
 
-def test_a_schedule_takes_one_family(diag, recorded):
-    result = diag("schedule", recorded, "--family", "jordan", "--family", "matched")
-    assert result.exit_code == 2
-    assert "--family: expected one for a schedule" in result.stderr
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--budget", "7"], "for the FLOPs of 7 quintic steps for all, "),
+        (["--rule", "minimax"], "would leave the smallest residual of the worst operator for "),
+        (["--recoverable"], "would leave the smallest mean residual above bfloat16's noise for "),
+    ],
+)
+def test_what_if_heeds_its_options(diag, recorded, options, part):
+    plain, chosen = (
+        diag("what-if", recorded, "--family", "matched", "--family", "you", *more).stdout.splitlines() for more in ([], options)
+    )
+    assert part in chosen[0]
+    assert part not in plain[0]
+    # Beside the answer only what is asked for changes.
+    assert ("mean residual above bfloat16's noise" in "".join(chosen[1:])) == ("--recoverable" in options)
+
+
+def test_a_schedule_takes_one_family(diag, recorded, tmp_path):
+    result = diag("schedule", recorded, "--family", "you", "-o", tmp_path / "s.json")
+    assert result.exit_code == 0
+    assert Schedule.load(tmp_path / "s.json").provenance["family"] == "you"

@@ -96,19 +96,22 @@ def test_a_gpt_of_the_usual_public_form(tmp_path):
 def test_optimizers_made_in_another_module(record, tmp_path):
     """Run as a module, in place of an older run, by the first process of a node that is not the first."""
     record(tmp_path / "run.zarr", steps=2)
-    options = "--overwrite", "--every", 1, "--output", tmp_path / "run.zarr"
+    (tmp_path / "names.txt").write_text("up_proj=mine\n")
+    options = "--overwrite", "--every", 1, "--output", tmp_path / "run.zarr", "--heads", "4,2", "--operators", tmp_path / "names.txt"
     (code, out, err), plain = both(SCRIPTS, "-m", "train_parts", options=options, RANK="0", LOCAL_RANK="1")
     assert (code, out, plain[2]) == (0, plain[1], "")
     assert out.count("0x") == 5 + 1 + 18
     assert err == told(tmp_path / "run.zarr", 5, 5)
     run = open_run(tmp_path / "run.zarr")
     assert steps(run)["update"] == [1, 2, 3, 4, 5]
-    names = {f"{x}_proj": f"attn_{x}" for x in "qkvo"} | {f"{x}_proj": f"mlp_{x}" for x in ("gate", "up", "down")}
+    names = {f"{x}_proj": f"attn_{x}" for x in "qkvo"} | {f"{x}_proj": f"mlp_{x}" for x in ("gate", "down")} | {"up_proj": "mine"}
     hidden = {f"layers.{i}.{name}.weight": operator for i in range(2) for name, operator in names.items()}
     assert operators(run) == {**hidden, "embed_tokens.weight": "embed", "lm_head.weight": "head"}
     by = dict(zip(run["update"]["name"].values.tolist(), run["update"]["optimizer"].values.tolist(), strict=True))
     assert {name for name, optimizer in by.items() if optimizer == "Muon"} == hidden.keys()
     assert run["update"]["update_rms"].notnull().all()
+    heads = dict(zip(run["update"]["name"].values.tolist(), run["update"]["kv_heads"].values.tolist(), strict=True))
+    assert {heads[f"layers.0.{x}_proj.weight"] for x in "qkvo"} == {2}
 
 
 def test_workers_late_optimizers_logging_and_an_exception(tmp_path):
@@ -270,9 +273,30 @@ REFUSED = {
     "--every: expected a number of steps of at least 1, got 0": ["--every", "0", "train.py"],
     "--overhead: expected a share of the training time above 0 and up to 1, got 1.5": ["--overhead", "1.5", "train.py"],
     "--overhead: expected a share of the training time above 0 and up to 1, got nan": ["--overhead", "nan", "train.py"],
-    "--measure: spectra is none of second_moment_map, gradient, blocks, stacking, precision": ["--measure", "spectra", "train.py"],
+    "--heads: expected N, or N,M for query heads and key/value heads, for example 32,8; got 'many'": ["--heads", "many", "train.py"],
+    "--heads: expected a positive number, or (query heads, key/value heads) with the second dividing the first; got [8, 3]": [
+        "--heads",
+        "8,3",
+        "train.py",
+    ],
+    r"--operators: expected a file, or REGEX=OPERATOR such as 'mixer\.in$=attn_qkv'; there is no file nowhere.txt": [
+        "--operators",
+        "nowhere.txt",
+        "train.py",
+    ],
+    r"--operators: expected REGEX=OPERATOR, for example 'mixer\.in$=attn_qkv', got 'mixer='": ["--operators", "mixer=", "train.py"],
+    "--operators: expected a regular expression, got '(' (missing ), unterminated subpattern at position 0)": [
+        "--operators",
+        "(=head",
+        "train.py",
+    ],
+    "--operators: names.json: expected one JSON object, {REGEX: OPERATOR, …}, or lines REGEX=OPERATOR (": [
+        "--operators",
+        "names.json",
+        "train.py",
+    ],
     "--every and --overhead: expected one of them, got both": ["--every", "1", "--overhead", "0.1", "train.py"],
-    "about: expected NAME=VALUE, for example seed=0, got 'seed'": ["--about", "seed", "train.py"],
+    "--about: expected NAME=VALUE, for example seed=0, got 'seed'": ["--about", "seed", "train.py"],
     "run: photos is not an Optiscope run": ["--overwrite", "-o", "photos", "train.py"],
 }
 
@@ -281,6 +305,7 @@ REFUSED = {
 def test_what_cannot_be_run_is_refused_in_a_sentence(diag, stays, tmp_path, monkeypatch, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "train.py").touch()
+    (tmp_path / "names.json").write_text("{'single': 'quotes'}")
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "1.jpg").write_text("dear")
     result = diag("run", *REFUSED[message])
@@ -289,7 +314,7 @@ def test_what_cannot_be_run_is_refused_in_a_sentence(diag, stays, tmp_path, monk
     assert (tmp_path / "photos" / "1.jpg").read_text() == "dear"
 
 
-@pytest.mark.parametrize("arguments", [["--every", "often", "train.py"], ["--lr", "3", "train.py"]])
+@pytest.mark.parametrize("arguments", [["--every", "often", "train.py"], ["--lr", "3", "train.py"], ["--measure", "spectra", "train.py"]])
 def test_the_parser_refuses_what_is_no_option_of_ours_before_the_script(diag, stays, arguments):
     result = diag("run", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")

@@ -12,6 +12,7 @@ import zarr
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
+from optiscope.diagnostics.options import Options
 from optiscope.hooks import attach
 from optiscope.hooks.trainers import script_run as module
 from optiscope.hooks.trainers.model_search import Several, owners, parameters_of
@@ -24,7 +25,7 @@ def script_run(tmp_path):
     # What other tests keep is put out of the garbage collector's sight.
     gc.collect()
     gc.freeze()
-    script_run = ScriptRun(tmp_path / "run.zarr", every=1, overhead=1.0)
+    script_run = ScriptRun(tmp_path / "run.zarr", Options(every=1, overhead=1.0))
     handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: script_run.before_step(optimizer))
     yield script_run
     handle.remove()
@@ -259,7 +260,7 @@ def test_a_training_that_is_passed_over_does_not_share_its_memory_with_the_one_b
     assert [reference() for reference in gone] == [None] * 3
 
 
-def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, tmp_path):
+def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, tmp_path, caplog):
     model = Generator()
     first = torch.optim.SGD(model.up_proj.parameters(), lr=0.1)
     train(first)
@@ -269,6 +270,7 @@ def test_an_optimizer_may_join_after_the_recorder_was_closed(script_run, read, t
         train(late, first)
     assert not late._optimizer_step_pre_hooks
     assert not late._optimizer_step_post_hooks
+    assert "is closed: the script records by itself" in caplog.text
     script_run.end()
     assert recorded(read(tmp_path / "run.zarr")) == {("up_proj.weight", "SGD"): [1, 2, 3, 4]}
 
