@@ -19,8 +19,8 @@ def verify(
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a run against its checksum: exit code 0 whole, 1 damaged, 2 unreadable."""
-    from ..analysis.repairing import repair as repaired
-    from ..analysis.verifying import verify as verified
+    from ..diagnostics.store.repairing import repair as repaired
+    from ..diagnostics.store.verifying import verify as verified
 
     found = verified(run)
     done: dict[str, Any] = repaired(run) if repair and found.damage else {"aside": None, "done": []}

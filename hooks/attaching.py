@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from ..diagnostics.about import Value, checked
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
+from ..diagnostics.store.continuing import nothing_or_a_run
 from ..diagnostics.store.forking import fork
 from ..diagnostics.store.lock import RunLock
-from ..diagnostics.store.opening import nothing_or_a_run
 from ..diagnostics.store.writer import Writer
 from .observing.composites import compose
 from .observing.heads import HeadsGiven, check_heads

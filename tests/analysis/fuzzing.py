@@ -23,8 +23,8 @@ import numpy as np
 
 from optiscope.analysis import check, open_run
 from optiscope.analysis.describe import describe
-from optiscope.analysis.verifying import verify
 from optiscope.diagnostics.store.format import seal
+from optiscope.diagnostics.store.verifying import verify
 
 MEMORY = 1_200_000_000  # bytes beyond what the libraries take
 SECONDS = 5  # of processor time
