@@ -38,8 +38,10 @@ class TakenOver(RuntimeError):
 class Writer:
     """Appends records to one run. Rows are buffered until :meth:`flush`; :attr:`committed` counts those on disk per group."""
 
-    def __init__(self, path: str | Path, attributes: Mapping[str, Any], lock: RunLock | None = None) -> None:
-        """Open the run at `path`, making it if nothing is there; `lock` is kept until :meth:`release`.
+    def __init__(self, path: str | Path, attributes: Mapping[str, Any], lock: RunLock | None = None, *, lay_out: bool = True) -> None:
+        """Open the run at `path`, making it with `attributes` if nothing is there; `lock` is kept until :meth:`release`.
+
+        One that was compacted is laid out for writing; without `lay_out`, only as far as records come.
 
         Raises:
             RunError: `path` holds something else, a run of another schema version, or one that is damaged; nothing of it has changed then.
@@ -60,7 +62,7 @@ class Writer:
         if self.is_new:
             self._begin(attributes)
         else:
-            self._adopt()
+            self._adopt(lay_out)
         self._writers = (self.attributes[""].get("writer"), own)  # whoever wrote last, and this one
         self.attributes[""]["writer"] = own
 
@@ -70,14 +72,15 @@ class Writer:
         self.attributes[""] = {"optiscope_schema": SCHEMA, **attributes}
         self._files.replace_document("", group_document(self.attributes[""]))
 
-    def _adopt(self) -> None:
-        """Take over what is committed, and lay it out for writing."""
+    def _adopt(self, lay_out: bool) -> None:
+        """Take over what is committed, and lay it out for writing. What an earlier version made is laid out anew in any case."""
         with refusing(self.path):
             self.attributes, self._groups, self._coordinates = committed(self.path)
         earlier = self.attributes[""]["optiscope_schema"] != SCHEMA
         tidy(self._files, self._groups.values(), len(self.attributes[""].get(LINEAGES, [])), everywhere=earlier)
         self.attributes[""]["optiscope_schema"] = SCHEMA
-        self._lay_out_for_writing(self._groups, all_anew=earlier)
+        if lay_out or earlier:
+            self._lay_out_for_writing(self._groups, all_anew=earlier)
 
     def _lay_out_for_writing(self, groups: Iterable[str], *, all_anew: bool = False) -> None:
         """Arrays of these groups that were compacted, or made by another version; with `all_anew` all of them, by one commit."""
@@ -183,6 +186,11 @@ class Writer:
     def committed(self) -> dict[str, int]:
         """How many records are on disk, by group."""
         return {name: group.committed for name, group in self._groups.items()}
+
+    @property
+    def bytes_written(self) -> int:
+        """How much was written, for what it costs."""
+        return self._files.bytes_written
 
     @property
     def last_step(self) -> int:
