@@ -15,6 +15,7 @@ from xarray.backends import BackendArray
 from xarray.core import indexing
 
 from ..diagnostics.store.format import LINEAGES, OF_LINEAGE
+from ..diagnostics.store.run_error import RunError
 
 _NOT_THE_RUNS = (*OF_LINEAGE, "chunks", "checksum")  # attributes of a lineage that are not those of the run at that time
 
@@ -31,13 +32,13 @@ def of_lineage(run: xr.DataTree, number: int | None, opened: Callable[[Sequence[
         opened: opens those of chosen entries of that list.
 
     Raises:
-        ValueError: there is none of that number, or one of those that it consists of is damaged.
+        RunError: there is none of that number, or one of those that it consists of is damaged.
     """
     found = [{name: entry[name] for name in OF_LINEAGE} for entry in run.attrs.get(LINEAGES, [])]
     number = len(found) if number is None else number
     if not 0 <= number <= len(found):
         there = "it has one only, 0" if not found else f"it has 0 to {len(found)}, the newest"
-        raise ValueError(f"lineage: this run has none of number {number}; {there}")
+        raise RunError(f"has none of number {number}", subject="lineage", advice=there)
     newest = {name: group.to_dataset() for name, group in run.children.items()}
     attributes = {key: value for key, value in run.attrs.items() if key not in (LINEAGES, "lineage")}
     if not found:
@@ -80,11 +81,11 @@ def _joined(name: str, own: xr.Dataset, sources: Sequence[tuple[Mapping[str, xr.
     for key, variable in own.variables.items():
         if "step" in variable.dims:
             if not all(key in part.variables for part in parts):
-                raise ValueError(f"run: {name}/{key} is not in all of its lineages; `diag verify` tells what is whole")
+                raise RunError("it is not in all lineages of the run", file=f"{name}/{key}")
             held = [part.variables[key] for part in parts]
             held = [one.isel({dim: at for dim, at in matrices.items() if dim in one.dims}) for one in held]
             if any(one.dims != variable.dims or one.shape[1:] != variable.shape[1:] or one.dtype != variable.dtype for one in held):
-                raise ValueError(f"run: {name}/{key} is of another kind in another lineage; `diag verify` tells what is whole")
+                raise RunError("it is of another kind in another lineage", file=f"{name}/{key}")
             variable = xr.Variable(variable.dims, indexing.LazilyIndexedArray(_Joined(held)), variable.attrs)
         variables[key] = variable
     coordinates = {key: variables[key] for key in own.coords}

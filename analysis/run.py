@@ -13,8 +13,10 @@ from ..diagnostics.nan_quantile import nan_quantile
 from ..diagnostics.newton_schulz.families import Coefficients
 from ..diagnostics.newton_schulz.recorded_spectra import NsSchedule, ns_schedules_of, residual_in_force, residuals_under
 from ..diagnostics.operators import ordered
-from ..diagnostics.store.format import LINEAGES
-from ..diagnostics.store.root_document import Contents, contents, lineage_contents, read_document, refuse_unbacked
+from ..diagnostics.store.lineages import folder_of, lineage_contents
+from ..diagnostics.store.opening import ADVICE, described
+from ..diagnostics.store.root_document import Contents, read_document
+from ..diagnostics.store.run_error import RunError
 from .in_parts import windows
 from .lazy_arrays import Run
 from .lineages import of_lineage
@@ -47,23 +49,23 @@ def open_run(path: str | Path, lineage: int | None = None) -> xr.DataTree:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: it is no Optiscope run, one of a newer schema, or has no such lineage.
+        RunError: it is no Optiscope run, one of a newer schema, damaged, or has no such lineage (a ValueError).
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     folder = path.resolve()
     try:
-        run = of_lineage(_tree(folder, contents(read_document(folder, path))), lineage, partial(_lineages, folder))
+        run = of_lineage(_tree(folder, described(folder, read_document(folder))), lineage, partial(_lineages, folder))
+    except RunError as error:
+        raise error.told(place=path, advice=ADVICE) from error
     except (OSError, ValueError) as error:
-        text = str(error)
-        raise ValueError(text if text.startswith(("run: ", "lineage: ")) else f"run: {path}: {text}") from error
+        raise RunError(f"cannot be read ({error})", place=path, advice=ADVICE) from error
     run.encoding = {"source": str(folder)}  # where xarray says what a dataset was opened from; schedules name it
     return run
 
 
 def _tree(folder: Path, found: Contents) -> xr.DataTree:
-    refuse_unbacked(folder, found)
     return xr.open_datatree(folder, engine=Run, chunks=None, cache=False, of=found)
 
 
@@ -72,7 +74,14 @@ def _lineages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list[xr.Dat
     own, *others = lineage_contents(folder, entries)
     names = {group.path for group in own.groups}
     kept = [own, *(Contents({}, tuple(group for group in other.groups if group.path in names)) for other in others)]
-    return [_tree(folder / LINEAGES / str(entry["lineage"]), one) for entry, one in zip(entries, kept, strict=True)]
+    return [_lineage(folder, folder_of(entry), one) for entry, one in zip(entries, kept, strict=True)]
+
+
+def _lineage(folder: Path, place: str, found: Contents) -> xr.DataTree:
+    try:
+        return _tree(folder / place, found)
+    except RunError as error:
+        raise error.told(folder=place) from error
 
 
 def records(run: xr.DataTree, group: str) -> xr.Dataset:

@@ -6,6 +6,10 @@
    flush of the chunk that is not full every 16 records, as slow trainings have it. Amplification: bytes written over bytes kept.
 2. One array of 10,000 records × 560 matrices × 64 points: the history of one matrix before and after compaction, by Zarr.
 3. A flush of the demo's run (804 k parameters, 28 Muon matrices), every record a commit.
+4. The close of a training of two 32 × 32 matrices after so many records, most of which is compacting many small chunks; and opening it again
+   for writing, which lays them out anew.
+
+`--parts 4` does the last alone.
 
 The spectra are power laws whose values wander from record to record, each with a scatter of its own of 1 %, rounded as recorded ones are. CPU time
 is `time.process_time`.
@@ -22,6 +26,7 @@ import zarr
 from machine import machine
 from numpy.typing import NDArray
 from recorder_overhead import Training
+from torch import nn
 
 import optiscope.hooks.recording.journal
 from optiscope.diagnostics.spectra.spectrum_sketch import rounded
@@ -67,13 +72,13 @@ def steady(records: int, flush_every: int | None) -> str:
     made = [spectra.record() for _ in range(records)]
     with tempfile.TemporaryDirectory() as folder:
         writer = new_run(Path(folder) / "run.zarr", 200)
-        before, begun = writer._files.bytes_written, time.process_time()
+        before, begun = writer.bytes_written, time.process_time()
         for step, values in enumerate(made, 1):
             if writer.append("geometry", step, {"sigma_quantile": values}) or (flush_every and step % flush_every == 0):
                 writer.flush()
         writer.close()
         cpu = (time.process_time() - begun) / records * 1e3
-        written = writer._files.bytes_written - before
+        written = writer.bytes_written - before
         files = chunk_files(writer.path)
         kept = sum(file.stat().st_size for file in writer.path.rglob("*") if file.is_file())
         stored = sum(file.stat().st_size for file in files)
@@ -137,18 +142,49 @@ def demo_flush(records: int) -> None:
     )
 
 
+def ended(records: int) -> str:
+    """A row of the last table."""
+    model = nn.Sequential(nn.Linear(32, 32, bias=False), nn.Linear(32, 32, bias=False))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run.zarr"
+        recorder = attach(optimizer, model, path, every=1)
+        for _ in range(records):
+            optimizer.step()
+        files = sum(file.is_file() for file in path.rglob("*"))
+        wall, cpu = time.perf_counter(), time.process_time()
+        recorder.close()
+        wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+        kept = [file.stat().st_size for file in path.rglob("*") if file.is_file()]
+        begun = time.process_time()
+        Writer(path, {})
+        again = time.process_time() - begun
+    return f"{records:>8} {files:>6} {len(kept):>4} {sum(kept) / 1e6:6.1f}   {cpu:13.2f} {wall:6.2f}   {again:20.2f}"
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--records", type=int, default=10_000, help="of the second part")
     parser.add_argument("--matrices", type=int, default=560, help="of the second part, more than 500")
+    parser.add_argument("--parts", type=int, nargs="+", default=[1, 2, 3, 4])
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(machine())
-    print("\n1. An array of 51 kB a record, 1,024 records")
-    print("flush every ms CPU/record  bytes/value amplification files/1000 records")
-    for flush_every in (None, 16):
-        print(steady(1024, flush_every), flush=True)
-    print(f"\n2. {arguments.records} records × {arguments.matrices} matrices × {POINTS} points")
-    history(arguments.records, arguments.matrices)
-    print("\n3. The demo's run")
-    demo_flush(40)
+    if 1 in arguments.parts:
+        print("\n1. An array of 51 kB a record, 1,024 records")
+        print("flush every ms CPU/record  bytes/value amplification files/1000 records")
+        for flush_every in (None, 16):
+            print(steady(1024, flush_every), flush=True)
+    if 2 in arguments.parts:
+        print(f"\n2. {arguments.records} records × {arguments.matrices} matrices × {POINTS} points")
+        history(arguments.records, arguments.matrices)
+    if 3 in arguments.parts:
+        print("\n3. The demo's run")
+        demo_flush(40)
+    if 4 in arguments.parts:
+        print("\n4. The close of two 32 × 32 matrices")
+        print(f"{'records':>8} {'files':>6} {'to':>4} {'MB':>6}   {'close, s CPU':>13} {'wall':>6}   {'opened again, s CPU':>20}")
+        for records in (2_500, 5_000, 10_000):
+            print(ended(records), flush=True)

@@ -16,20 +16,25 @@ def verify(
     repair: Annotated[
         bool, typer.Option("--repair", help="Keep every record that is whole, and move the rest into RUN.zarr/.damaged.")
     ] = False,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Lay a long run out for reading, where the end of its training was cut off before that.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Check every file of a run against its checksum.
 
     Exit code 0 whole, 1 damaged, 2 unreadable.
     """
-    from ..analysis.repairing import repair as repaired
-    from ..analysis.verifying import verify as verified
+    from ..diagnostics.store.compacting import compact as compacted
+    from ..diagnostics.store.repairing import repair as repaired
+    from ..diagnostics.store.verifying import verify as verified
 
     found = verified(run)
     done: dict[str, Any] = repaired(run) if repair and found.damage else {"aside": None, "done": []}
     after = verified(run) if done["aside"] else found
+    arrays = compacted(run) if compact and not after.damage else 0
     if as_json:
-        print_json({**found.as_dict(), "repair": done, "whole_now": not after.damage})
+        print_json({**found.as_dict(), "repair": done, "compacted": arrays, "whole_now": not after.damage})
     else:
         _print(run, found)
         for sentence in done["done"]:
@@ -37,7 +42,15 @@ def verify(
         if done["aside"]:
             say("moved aside", done["aside"])
             say("now", "whole" if not after.damage else f"{len(after.damage)} damaged")
+        if compact:
+            say("compacted", _compacted(arrays, bool(after.damage)))
     raise typer.Exit(FINDINGS if after.damage else CLEAN)
+
+
+def _compacted(arrays: int, damaged: bool) -> str:
+    if damaged:
+        return "nothing, for what is damaged is repaired first: --repair"
+    return f"{arrays} array{'' if arrays == 1 else 's'}" if arrays else "nothing, for no array of more than 1,024 records is left to be"
 
 
 def _print(run: Any, found: Any) -> None:

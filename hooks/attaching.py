@@ -14,9 +14,9 @@ from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
 from ..diagnostics.options import HeadsGiven, OnError, Options, head_counts
+from ..diagnostics.store.continuing import nothing_or_a_run
 from ..diagnostics.store.forking import fork
 from ..diagnostics.store.lock import RunLock
-from ..diagnostics.store.opening import nothing_or_a_run
 from ..diagnostics.store.writer import Writer
 from .observing.composites import compose
 from .observing.matrices import Names, find_matrices

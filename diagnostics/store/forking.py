@@ -1,9 +1,8 @@
-"""A run whose training was restarted from a checkpoint goes back too: what it holds behind that step becomes a lineage of its own."""
+"""A run whose training was restarted from a checkpoint goes back too: what it holds after that step becomes a lineage of its own."""
 
 from typing import Any
 
 from .format import LINEAGES
-from .lineages import leave
 from .writer import Writer
 
 # Lists among a run's attributes that tell of steps, and under what; a list that indices point into, as `ns_schedules`, stays as it is.
@@ -13,30 +12,29 @@ _OF_THE_COMMIT = ("writer", "checksum", "chunks", LINEAGES)
 
 
 def fork(writer: Writer, after: int) -> int:
-    """Leave the records behind step `after`, and what the run's attributes tell of later steps, by one commit; nothing is deleted.
+    """Leave the records after step `after`, and what the run's attributes tell of later steps, by one commit; nothing is deleted.
 
-    A writer that is killed leaves the run as it was before or as it is behind it. Readers that have the run open still see what they saw, until new
+    A writer that is killed leaves the run as it was before or as it is afterwards. Readers that have the run open still see what they saw, until new
     records take the place of those that were left.
 
     Args:
-        writer: of a run that holds records behind that step.
+        writer: of a run that holds records after that step.
         after: the last step that both lineages have in common; records of it stay.
 
     Returns:
         The number of the lineage that was left.
 
     Raises:
+        RunError: a record that is to be left is damaged; nothing has changed then.
         TakenOver: as in `Writer.flush`.
         OSError: it could not be written; nothing is committed then, and the writer is of no use any more.
     """
-    writer.flush()
     left = writer.attributes[""].get(LINEAGES, [])
     attributes = {**writer.attributes, "": {key: value for key, value in writer.attributes[""].items() if key not in _OF_THE_COMMIT}}
-    entry = leave(writer._files, len(left), writer._groups, attributes, after, writer._read)
+    entry = writer.leave(len(left), attributes, after)
     writer.attributes[""][LINEAGES] = [*left, entry]
     _go_back(writer.attributes[""], after)
-    for group in writer._groups.values():
-        group.cut(sum(step <= after for step in group.steps))
+    writer.cut(after)
     writer.flush()
     return entry["lineage"]
 

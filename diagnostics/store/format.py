@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..catalogue import SCHEMA
+from ..catalogue import GROUPS, SCHEMA
+from .run_error import RunError
 
 LINEAGES = "lineages"  # the folder of what restarted trainings left, and the attribute that lists it
 OF_LINEAGE = ("lineage", "after", "last_step", "records")  # what the list, and each lineage's own attributes, say of it
 DAMAGED = ".damaged"  # the folder that repairing moves things into
+TOP = frozenset({*GROUPS, "scalars"})  # what groups of records a run may have
 
 
 def consolidated(nodes: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,10 +66,10 @@ def schema_of(attributes: Any) -> int | None:
     return schema if type(schema) is int and schema >= 1 else None
 
 
-def newer_schema(attributes: Mapping[str, Any]) -> str | None:
-    """Why a run cannot be read whose schema this version does not know yet, as the end of a sentence; None where it knows it.
+def newer_schema(attributes: Mapping[str, Any]) -> RunError | None:
+    """Why a run cannot be read whose schema this version does not know yet; None where it knows it.
 
-    >>> newer_schema({"optiscope_schema": 1000, "versions": {"optiscope": "9.0.1"}}).split("; ")[0]
+    >>> newer_schema({"optiscope_schema": 1000, "versions": {"optiscope": "9.0.1"}}).reason
     'was written by optiscope 9.0.1 with schema 1000'
     """
     schema = schema_of(attributes)
@@ -80,4 +82,4 @@ def newer_schema(attributes: Mapping[str, Any]) -> str | None:
     version = versions.get("optiscope") if isinstance(versions, Mapping) else None
     known = isinstance(version, str) and re.fullmatch(r"[0-9][0-9a-z.+]{0,40}", version)
     by, what = (f"optiscope {version}", f"optiscope>={version}") if known else ("a newer optiscope", "a newer one")
-    return f"was written by {by} with schema {schema}; this version reads up to {SCHEMA}: install {what}"
+    return RunError(f"was written by {by} with schema {schema}", advice=f"this version reads up to {SCHEMA}: install {what}")

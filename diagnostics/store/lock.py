@@ -10,6 +10,9 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from .files import json_bytes, replace_file
+from .run_error import RunError
+
 LOCK, OWNER = ".lock", ".owner.json"
 LOCK_FILES = frozenset({LOCK, OWNER, f"{OWNER}.partial"})
 
@@ -32,7 +35,7 @@ class RunLock:
         """Take the lock of the run at `folder`, which is made where there is none.
 
         Raises:
-            ValueError: another process has it; the text says which.
+            RunError: another process has it; the text says which.
             OSError: the folder cannot be written to.
         """
         self._folder = folder.resolve()  # the process may change its working folder
@@ -44,9 +47,10 @@ class RunLock:
         try:
             self._lock.acquire(blocking=False)
         except Timeout:
-            raise ValueError(
-                f"store: {folder} is being written by {owner(self._folder) or 'another process'}; close that recorder, or record to another path"
-            ) from None
+            raise RunError(
+                f"is being written by {owner(self._folder) or 'another process'}",
+                subject="store", place=folder, advice="close that recorder, or record to another path",
+            ) from None  # fmt: skip
         except OSError as error:
             if error.errno not in _NO_LOCKS:
                 raise
@@ -61,10 +65,8 @@ class RunLock:
     def _say_who(self) -> None:
         who = {"host": platform.node(), "process": self._process, "since": datetime.now(UTC).isoformat(timespec="seconds")}
         partial = self._folder / f"{OWNER}.partial"
-        partial.unlink(missing_ok=True)
-        with partial.open("x", encoding="utf-8") as file:  # new: never through a link that somebody left there
-            json.dump(who, file)
-        os.replace(partial, self._folder / OWNER)
+        partial.unlink(missing_ok=True)  # of one that was killed
+        replace_file(self._folder / OWNER, [json_bytes(who)], partial)
 
     def release(self) -> None:
         """Give it back. Releasing twice is harmless, and so is a forked child's."""

@@ -1,17 +1,18 @@
 """The records of one group: the rows of the chunk that is not yet full stay in memory, so that a flush reads nothing back."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from .files import Files
-from .stored_array import StoredArray
+from .laying_out import is_for_writing
+from .open_array import OpenArray
+from .reading import read_rows
 
 Row: TypeAlias = Mapping[str, NDArray[Any] | float]
-# Reads an array from some record to another, both numbers.
-Read: TypeAlias = Callable[[StoredArray, int, int], NDArray[Any]]
 
 CHUNK_STEPS = 64
 SCALAR_CHUNK_STEPS = 1024
@@ -29,17 +30,40 @@ class RecordGroup:
 
     # What belongs together is assigned in one statement, within which no signal handler runs: one that raises leaves it as before or as behind.
 
-    def __init__(self, path: str, arrays: Mapping[str, StoredArray], steps: list[int], read: Read) -> None:
-        self.path = path
-        self.arrays = {name: array for name, array in arrays.items() if array.has_steps}
-        self.static = {name: array for name, array in arrays.items() if not array.has_steps}
+    def __init__(self, folder: Path, path: str, arrays: Mapping[str, OpenArray], steps: list[int]) -> None:
+        """The group at `path` of the run in `folder`, of which `steps` are committed."""
+        self.folder, self.path = folder, path
+        self.arrays = {name: array for name, array in arrays.items() if array.stored.has_steps}
+        self.static = {name: array for name, array in arrays.items() if not array.stored.has_steps}
         self.chunk_steps = SCALAR_CHUNK_STEPS if path.rpartition("/")[2] == "scalars" else CHUNK_STEPS
         self.steps = steps
         self.committed = len(steps)
         self._changed = len(steps)  # the first record that is not on disk as it is here
         self._start = len(steps)  # number of the first of `_rows`
         self._rows: list[Row] = []
-        self._read = read
+
+    def read_back(self) -> None:
+        """Read the chunk of the last record, which a further one may have to be written into.
+
+        Raises:
+            RunError: it is damaged; told without the run.
+        """
+        if self.steps:
+            self._reach_back(len(self.steps) - 1)
+
+    def chunk_steps_of(self, name: str) -> int:
+        """For how many records a chunk of one of its arrays is."""
+        return SCALAR_CHUNK_STEPS if name == "step" else self.chunk_steps
+
+    def lies_for_writing(self, name: str) -> bool:
+        """Whether one of its arrays lies as this version writes it."""
+        array = self.static.get(name) or self.arrays[name]
+        return is_for_writing(array.stored, self.chunk_steps_of(name))
+
+    @property
+    def pending(self) -> bool:
+        """Whether it has records that are not on disk as they are here."""
+        return self._changed < len(self.steps)
 
     def append(self, step: int, row: Row) -> bool:
         """Take a record, true where it ends a chunk; a further one of the last step is merged with it, so that steps stay unique."""
@@ -70,7 +94,7 @@ class RecordGroup:
         self._reach_back(self._changed)
         # Steps last: where they are, all else of their records is, which is what a lost root is made again from.
         for name, array in sorted(self.arrays.items(), key=lambda item: item[0] == "step"):
-            length = array.chunk[0]
+            length = array.stored.shard[0]
             for chunk in range(self._changed // length, -(-count // length)):
                 array.write(files, chunk, self._block(name, array, chunk * length, min(count, (chunk + 1) * length)))
 
@@ -92,13 +116,12 @@ class RecordGroup:
     def declare(self, count: int) -> None:
         """Give all arrays the length of so many records."""
         for array in self.arrays.values():
-            array.resize((count, *array.shape[1:]))
+            array.resize((count, *array.stored.shape[1:]))
 
-    def _block(self, name: str, array: StoredArray, start: int, stop: int) -> NDArray[Any]:
-        block = array.empty(array.chunk[0])
+    def _block(self, name: str, array: OpenArray, start: int, stop: int) -> NDArray[Any]:
         if name == "step":
-            block[: stop - start] = self.steps[start:stop]
-            return block
+            return np.array(self.steps[start:stop])
+        block = array.stored.empty((stop - start, *array.stored.shape[1:]))
         for i, row in enumerate(self._rows[start - self._start : stop - self._start]):
             if name in row:
                 value = np.asarray(row[name])
@@ -111,6 +134,6 @@ class RecordGroup:
         start = record - record % self.chunk_steps
         if self._start > start:
             stop = self._start
-            read = {name: self._read(array, start, stop) for name, array in self.arrays.items() if name != "step"}
+            read = {name: read_rows(self.folder, array.to_read(), start, stop) for name, array in self.arrays.items() if name != "step"}
             before: list[Row] = [{name: values[i] for name, values in read.items()} for i in range(stop - start)]
             self._rows, self._start = before + self._rows, start

@@ -1,110 +1,147 @@
-"""One array of a run on the writing side: its metadata document, and its chunks as files."""
+"""An array of a run: what it is, which files it lies in, and where in them."""
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from math import ceil, prod
+from math import prod
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .codecs import all_missing, encode, encode_shard
-from .files import Files
+from .bounds import MAX_TEXT
 
 
+@dataclass(frozen=True)
 class StoredArray:
-    """An array at `path` below the run.
+    """An array as its metadata describe it.
 
     Attributes:
-        document: its metadata, as the next commit writes it.
-        on_disk: numbers of its chunks that have a file; chunks are counted in row-major order of their grid.
+        path: within the run: "geometry/fro_norm".
+        shape: committed.
+        dimensions: a name for each.
+        dtype: little-endian; None for texts.
+        fill: what stands where no chunk is.
+        attributes: texts for readers.
+        chunk: shape of what is decoded at once.
+        shard: shape of what one file holds.
+        sharded: whether a file holds an index after its chunks, be it one chunk; else it is one chunk.
+        compression: "blosc", "zstd" or None.
+        checksum: CRC-32C after each chunk.
+        separator: of the numbers in a chunk's key.
+        written: numbers of the files that there must be, in the row-major order of their grid; None where that is not known.
     """
 
-    def __init__(self, path: str, document: dict[str, Any], on_disk: Iterable[int] = ()) -> None:
-        self.path = path
-        self.document = document
-        self.on_disk = set(on_disk)
-        text = document["data_type"] == "string"
-        self.dtype: np.dtype[Any] = np.dtypes.StringDType() if text else np.dtype(document["data_type"])
-        fill = document["fill_value"]
-        self.missing = fill if text else self.dtype.type(float(fill) if isinstance(fill, str) else fill)
+    path: str
+    shape: tuple[int, ...]
+    dimensions: tuple[str, ...]
+    dtype: np.dtype[Any] | None
+    fill: Any
+    attributes: Mapping[str, Any]
+    chunk: tuple[int, ...]
+    shard: tuple[int, ...]
+    sharded: bool
+    compression: str | None
+    checksum: bool
+    separator: str
+    written: Collection[int] | None
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.document["shape"])
-
-    @property
-    def chunk(self) -> tuple[int, ...]:
-        return tuple(self.document["chunk_grid"]["configuration"]["chunk_shape"])
-
-    @property
-    def inner(self) -> tuple[int, ...] | None:
-        """Shape of the chunks within a shard, None where chunks are files."""
-        first = self.document["codecs"][0]
-        return tuple(first["configuration"]["chunk_shape"]) if first["name"] == "sharding_indexed" else None
-
-    @property
-    def separator(self) -> str:
-        """Between the parts of a chunk's key."""
-        return str(self.document["chunk_key_encoding"]["configuration"]["separator"])
+    def name(self) -> str:
+        """Within its group."""
+        return self.path.rpartition("/")[2]
 
     @property
     def has_steps(self) -> bool:
-        return "step" in self.document["dimension_names"]
+        """Whether it gets longer with every record; such arrays have `step` as their first dimension."""
+        return "step" in self.dimensions
+
+    @property
+    def in_memory(self) -> np.dtype[Any]:
+        """The type of its values when they are read."""
+        return np.dtypes.StringDType() if self.dtype is None else self.dtype
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Files along each dimension."""
+        return tuple(-(-size // length) for size, length in zip(self.shape, self.shard, strict=True))
 
     @property
     def width(self) -> int:
-        """How many chunks lie beside each other in all dimensions but the first."""
-        return prod(ceil(size / chunk) for size, chunk in zip(self.shape[1:], self.chunk[1:], strict=True))
+        """How many files lie beside each other in all dimensions but the first."""
+        return prod(self.grid[1:])
 
-    def resize(self, shape: tuple[int, ...]) -> None:
-        """Declare another shape; the numbers of the chunks follow."""
-        before = self.width
-        self.document = {**self.document, "shape": list(shape)}
-        if self.width != before:
-            self.on_disk = {number // before * self.width + number % before for number in self.on_disk}
+    @property
+    def per_file(self) -> tuple[int, ...]:
+        """Chunks in a file, along each dimension."""
+        return tuple(outer // inner for outer, inner in zip(self.shard, self.chunk, strict=True))
 
-    def committed(self) -> list[int]:
-        """Numbers of the chunks within the shape that have a file."""
-        count = ceil(self.shape[0] / self.chunk[0]) * self.width
-        return [number for number in self.on_disk if number < count]
+    @property
+    def chunk_bytes(self) -> int:
+        """Of a decoded chunk; of texts the most that one may have, so that all of an array's are bounded."""
+        return MAX_TEXT // max(prod(self.grid), 1) if self.dtype is None else prod(self.chunk) * self.dtype.itemsize
 
-    def files_there(self, files: Files) -> set[int]:
-        """Numbers of the chunks within the shape that have a file, by looking."""
-        count = ceil(self.shape[0] / self.chunk[0]) * self.width
-        return {number for number in range(count) if (files.root / self.file(number)).exists()}
+    def key(self, numbers: tuple[int, ...]) -> str:
+        """The file of a chunk or shard, within the run."""
+        return f"{self.path}/{self.separator.join(map(str, ('c', *numbers)))}"
 
-    def file(self, number: int) -> str:
-        """Where a chunk's file is, below the run."""
-        beside = [ceil(size / chunk) for size, chunk in zip(self.shape[1:], self.chunk[1:], strict=True)]
-        row, column = divmod(number, self.width)
-        index = (row, *np.unravel_index(column, beside)) if beside else (row,)
-        return f"{self.path}/{self.separator.join(('c', *map(str, index)))}"
+    def numbers(self, file: str) -> tuple[int, ...] | None:
+        """Of a chunk or shard by its file, as :meth:`key` names it; None where the file is none that the array can have."""
+        numbers = file.removeprefix(f"{self.path}/c").replace(".", "/").strip("/").split("/")
+        if len(numbers) != len(self.shape) or not all(number.isdecimal() and len(number) < 10 for number in numbers):
+            return None
+        found = tuple(map(int, numbers))
+        return found if self.key(found) == file and all(n < size for n, size in zip(found, self.grid, strict=True)) else None
 
-    def empty(self, rows: int) -> NDArray[Any]:
-        """Missing values, so many along the first dimension."""
-        return np.full((rows, *self.shape[1:]), self.missing, dtype=self.dtype)
+    def place(self, numbers: tuple[int, ...]) -> int:
+        """The number of a file in the row-major order of their grid, by which the map of chunks knows it."""
+        return int(np.ravel_multi_index(numbers, self.grid))
 
-    def write(self, files: Files, row: int, block: NDArray[Any], *, always: bool = False) -> None:
-        """Write the chunks of one row of the grid, from a block of a chunk's length. Those of missing values alone have no file, but `always`."""
-        for column, place in enumerate(product(*(range(ceil(s / c)) for s, c in zip(self.shape[1:], self.chunk[1:], strict=True)))):
-            number = row * self.width + column
-            part = block[(slice(None), *(slice(i * c, (i + 1) * c) for i, c in zip(place, self.chunk[1:], strict=True)))]
-            # A file that is there is written over even so: a writer that was killed, or whose disk was full, may have left it.
-            if not always and number not in self.on_disk and all_missing(part, self.missing):
-                continue
-            if part.shape != self.chunk:
-                padded = np.full(self.chunk, self.missing, dtype=self.dtype)
-                padded[tuple(slice(size) for size in part.shape)] = part
-                part = padded
-            self.on_disk.add(number)
-            files.replace(self.file(number), encode_shard(part, self.inner, self.missing) if self.inner else [encode(part)])
+    def numbers_at(self, place: int) -> tuple[int, ...]:
+        """The opposite of :meth:`place`; of a file after the last record too."""
+        row, column = divmod(place, self.width)
+        return (row, *map(int, np.unravel_index(column, self.grid[1:]))) if len(self.shape) > 1 else (row,)
 
-    def write_whole(self, files: Files, values: NDArray[Any]) -> None:
-        """Write all chunks of an array that has one dimension, or one chunk."""
-        length = self.chunk[0]
-        for start in range(0, len(values), length):
-            block = self.empty(length)
-            part = values[start : start + length]
-            block[: len(part)] = part
-            self.write(files, start // length, block, always=True)
+    def expects(self, numbers: tuple[int, ...]) -> bool:
+        """Whether the file must be there. Steps are never missing; of all else, that is known by the map of chunks alone."""
+        if self.written is None:
+            return self.path.endswith("/step")
+        return self.place(numbers) in self.written
+
+    def files_among(self, along: Sequence[Collection[int]]) -> Iterator[tuple[int, ...]]:
+        """Of the files whose numbers along each dimension are given, those that may be there; what was not written holds missing values alone."""
+        if self.written is None or prod(map(len, along)) <= len(self.written):
+            for numbers in product(*along):
+                if self.written is None or self.expects(numbers):
+                    yield numbers
+            return
+        for number in sorted(self.written):
+            numbers = self.numbers_at(number)
+            if all(n in given for n, given in zip(numbers, along, strict=True)):
+                yield numbers
+
+    def files(self) -> Iterator[tuple[int, ...]]:
+        """All files that may be there."""
+        return self.files_among(list(map(range, self.grid)))
+
+    def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
+        """An array of `shape` in which everything is missing."""
+        return np.full(shape, self.fill, self.in_memory)
+
+
+def new_array(
+    path: str,
+    shape: Sequence[int],
+    dimensions: Sequence[str],
+    dtype: np.dtype[Any],
+    missing: Any,
+    chunk: Sequence[int],
+    attributes: Mapping[str, Any],
+) -> StoredArray:
+    """An array as this version writes it: each chunk a file, compressed, with a checksum; nothing of it is on disk."""
+    held = None if dtype.kind == "T" else dtype.newbyteorder("<")
+    fill = missing if held is None else held.type(missing)
+    lengths = tuple(max(size, 1) for size in chunk)
+    return StoredArray(
+        path, tuple(shape), tuple(dimensions), held, fill, dict(attributes), lengths, lengths, False, "blosc", True, "/", None
+    )

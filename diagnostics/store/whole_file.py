@@ -1,9 +1,12 @@
-"""Files that are there whole or not at all: a process that is killed while it writes leaves what was there before."""
+"""A file that a user asked for: there whole or not at all, with the permissions it had, through links, to devices."""
 
 import os
 import stat
+from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
+
+from .files import replace_file
 
 
 def write_whole(path: str | Path, content: str | bytes) -> None:
@@ -22,17 +25,12 @@ def write_whole(path: str | Path, content: str | bytes) -> None:
         with open(path, "wb") as device:
             device.write(content)
         return
-    # A name that nobody can foresee, and "x": no link that somebody has laid there is followed. Short, for names have a longest length.
+    # A name that nobody can foresee. Short, for names have a longest length.
     partial = target.with_name(f".{token_hex(8)}.partial")
     try:
-        try:
-            with open(partial, "xb") as file:
-                file.write(content)
-            if mode is not None:
-                os.chmod(partial, stat.S_IMODE(mode))
-            os.replace(partial, target)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+        replace_file(target, [content], partial, None if mode is None else stat.S_IMODE(mode))
     except OSError as error:
         raise type(error)(error.errno, error.strerror, str(path)) from None
+    finally:
+        with suppress(OSError):
+            partial.unlink()  # of one that was interrupted

@@ -7,6 +7,7 @@ writer removes it or writes over it.
 """
 
 from collections.abc import Iterable, Mapping
+from math import inf
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -15,15 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..catalogue import SCHEMA
-from .codecs import array_document
-from .commit import group_document, nodes_of, root_document
-from .files import Files
-from .laying_out import SHARD_STEPS, copy, for_reading, for_writing
+from .continuing import clear, committed, nothing_or_a_run, refusing, tidy
+from .files import Files, remove_chunks
+from .format import LINEAGES
+from .laying_out import AT_ONCE, SHARD_STEPS, for_reading, for_writing, lay_out
+from .lineages import leave
 from .lock import RunLock
-from .opening import clear, committed, nothing_or_a_run, remove_chunks
-from .reading_by_zarr import reader_of
+from .open_array import OpenArray
+from .reading import read_all
 from .record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row
-from .stored_array import StoredArray
+from .root_document import group_document, nodes_of, read_document, root_document
+from .stored_array import new_array
 
 __all__ = ["CHUNK_STEPS", "SCALAR_CHUNK_STEPS", "Row", "TakenOver", "Writer"]
 
@@ -35,18 +38,19 @@ class TakenOver(RuntimeError):
 class Writer:
     """Appends records to one run. Rows are buffered until :meth:`flush`; :attr:`committed` counts those on disk per group."""
 
-    def __init__(self, path: str | Path, attributes: Mapping[str, Any], lock: RunLock | None = None) -> None:
-        """Open the run at `path`, making it if nothing is there; `lock` is kept until :meth:`release`.
+    def __init__(self, path: str | Path, attributes: Mapping[str, Any], lock: RunLock | None = None, *, lay_out: bool = True) -> None:
+        """Open the run at `path`, making it with `attributes` if nothing is there; `lock` is kept until :meth:`release`.
+
+        One that was compacted is laid out for writing; without `lay_out`, only as far as records come.
 
         Raises:
-            ValueError: `path` holds something else, or a run of another schema version.
+            RunError: `path` holds something else, a run of another schema version, or one that is damaged; nothing of it has changed then.
         """
         self._lock = lock
         self.path = Path(path)
         self.is_new = nothing_or_a_run(self.path)
         own = uuid4().hex
         self._files = Files(self.path, own)
-        self._read = reader_of(self.path)
         self._groups: dict[str, RecordGroup] = {}
         self._coordinates: dict[str, NDArray[Any]] = {}  # values of static coordinates, by path
         self._nodes: dict[str, dict[str, Any]] = {}  # metadata of all nodes but the root, as last committed
@@ -58,7 +62,7 @@ class Writer:
         if self.is_new:
             self._begin(attributes)
         else:
-            self._adopt()
+            self._adopt(lay_out)
         self._writers = (self.attributes[""].get("writer"), own)  # whoever wrote last, and this one
         self.attributes[""]["writer"] = own
 
@@ -68,53 +72,35 @@ class Writer:
         self.attributes[""] = {"optiscope_schema": SCHEMA, **attributes}
         self._files.replace_document("", group_document(self.attributes[""]))
 
-    def _adopt(self) -> None:
-        """Take over what is committed, and lay it out for writing."""
-        self.attributes, self._groups = committed(self._files, self._read)
-        if self.attributes[""]["optiscope_schema"] != SCHEMA:
-            self._rewrite_earlier_schema()
-        else:
-            self._lay_out_for_writing(self._groups)
-
-    def _rewrite_earlier_schema(self) -> None:
-        """Every array anew, as this version has them, and one commit that changes over."""
-        old = [array for group in self._groups.values() for array in (group.static | group.arrays).values()]
-        for group in self._groups.values():
-            for arrays in (group.static, group.arrays):
-                for name, array in arrays.items():
-                    steps = SCALAR_CHUNK_STEPS if name == "step" else group.chunk_steps
-                    arrays[name] = for_writing(array, steps)
-                    copy(self._files, array, arrays[name], self._read)
+    def _adopt(self, lay_out: bool) -> None:
+        """Take over what is committed, and lay it out for writing. What an earlier version made is laid out anew in any case."""
+        with refusing(self.path):
+            self.attributes, self._groups, self._coordinates = committed(self.path)
+        earlier = self.attributes[""]["optiscope_schema"] != SCHEMA
+        tidy(self._files, self._groups.values(), len(self.attributes[""].get(LINEAGES, [])), everywhere=earlier)
         self.attributes[""]["optiscope_schema"] = SCHEMA
-        self._commit_as_it_is()
-        self._let_go(old)
+        if lay_out or earlier:
+            self._lay_out_for_writing(self._groups, all_anew=earlier)
 
-    def _lay_out_for_writing(self, groups: Iterable[str]) -> None:
-        """Arrays of these groups that were compacted, each by a commit of its own."""
-        for group in map(self._groups.__getitem__, groups):
-            for name, array in group.arrays.items():
-                if array.inner is not None:
-                    self._change_layout(group, name, for_writing(array, group.chunk_steps))
-
-    def _change_layout(self, group: RecordGroup, name: str, new: StoredArray) -> None:
-        old = group.arrays[name]
-        copy(self._files, old, new, self._read)
-        group.arrays[name] = new
-        try:
-            self._commit_as_it_is()
-        except BaseException:
-            group.arrays[name] = old
-            raise
-        self._let_go([old])
+    def _lay_out_for_writing(self, groups: Iterable[str], *, all_anew: bool = False) -> None:
+        """Arrays of these groups that were compacted, or made by another version; with `all_anew` all of them, by one commit."""
+        found = (
+            (arrays, name, for_writing(array.stored, group.chunk_steps_of(name)))
+            for group in map(self._groups.__getitem__, groups)
+            for arrays in (group.static, group.arrays)
+            for name, array in arrays.items()
+            if all_anew or not group.lies_for_writing(name)
+        )
+        lay_out(self._files, found, self._commit_as_it_is, self._let_go, inf if all_anew else AT_ONCE)
 
     def _commit_as_it_is(self) -> None:
         self._commit({name: group.committed for name, group in self._groups.items()})
 
-    def _let_go(self, arrays: Iterable[StoredArray]) -> None:
+    def _let_go(self, arrays: Iterable[OpenArray]) -> None:
         """Remove the chunks of arrays that have been laid out anew, after their own documents say so."""
         self._write_documents(self._nodes)
         for array in arrays:
-            remove_chunks(self._files, array.path, array.separator)
+            remove_chunks(self._files, array.stored.path, array.stored.separator)
 
     def create_group(self, name: str, coordinates: Mapping[str, NDArray[Any]], attributes: Mapping[str, Any]) -> None:
         """Add a group of records with static coordinates along `matrix` (and `quantile`, where two-dimensional).
@@ -133,8 +119,8 @@ class Writer:
             del self._documents[known]
         static = {key: self._create_static(f"{name}/{key}", values, ("matrix", "quantile")) for key, values in coordinates.items()}
         texts = {"long_name": "optimizer steps taken", "units": "1"}
-        step = array_document((0,), (SCALAR_CHUNK_STEPS,), np.dtype("int64"), -1, ("step",), texts)
-        self._groups[name] = RecordGroup(name, {**static, "step": StoredArray(f"{name}/step", step)}, [], self._read)
+        step = new_array(f"{name}/step", (0,), ("step",), np.dtype("int64"), -1, (SCALAR_CHUNK_STEPS,), texts)
+        self._groups[name] = RecordGroup(self.path.resolve(), name, {**static, "step": OpenArray(step)}, [])
 
     def extend_group(self, name: str, coordinates: Mapping[str, NDArray[Any]]) -> None:
         """Add matrices to a group; earlier records hold missing values for them.
@@ -148,7 +134,7 @@ class Writer:
         group = self._groups[name]
         added = {key: np.concatenate([self._values(group.static[key]), values]) for key, values in coordinates.items()}
         count = len(next(iter(coordinates.values())))
-        shapes = {key: array.shape for key, array in group.static.items()}
+        shapes = {key: array.stored.shape for key, array in group.static.items()}
         try:
             for key, values in added.items():
                 group.static[key].resize(values.shape)
@@ -160,8 +146,9 @@ class Writer:
             raise
         self._coordinates.update({f"{name}/{key}": values for key, values in added.items()})
         for array in group.arrays.values():
-            if len(array.shape) > 1:
-                array.resize((array.shape[0], array.shape[1] + count, *array.shape[2:]))
+            first, *rest = array.stored.shape
+            if rest:
+                array.resize((first, rest[0] + count, *rest[1:]))
 
     def create_coordinate(self, group: str, name: str, values: NDArray[Any]) -> None:
         """Add a static coordinate along the dimension of its own name."""
@@ -181,10 +168,10 @@ class Writer:
         path, records = f"{group}/{name}", self._groups[group]
         self._files.remove(path)  # a writer that was killed may have left one
         self._documents.pop(path, None)
-        chunk = (records.chunk_steps, *(max(size, 1) for size in shape))
-        dimensions = ("step", *dimensions)
-        document = array_document((records.committed, *shape), chunk, np.dtype(dtype), missing, dimensions, dict(attributes))
-        records.arrays[name] = StoredArray(path, document)
+        made = new_array(
+            path, (records.committed, *shape), ("step", *dimensions), np.dtype(dtype), missing, (records.chunk_steps, *shape), attributes
+        )
+        records.arrays[name] = OpenArray(made)
 
     def coordinate(self, group: str, name: str) -> list[Any]:
         """A static coordinate of a group, as a list."""
@@ -201,6 +188,11 @@ class Writer:
         return {name: group.committed for name, group in self._groups.items()}
 
     @property
+    def bytes_written(self) -> int:
+        """How much was written, for what it costs."""
+        return self._files.bytes_written
+
+    @property
     def last_step(self) -> int:
         """Largest step of any record, committed or pending; 0 for an empty run."""
         return max((group.steps[-1] for group in self._groups.values() if group.steps), default=0)
@@ -211,7 +203,7 @@ class Writer:
         A further row of the group's last step is merged with the one there, so that steps stay unique.
         """
         records = self._groups[group]
-        if any(array.inner for array in records.arrays.values()):  # one that comes after `close`
+        if any(array.stored.sharded for array in records.arrays.values()):  # one that comes after `close`
             self._check_ours()
             self._lay_out_for_writing([group])
         return records.append(step, row)
@@ -246,20 +238,48 @@ class Writer:
         self.flush()
         self._write_documents(self._nodes)
 
-    def lay_out_for_reading(self) -> None:
-        """Flush, then compact what has many records, each array by a commit of its own: where that is cut off, it is whole in one form or the other.
+    def lay_out_for_reading(self) -> int:
+        """Flush, then compact what has many records: where that is cut off, each array is whole in one form or the other.
+
+        Returns:
+            How many arrays were compacted.
 
         Raises:
-            ValueError: an array is damaged; it stays as it is.
+            RunError: an array is damaged; it stays as it is.
             TakenOver: as in :meth:`flush`.
         """
-        if any(len(group.steps) > group.committed for group in self._groups.values()):
+        if any(group.pending for group in self._groups.values()):
             self.flush()  # rows that wait are for the chunks that there are now
+        found = [
+            (group.arrays, name, for_reading(array.stored))
+            for group in self._groups.values()
+            for name, array in group.arrays.items()
+            if group.committed > SHARD_STEPS and len(array.stored.shape) > 1 and not array.stored.sharded
+        ]
+        with refusing(self.path):
+            lay_out(self._files, found, self._commit_as_it_is, self._let_go, AT_ONCE)
+        return len(found)
+
+    def leave(self, number: int, attributes: Mapping[str, Mapping[str, Any]], after: int) -> dict[str, int]:
+        """Copy the records after step `after` into lineage `number`, which no commit knows yet, with the attributes that it is to have.
+
+        Returns:
+            What the run is to say of it.
+
+        Raises:
+            RunError: one of them is damaged; nothing has changed then.
+            TakenOver: as in :meth:`flush`.
+        """
+        self._check_ours()
+        if any(group.pending for group in self._groups.values()):
+            self.flush()
+        with refusing(self.path):
+            return leave(self._files, number, self._groups, attributes, after)
+
+    def cut(self, after: int) -> None:
+        """Have the records up to step `after` alone, all of which are committed, from the next commit on."""
         for group in self._groups.values():
-            if group.committed > SHARD_STEPS:
-                for name, array in group.arrays.items():
-                    if len(array.shape) > 1 and array.inner is None:
-                        self._change_layout(group, name, for_reading(array))
+            group.cut(sum(step <= after for step in group.steps))
 
     def _commit(self, counts: Mapping[str, int]) -> None:
         """Replace the root's document by one with so many records in each group."""
@@ -281,8 +301,9 @@ class Writer:
 
     def _check_ours(self) -> None:
         # Whoever else writes puts another file into its place.
-        seen = self._last_seen is not None and self._files.signature() == self._last_seen
-        if not seen and self._files.document("")["attributes"].get("writer") not in self._writers:
+        if self._last_seen is not None and self._files.signature() == self._last_seen:
+            return
+        if read_document(self.path.resolve())["attributes"].get("writer") not in self._writers:
             raise TakenOver(f"{self.path} is now written by another recorder")
 
     def release(self) -> None:
@@ -290,18 +311,18 @@ class Writer:
         if self._lock is not None:
             self._lock.release()
 
-    def _values(self, array: StoredArray) -> NDArray[Any]:
+    def _values(self, array: OpenArray) -> NDArray[Any]:
         """Of a static coordinate."""
-        if array.path not in self._coordinates:
-            self._coordinates[array.path] = self._read(array, 0, array.shape[0])
-        return self._coordinates[array.path]
+        path = array.stored.path
+        if path not in self._coordinates:
+            self._coordinates[path] = read_all(self.path.resolve(), array.to_read())
+        return self._coordinates[path]
 
-    def _create_static(self, path: str, values: NDArray[Any], dimensions: tuple[str, ...]) -> StoredArray:
+    def _create_static(self, path: str, values: NDArray[Any], dimensions: tuple[str, ...]) -> OpenArray:
         self._files.remove(path)  # a writer that was killed may have left one
         shape = values.shape
         fill: Any = "" if values.dtype.kind == "T" else values.dtype.type(0).item()
-        document = array_document(shape, [max(size, 1) for size in shape], values.dtype, fill, dimensions[: len(shape)], {})
-        array = StoredArray(path, document)
+        array = OpenArray(new_array(path, shape, dimensions[: len(shape)], values.dtype, fill, shape, {}))
         array.write_whole(self._files, values)
         self._coordinates[path] = values
         return array

@@ -23,8 +23,8 @@ import numpy as np
 
 from optiscope.analysis import check, open_run
 from optiscope.analysis.describe import describe
-from optiscope.analysis.verifying import verify
 from optiscope.diagnostics.store.format import seal
+from optiscope.diagnostics.store.verifying import verify
 
 MEMORY = 1_200_000_000  # bytes beyond what the libraries take
 SECONDS = 5  # of processor time
@@ -74,10 +74,13 @@ def used(path):
                     outcome = f"{use.__name__}: {type(error).__name__}"
     with bounded_time():
         try:
-            if outcome == "read" and verify(path).damage:
+            damage = verify(path).damage
+            if outcome.startswith("run: ") and not damage:
+                raise AssertionError(f"refused, and whole by what verifying finds: {outcome}")
+            if outcome == "read" and damage:
                 outcome = "read, damaged"
         except ValueError as error:
-            outcome = f"verify: {error}"
+            outcome = outcome if outcome.startswith("run: ") else f"verify: {error}"
     return outcome
 
 

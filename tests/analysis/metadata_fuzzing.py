@@ -17,8 +17,8 @@ from fuzzing import NASTY, bounded_time, limit_memory, reseal, used
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from optiscope.analysis.repairing import repair
-from optiscope.analysis.verifying import verify
+from optiscope.diagnostics.store.repairing import repair
+from optiscope.diagnostics.store.verifying import verify
 
 _NAMES = (
     "attributes",

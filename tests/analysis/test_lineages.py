@@ -11,7 +11,8 @@ from zarr.errors import ZarrUserWarning
 
 from optiscope.analysis import open_run
 from optiscope.diagnostics.catalogue import SCHEMA
-from optiscope.diagnostics.store.root_document import lineage_contents
+from optiscope.diagnostics.store.format import seal
+from optiscope.diagnostics.store.lineages import lineage_contents
 
 # By place in the run: after which step it was left, and by group its steps, its matrices, its variables beside "size".
 PLACES = {
@@ -47,10 +48,17 @@ def run(tmp_path_factory):
         zarr.open_group(path / place).attrs.update(attributes)
         with pytest.warns(ZarrUserWarning, match="Consolidated metadata"):
             zarr.consolidate_metadata(path / place)
-    document = json.loads((path / "zarr.json").read_text())
-    document["attributes"]["lineages"] = listed
-    (path / "zarr.json").write_text(json.dumps(document))
+    for place in PLACES:
+        rewrite(path / place, lambda document: document["attributes"].update({} if place else {"lineages": listed}))  # noqa: B023
     return path
+
+
+def rewrite(folder, change):
+    """Change a document, and seal it again."""
+    document = json.loads((folder / "zarr.json").read_text())
+    change(document)
+    document["attributes"]["checksum"] = seal(document)
+    (folder / "zarr.json").write_text(json.dumps(document))
 
 
 def defined(run, number):
@@ -121,13 +129,13 @@ def test_parts_are_read_as_they_are_used(run):
 def test_one_lineage_only(recorded):
     assert "lineages" not in open_run(recorded).attrs
     assert set(open_run(recorded, 0).children) == set(open_run(recorded).children)
-    with pytest.raises(ValueError, match=r"^lineage: this run has none of number 1; it has one only, 0$"):
+    with pytest.raises(ValueError, match=r"^lineage: .*run\.zarr has none of number 1; it has one only, 0$"):
         open_run(recorded, 1)
 
 
 @pytest.mark.parametrize("number", [4, -1])
 def test_a_lineage_that_there_is_not(run, number):
-    with pytest.raises(ValueError, match=rf"^lineage: this run has none of number {number}; it has 0 to 3, the newest$"):
+    with pytest.raises(ValueError, match=rf"^lineage: .*run\.zarr has none of number {number}; it has 0 to 3, the newest$"):
         open_run(run, number)
 
 
@@ -143,9 +151,7 @@ def test_a_lineage_that_there_is_not(run, number):
 )
 def test_a_damaged_list_is_told_of(run, tmp_path, change):
     damaged = shutil.copytree(run, tmp_path / "run.zarr")
-    document = json.loads((damaged / "zarr.json").read_text())
-    change(document["attributes"]["lineages"])
-    (damaged / "zarr.json").write_text(json.dumps(document))
+    rewrite(damaged, lambda document: change(document["attributes"]["lineages"]))
     with pytest.raises(ValueError, match=r"^run: .*zarr.json: expected lineage"):
         open_run(damaged)
 
@@ -171,7 +177,7 @@ def test_one_that_is_damaged_is_told_of_by_those_that_need_it(run, tmp_path, cha
     damaged = shutil.copytree(run, tmp_path / "run.zarr")
     change(damaged / "lineages" / "1" / "zarr.json")
     for number in (0, 1):
-        with pytest.raises(ValueError, match=rf"^run: .*run.zarr: lineages/1: .*{why}.*; `diag verify` tells what is whole$"):
+        with pytest.raises(ValueError, match=rf"^run: .*run.zarr: lineages/1/zarr\.json: .*{why}.*; `diag verify` tells what is whole$"):
             open_run(damaged, number)
     for number in (2, 3, None):
         assert open_run(damaged, number).identical(open_run(run, number))
@@ -186,6 +192,7 @@ def test_documents_that_are_read_together_are_within_the_bounds_of_one(tmp_path)
         (run / place).mkdir(parents=True)
         document = {**group, "attributes": {"optiscope_schema": SCHEMA, **attributes}}
         document["consolidated_metadata"] = {"metadata": {f"g{i}": group for i in range(2001 if place else 0)}}
+        document["attributes"]["checksum"] = seal(document)
         (run / place / "zarr.json").write_text(json.dumps(document))
     assert sum(len(one.groups) for one in lineage_contents(run, listed[2:])) == 18_009
     with pytest.raises(ValueError, match=r"lineages/9: expected at most 20,000 groups and arrays in lineages that are read together"):

@@ -79,7 +79,18 @@ def test_what_is_no_run_is_named(case, recorded, tmp_path):
 
 def test_a_run_killed_before_its_first_commit_is_empty(recorded, tmp_path):
     shutil.copytree(recorded, tmp_path / "run.zarr")
-    rewrite(tmp_path / "run.zarr", lambda document: (document.pop("consolidated_metadata"), document["attributes"].pop("checksum")))
+    rewrite(
+        tmp_path / "run.zarr",
+        lambda document: (
+            document.pop("consolidated_metadata"),
+            [document["attributes"].pop(name) for name in ("checksum", "chunks", "writer")],
+        ),
+    )
+    # Steps lie there: it is one that was changed.
+    with pytest.raises(ValueError, match=r"zarr\.json: it lists no groups, and records lie beside it; `diag verify` tells what is whole$"):
+        open_run(tmp_path / "run.zarr")
+    for group in ("geometry", "update", "second_moment", "scalars"):
+        shutil.rmtree(tmp_path / "run.zarr" / group / "step" / "c")
     run = open_run(tmp_path / "run.zarr")
     assert not run.children
     assert run.attrs["optimizers"][0]["label"] == "Muon"

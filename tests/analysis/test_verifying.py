@@ -9,11 +9,11 @@ import pytest
 import xarray as xr
 
 from optiscope.analysis import open_run
-from optiscope.analysis.repairing import repair
-from optiscope.analysis.verifying import verify
 from optiscope.diagnostics.store.forking import fork
 from optiscope.diagnostics.store.format import seal
 from optiscope.diagnostics.store.lock import RunLock
+from optiscope.diagnostics.store.repairing import repair
+from optiscope.diagnostics.store.verifying import verify
 from optiscope.diagnostics.store.writer import Writer
 
 RECORDS, MATRICES = 1100, 3  # two chunks of steps, 18 of all else
@@ -145,10 +145,10 @@ def test_a_repair_that_is_broken_off_is_finished_by_another(renames, run, monkey
         done.append(target)
         real(source, target)
 
-    monkeypatch.setattr("optiscope.analysis.repairing.os.replace", killed)
+    monkeypatch.setattr("optiscope.diagnostics.store.repairing.os.replace", killed)
     with pytest.raises(KeyboardInterrupt):
         repair(run)
-    monkeypatch.setattr("optiscope.analysis.repairing.os.replace", real)
+    monkeypatch.setattr("optiscope.diagnostics.store.repairing.os.replace", real)
     open_run(run)["geometry"]["a"].load()
     repair(run)
     assert not verify(run).damage
@@ -208,7 +208,7 @@ def test_a_chunk_that_no_commit_knows_is_not_read(run, whole):
 @pytest.mark.parametrize("length", [1, 3, 64])
 def test_any_elements_are_read_in_any_order(length):
     """Against NumPy, of positions that are not sorted and come twice."""
-    from optiscope.analysis.lazy_arrays import _places
+    from optiscope.diagnostics.store.reading import _places
 
     rng = np.random.default_rng(0)
     positions = rng.integers(0, 100, 50)

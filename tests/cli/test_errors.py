@@ -21,12 +21,20 @@ def bad(recorded, record, tmp_path_factory):
         shutil.copytree(recorded, folder / f"{name}.zarr")
     for name, change in (
         ("newer", lambda document: document["attributes"].update(optiscope_schema=99)),
-        ("killed", lambda document: (document.pop("consolidated_metadata"), document["attributes"].pop("checksum"))),
+        (
+            "killed",
+            lambda document: (
+                document.pop("consolidated_metadata"),
+                [document["attributes"].pop(name) for name in ("checksum", "chunks", "writer")],
+            ),
+        ),
     ):
         path = folder / f"{name}.zarr" / "zarr.json"
         document = json.loads(path.read_text())
         change(document)
         path.write_text(json.dumps(document))
+    for chunks in list((folder / "killed.zarr").rglob("step/c")):
+        shutil.rmtree(chunks)
     for chunk in (folder / "garbled.zarr").rglob("c/**/0"):
         if chunk.is_file():
             chunk.write_bytes(b"garbled")

@@ -36,7 +36,7 @@ def test_a_lineage_that_there_is_not(diag, run, recorded, command, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     result = diag(command, run, *([recorded] if command == "compare" else []), "--lineage", 2)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert result.stderr == "diag: lineage: this run has none of number 2; it has 0 to 1, the newest\n"
+    assert result.stderr == f"diag: lineage: {run} has none of number 2; it has 0 to 1, the newest\n"
     assert list(tmp_path.iterdir()) == []
 
 

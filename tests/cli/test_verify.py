@@ -64,3 +64,28 @@ def test_ten_thousand_decisions_do_not_fill_a_terminal(diag, recorded, tmp_path)
     assert len(lines) < 1_100
     assert "decisions: 1000 of 10000; --json has all" in lines
     assert json.loads(diag("info", run, "--json").stdout)["decisions"] == decisions
+
+
+def test_what_a_close_left_out_is_compacted(diag, recorded, tmp_path):
+    import numpy as np
+
+    from optiscope.diagnostics.store.writer import Writer
+
+    run = tmp_path / "run.zarr"
+    writer = Writer(run, {"optimizers": []})
+    names = np.array(["a", "b"], np.dtypes.StringDType())
+    writer.create_group("update", {"name": names, "operator": names, "rows": np.ones(2, int), "cols": np.ones(2, int)}, {})
+    writer.create_array("update", "lr", (2,), ("matrix",), "float64", {})
+    for step in range(1100):
+        writer.append("update", step, {"lr": np.full(2, step)})
+    writer.close()
+    assert json.loads(diag("verify", run, "--json").stdout)["compacted"] == 0
+    result = diag("verify", run, "--compact")
+    assert (result.exit_code, "compacted: 1 array\n" in result.stdout) == (0, True)
+    assert sorted(path.name for path in (run / "update" / "lr").iterdir()) == ["c.0.0", "c.1.0", "zarr.json"]
+    result = diag("verify", run, "--compact")
+    assert "compacted: nothing, for no array of more than 1,024 records is left to be" in result.stdout
+    flip(run / "update" / "lr" / "c.1.0")
+    result = diag("verify", run, "--compact")
+    assert (result.exit_code, "compacted: nothing, for what is damaged is repaired first: --repair" in result.stdout) == (1, True)
+    assert json.loads(diag("verify", run, "--repair", "--compact", "--json").stdout)["compacted"] == 0

@@ -1,6 +1,7 @@
 """A long run is laid out for reading when it is closed, and for writing when it is continued; whatever cuts that off, it stays whole."""
 
 import shutil
+import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -12,9 +13,13 @@ import torch
 import zarr
 from torch import nn
 
-from optiscope.diagnostics.store import laying_out
+from optiscope.diagnostics.store import codecs, laying_out
+from optiscope.diagnostics.store.compacting import compact
 from optiscope.diagnostics.store.files import Files
 from optiscope.diagnostics.store.format import chunks_written
+from optiscope.diagnostics.store.lock import OWNER, RunLock
+from optiscope.diagnostics.store.run_error import RunError
+from optiscope.diagnostics.store.verifying import verify
 from optiscope.diagnostics.store.writer import CHUNK_STEPS, Writer
 from optiscope.hooks import attach
 
@@ -145,8 +150,11 @@ def broken_at(limit: int, patch: pytest.MonkeyPatch, error: BaseException) -> li
     return count
 
 
+@pytest.mark.parametrize("at_once", [0, 2**26])
 @pytest.mark.parametrize("compacting", [True, False])
-def test_cut_off_anywhere(compacting: bool, tmp_path: Path, read: Read) -> None:
+def test_cut_off_anywhere(compacting: bool, at_once: int, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A commit for each array, or one for all."""
+    monkeypatch.setattr("optiscope.diagnostics.store.writer.AT_ONCE", at_once)
     path, copy = tmp_path / "run.zarr", tmp_path / "copy.zarr"
     writer = long_run(path)
     plain = files(path)
@@ -162,6 +170,7 @@ def test_cut_off_anywhere(compacting: bool, tmp_path: Path, read: Read) -> None:
                 change()
         if limit % 3 == 0:
             assert_holds(read(copy), RECORDS)
+        assert not verify(copy).damage
         Writer(copy, {}).close()
         assert_holds(read(copy), RECORDS)
         assert files(copy) == plain
@@ -169,8 +178,8 @@ def test_cut_off_anywhere(compacting: bool, tmp_path: Path, read: Read) -> None:
         if count[0] <= limit:
             break
         limit += 2 if compacting else 9
-    # Shards, or chunks; and for each of four arrays the root's document, its own, and the removal of what was there.
-    assert limit >= (3 * 2 if compacting else 3 * 18) + 3 * 4
+    # Shards, or chunks; for each of four arrays its own document, and the removal of what was there; and the root's document.
+    assert limit >= (3 * 2 if compacting else 3 * 18) + 2 * 4 + (1 if at_once else 4)
 
 
 def test_a_full_disk_leaves_it_as_it_is_and_says_so(
@@ -178,6 +187,16 @@ def test_a_full_disk_leaves_it_as_it_is_and_says_so(
 ) -> None:
     monkeypatch.setattr(laying_out, "SHARD_STEPS", 4)
     monkeypatch.setattr("optiscope.diagnostics.store.writer.SHARD_STEPS", 4)
+
+    replace, copies = Files.replace, 0
+
+    def full(self: Files, path: str, content: Any) -> None:
+        """There is room for a few copies."""
+        nonlocal copies
+        copies += "/c." in path
+        if copies > 3:
+            raise OSError(28, "No space left on device")
+        replace(self, path, content)
 
     def train(store: Path, fails: bool, error: BaseException | None = None) -> None:
         model = nn.Linear(3, 2, bias=False)
@@ -187,7 +206,7 @@ def test_a_full_disk_leaves_it_as_it_is_and_says_so(
             for _ in range(5):
                 optimizer.step()
             if fails:
-                monkeypatch.setattr(Writer, "_commit_as_it_is", lambda self: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+                monkeypatch.setattr(Files, "replace", full)
             if error is not None:
                 raise error
 
@@ -201,6 +220,7 @@ def test_a_full_disk_leaves_it_as_it_is_and_says_so(
     for name, compacted in (("closed", True), ("ended", False), ("full", False)):
         run = tmp_path / f"{name}.zarr"
         assert ((run / "update" / "lr" / "c.0.0").exists(), (run / "update" / "lr" / "c").exists()) == (compacted, not compacted)
+        assert compacted or not list(run.rglob("c.*"))  # nor does what could not be copied whole take room
         update = read(run)["update"]
         assert update["step"].values.tolist() == [1, 2, 3, 4, 5]
         assert update["update_norm"].values == pytest.approx(np.full((5, 1), 0.1 * 6**0.5), rel=1e-6)
@@ -211,8 +231,87 @@ def test_damage_is_not_made_good_by_compacting(tmp_path: Path) -> None:
     path = tmp_path / "run.zarr"
     writer = long_run(path)
     (path / "update" / "size" / "c" / "3" / "0").unlink()
-    with pytest.raises(ValueError, match=r"^store: update/size in .* is damaged \(.*c/3/0'\); `diag verify` tells where, and repairs$"):
+    with pytest.raises(
+        ValueError, match=r"^store: .*run\.zarr: update/size/c/3/0: expected a file, got none; `diag verify --repair .*run\.zarr` saves "
+    ):
         writer.lay_out_for_reading()
     root_document = root(path)
     assert chunks_written(root_document["attributes"]["chunks"]["update/size"]) == list(range(RECORDS // CHUNK_STEPS + 1))
     assert (path / "update" / "size" / "c").exists()
+
+
+@pytest.mark.parametrize("at_once", [0, 2**26])
+def test_a_close_that_is_interrupted_leaves_a_whole_run_and_the_rest_is_done_later(
+    at_once: int, tmp_path: Path, read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By Ctrl-C, amid a chunk: at the first, in the middle, near the end. `diag verify --compact` does the rest, and so does the next close."""
+    monkeypatch.setattr("optiscope.diagnostics.store.writer.AT_ONCE", at_once)
+
+    def train(store: Path, steps: int, interrupted_at: float = np.inf) -> int:
+        """How many chunks were made of others when it was closed."""
+        torch.manual_seed(0)
+        model = nn.Linear(3, 2, bias=False)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model.weight.grad = torch.ones(2, 3)
+        recorder = attach(optimizer, model, store, every=1, measure=["update"], on_error="raise")
+        for _ in range(steps):
+            optimizer.step()
+        recorder.flush()
+        with monkeypatch.context() as patch:
+            chunks, make = [0], codecs.encode
+
+            def encode(values: Any) -> bytes:
+                chunks[0] += 1
+                if chunks[0] == interrupted_at:
+                    signal.raise_signal(signal.SIGINT)
+                return make(values)
+
+            patch.setattr(codecs, "encode", encode)  # what shards are made of
+            try:
+                recorder.close()
+            except KeyboardInterrupt:
+                assert chunks[0] == interrupted_at
+                recorder.close(compact=False)  # as the interpreter's end does
+        assert not (store / OWNER).exists()  # and others may write
+        return chunks[0]
+
+    total = train(tmp_path / "whole.zarr", 1100)
+    assert total >= 20
+    whole = read(tmp_path / "whole.zarr")["update"]
+    for at in (1, total // 2, total - 1):
+        path = tmp_path / f"{at}.zarr"
+        train(path, 1100, at)
+        shutil.copytree(path, tmp_path / f"{at}-continued.zarr")
+        assert verify(path).harmless.keys() <= {"half-written file", "chunk after the last commit"}
+        for then in (lambda: None, lambda: compact(path)):  # noqa: B023
+            assert then() != 0
+            assert not verify(path).damage
+            assert_equal(read(path)["update"], whole)
+        assert files(path) == files(tmp_path / "whole.zarr")
+        assert not verify(path).harmless
+        assert compact(path) == 0
+        train(tmp_path / f"{at}-continued.zarr", 1)
+        assert files(tmp_path / f"{at}-continued.zarr") == files(tmp_path / "whole.zarr")
+        assert read(tmp_path / f"{at}-continued.zarr")["update"].sizes["step"] == 1101
+
+
+def assert_equal(found: Any, expected: Any) -> None:
+    for name in ("step", "update_norm", "weight_rms", "lr", "update_noise"):
+        np.testing.assert_array_equal(found[name].values, expected[name].values)
+
+
+def test_what_is_no_run_or_is_being_written_is_not_compacted(tmp_path: Path) -> None:
+    assert compact(tmp_path / "none") == 0
+    assert not (tmp_path / "none").exists()
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(RunError, match="is not an Optiscope run"):
+        compact(tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+    long_run(tmp_path / "run.zarr")
+    lock = RunLock(tmp_path / "run.zarr")
+    before = files(tmp_path / "run.zarr")
+    with pytest.raises(RunError, match="is being written by process"):
+        compact(tmp_path / "run.zarr")
+    assert files(tmp_path / "run.zarr") == before
+    lock.release()
+    assert compact(tmp_path / "run.zarr") == 4

@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from ..diagnostics.catalogue import GROUPS
-from ..diagnostics.store.bounded_json import MAX_BYTES, parse_bounded
-from ..diagnostics.store.checked_array import StoredArray, stored_array
-from ..diagnostics.store.format import LINEAGES, OF_LINEAGE, chunk_map, consolidated, schema_of, seal
-from ..diagnostics.store.reading import decode_file, open_inside, read_file
-from ..diagnostics.store.root_document import MAX_NODES
-from .lazy_arrays import read
-
-_TOP = {*GROUPS, "scalars"}
+from .array_metadata import stored_array
+from .bounded_json import MAX_BYTES, parse_bounded
+from .bounds import MAX_NODES
+from .files import METADATA
+from .format import LINEAGES, OF_LINEAGE, TOP, chunk_map, consolidated, schema_of, seal
+from .reading import decode_file, open_inside, read_all, read_file
+from .root_document import GIVE
+from .run_error import RunError
+from .stored_array import StoredArray
 
 
 def rebuilt(folder: Path, root: bytes, lineage: Mapping[str, Any] | None = None) -> dict[str, Any]:
@@ -30,11 +30,11 @@ def rebuilt(folder: Path, root: bytes, lineage: Mapping[str, Any] | None = None)
     killed is left out. A chunk that is not there cannot be told from one that never was.
 
     Raises:
-        ValueError: nothing of a run is there.
+        RunError: nothing of a run is there; told without the run.
     """
     nodes = _own_documents(folder)
     if lineage is None and not any(node["node_type"] == "array" for node in nodes.values()):
-        raise ValueError(f"run: {folder} is not an Optiscope run; give the folder that was passed to `attach`")
+        raise RunError("is not an Optiscope run", advice=GIVE)
     sealed = any(codec["name"] == "crc32c" for node in nodes.values() for codec in node.get("codecs", []))
     attributes = _attributes(root)
     if schema_of(attributes) is None:
@@ -55,7 +55,10 @@ def rebuilt(folder: Path, root: bytes, lineage: Mapping[str, Any] | None = None)
         attributes |= _left(folder, attributes.pop(LINEAGES, None))
     else:
         attributes |= _extent(folder, nodes) | dict(lineage)
-    return {"attributes": attributes, "zarr_format": 3, "node_type": "group", **consolidated(nodes)}
+    document = {"attributes": attributes, "zarr_format": 3, "node_type": "group", **consolidated(nodes)}
+    if schema_of(attributes) != 1:
+        attributes["checksum"] = seal(document)
+    return document
 
 
 def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
@@ -66,11 +69,11 @@ def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
             name for name in folders if name[0] != "." and not (name == "c" and nodes.get(path, {}).get("node_type") == "array")
         )
         if path == ".":
-            folders[:] = [name for name in folders if name in _TOP]  # not another run's, nor anything else that lies in a folder
-        if path == "." or "zarr.json" not in files:
+            folders[:] = [name for name in folders if name in TOP]  # not another run's, nor anything else that lies in a folder
+        if path == "." or METADATA not in files:
             continue
         try:
-            node = parse_bounded(read_file(folder, f"{path}/zarr.json", MAX_BYTES) or b"")
+            node = parse_bounded(read_file(folder, f"{path}/{METADATA}", MAX_BYTES) or b"")
             if node["node_type"] == "array":
                 stored_array(path, node)
                 nodes[path] = node
@@ -79,7 +82,7 @@ def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
         if len(nodes) > MAX_NODES:
-            raise ValueError(f"run: {folder}: expected at most {MAX_NODES:,} groups and arrays, got more")
+            raise RunError(f"expected at most {MAX_NODES:,} groups and arrays, got more", file=METADATA)
     # An array whose group's own document is lost has one without attributes.
     for path in list(nodes):
         parent = path.rpartition("/")[0]
@@ -112,7 +115,7 @@ def _left(folder: Path, told: Any) -> dict[str, Any]:
         content = b""
         attributes: Any = told[number] if told else None
         try:
-            content = read_file(own, "zarr.json", MAX_BYTES) or b""
+            content = read_file(own, METADATA, MAX_BYTES) or b""
             document = parse_bounded(content)
             if document["attributes"]["checksum"] == seal(document):
                 attributes = document["attributes"]
@@ -136,7 +139,7 @@ def _extent(folder: Path, nodes: Mapping[str, Any]) -> dict[str, int]:
     steps: list[Any] = []
     for path in (path for path in nodes if path.endswith("/step")):
         try:
-            steps.append(read(folder, stored_array(path, nodes[path]), [np.arange(nodes[path]["shape"][0])]))
+            steps.append(read_all(folder, stored_array(path, nodes[path])))
         except ValueError:
             continue
     steps = [one for one in steps if len(one)]

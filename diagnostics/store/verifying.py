@@ -6,19 +6,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from ..diagnostics.store.bounded_json import MAX_BYTES, parse_bounded
-from ..diagnostics.store.checked_array import StoredArray
-from ..diagnostics.store.format import DAMAGED, LINEAGES, newer_schema, schema_of
-from ..diagnostics.store.lock import LOCK_FILES
-from ..diagnostics.store.reading import decode_file, open_inside, read_file
-from ..diagnostics.store.root_document import Contents, Node, contents, of_lineage
-from .lazy_arrays import read
+from .bounded_json import MAX_BYTES, parse_bounded
+from .bounds import MAX_DAMAGE
+from .files import METADATA
+from .format import DAMAGED, LINEAGES, newer_schema, schema_of
+from .lock import LOCK_FILES
+from .opening import ascending, described, labels
+from .reading import decode_file, open_inside, read_all, read_file
 from .rebuilding import rebuilt
-from .run import open_run
-
-MAX_DAMAGE = 10_000  # chunks that are found damaged in one go; a repair looks again
+from .root_document import Contents, Node, contents, of_lineage
+from .run_error import RunError
+from .stored_array import StoredArray
 
 
 @dataclass(frozen=True)
@@ -76,14 +74,17 @@ def verify(path: str | Path) -> Verification:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: it is no Optiscope run, one of a newer schema, or holds what no recorder writes.
+        RunError: it is no Optiscope run, one of a newer schema, or holds what no recorder writes.
     """
     folder = Path(path).resolve()
     if not folder.exists():
         raise FileNotFoundError(f"run: nothing found at {path}; give the folder that was passed to `attach`, for example run.zarr")
     for _ in range(3):
         before = _signature(folder)
-        found = _whole(folder)
+        try:
+            found = _whole(folder)
+        except RunError as error:
+            raise error.told(place=path) from error
         if not found.damage or _signature(folder) == before:
             break  # else a writer has changed it, and what seemed missing may be elsewhere
     return found
@@ -91,7 +92,7 @@ def verify(path: str | Path) -> Verification:
 
 def _signature(folder: Path) -> tuple[int, int] | None:
     try:
-        status = (folder / "zarr.json").stat()
+        status = (folder / METADATA).stat()
     except OSError:
         return None
     return status.st_ino, status.st_mtime_ns
@@ -126,10 +127,10 @@ def verify_one(folder: Path, lineage: Mapping[str, Any] | None = None) -> Verifi
     chunks = 0
     for node in found.groups:
         steps = _steps(folder, node)
-        if steps is not None and not ((steps[:1] >= 0).all() and (steps[1:] > steps[:-1]).all()):
+        if steps is not None and not ascending(steps):
             damage.append(Damage("disorder", f"{node.path}/step", "steps are not in ascending order from 0 on", f"{node.path}/step"))
         for array in node.arrays.values():
-            for numbers in array.files_among(list(map(range, array.grid))):
+            for numbers in array.files():
                 if len(damage) >= MAX_DAMAGE:
                     break
                 chunks += 1
@@ -137,37 +138,39 @@ def verify_one(folder: Path, lineage: Mapping[str, Any] | None = None) -> Verifi
                     damage.append(replace(one, steps=_affected(array, numbers, steps)))
     if not damage:
         try:
-            open_run(folder)
-        except ValueError as error:
-            damage.append(Damage("disorder", "zarr.json", str(error).removeprefix(f"run: {folder}: ")))
+            labels(folder, found)
+        except RunError as error:
+            damage.append(Damage("disorder", METADATA, error.reason))
     checksums = all(array.checksum for array in arrays.values())
     return Verification(damage, _others(folder, arrays), len(arrays), chunks, checksums, document, found)
 
 
 def _root(folder: Path, lineage: Mapping[str, Any] | None) -> tuple[dict[str, Any], Contents, list[Damage]]:
     """The root's document, or one made from the others where it is lost."""
-    content = read_file(folder, "zarr.json", MAX_BYTES)
+    content: bytes | None = b""
     try:
+        content = read_file(folder, METADATA, MAX_BYTES)
         if content is None:
-            raise ValueError("there is no such file")
+            raise RunError("there is no such file", file=METADATA)
         document = parse_bounded(content)
         attributes = document.get("attributes") if isinstance(document, dict) else None
         if attributes is None or schema_of(attributes) is None:
-            raise ValueError("it is not that of a run")
+            raise RunError("it is not that of a run", file=METADATA)
         newer = newer_schema(attributes)
         if not newer:
-            return document, contents(document if lineage is None else of_lineage(document, lineage)), []
+            return document, described(folder, document if lineage is None else of_lineage(document, lineage)), []
     except ValueError as error:
-        damage = Damage("missing metadata" if content is None else "damaged metadata", "zarr.json", str(error).removeprefix("zarr.json: "))
+        why = error.reason if isinstance(error, RunError) else str(error)
+        damage = Damage("missing metadata" if content is None else "damaged metadata", METADATA, why)
         document = rebuilt(folder, content or b"", lineage)
         return document, contents(document), [damage]
-    raise ValueError(f"run: {folder} {newer}")
+    raise newer
 
 
 def _own_documents(folder: Path, document: Mapping[str, Any]) -> Iterator[Damage]:
     """Each array's and group's own metadata, which may be of an earlier commit, or of one that was not finished."""
     for path, node in document.get("consolidated_metadata", {}).get("metadata", {}).items():
-        file = f"{path}/zarr.json"
+        file = f"{path}/{METADATA}"
         try:
             content = read_file(folder, file, MAX_BYTES)
             if content is None:
@@ -177,7 +180,7 @@ def _own_documents(folder: Path, document: Mapping[str, Any]) -> Iterator[Damage
             if not isinstance(own, dict) or _lasting(own) != _lasting(node):
                 yield Damage("damaged metadata", file, "it says something else than the root's")
         except ValueError as error:
-            yield Damage("damaged metadata", file, str(error).removeprefix(f"{file}: "))
+            yield Damage("damaged metadata", file, error.reason if isinstance(error, RunError) else str(error))
 
 
 def _lasting(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -188,8 +191,8 @@ def _lasting(node: Mapping[str, Any]) -> dict[str, Any]:
 
 def _steps(folder: Path, node: Node) -> Any:
     try:
-        return read(folder, node.arrays["step"], [np.arange(node.arrays["step"].shape[0])]) if "step" in node.arrays else None
-    except ValueError:
+        return read_all(folder, node.arrays["step"]) if "step" in node.arrays else None
+    except RunError:
         return None
 
 
@@ -203,8 +206,8 @@ def _chunk(folder: Path, array: StoredArray, numbers: tuple[int, ...]) -> Damage
         with file:
             for _ in decode_file(file, key, array):
                 pass
-    except ValueError as error:
-        return Damage(_kind(folder, key, array), key, str(error).removeprefix(f"{key}: "), array.path, number=numbers)
+    except RunError as error:
+        return Damage(_kind(folder, key, array), key, error.reason, array.path, number=numbers)
     return None
 
 
@@ -220,7 +223,7 @@ def _kind(folder: Path, key: str, array: StoredArray) -> str:
 
 
 def _affected(array: StoredArray, numbers: tuple[int, ...], steps: Any) -> tuple[int, int] | None:
-    if "step" not in array.dimensions or steps is None:
+    if not array.has_steps or steps is None:
         return None
     own = steps[numbers[0] * array.shard[0] : (numbers[0] + 1) * array.shard[0]]
     return (int(own[0]), int(own[-1])) if len(own) else None
@@ -236,7 +239,7 @@ def _others(folder: Path, arrays: Mapping[str, StoredArray]) -> dict[str, int]:
         for name in files:
             if name.endswith(".partial"):
                 counts["half-written file"] += 1
-            elif name == "zarr.json" or (inside == "." and name in LOCK_FILES):
+            elif name == METADATA or (inside == "." and name in LOCK_FILES):
                 continue
             elif array is None:
                 counts["other file"] += 1

@@ -15,10 +15,12 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from ..diagnostics.store.checked_array import StoredArray, stored_array
-from ..diagnostics.store.format import DAMAGED, chunk_map, chunks_written, seal
-from ..diagnostics.store.lock import RunLock
-from ..diagnostics.store.root_document import Node
+from .array_metadata import stored_array
+from .files import METADATA, json_bytes, replace_file
+from .format import DAMAGED, chunk_map, chunks_written, schema_of, seal
+from .lock import RunLock
+from .root_document import Node
+from .stored_array import StoredArray
 from .verifying import Damage, Verification, lineages_of, verify, verify_one
 
 # Coordinates without which the rows of a group mean nothing.
@@ -33,10 +35,10 @@ def repair(path: str | Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
-        ValueError: it is no run, or is being written.
+        RunError: it is no run, or is being written.
     """
+    verify(path)  # of something else no lock is made
     folder = Path(path).resolve()
-    verify(folder)  # of something else no lock is made
     lock = RunLock(folder)
     try:
         done, asides = _repaired(folder, "", None)
@@ -84,15 +86,15 @@ class _Repair:
         self.aside.mkdir(parents=True)
         damage = [asdict(one) for one in self.found.damage]
         (self.aside / "damage.json").write_text(json.dumps({"time": self.time, "damage": damage}, indent=2), encoding="utf-8")
-        if (self.folder / "zarr.json").is_file():
-            shutil.copyfile(self.folder / "zarr.json", self.aside / "zarr.json")
+        if (self.folder / METADATA).is_file():
+            shutil.copyfile(self.folder / METADATA, self.aside / METADATA)
         for one in sorted((one for one in self.found.damage if one.array), key=lambda one: str(one.array).endswith("/step")):
             self._repair_chunk(one)
         self._commit()
         for file in self.moves:
             self._move(file)
         for one in self.found.damage:
-            if one.array is None and one.file != "zarr.json":
+            if one.array is None and one.file != METADATA:
                 self._rewrite(one.file)
 
     def _repair_chunk(self, damage: Damage) -> None:
@@ -101,7 +103,7 @@ class _Repair:
             return  # went with its group
         group = self.groups[path]
         array = group.arrays[name]
-        if name != "step" and "step" in array.dimensions:
+        if name != "step" and array.has_steps:
             self._lose_values(damage, array)
         elif damage.number is not None and (source := self._beside(group, array, damage.number)):
             self._copy_over(source, damage.file)
@@ -135,7 +137,7 @@ class _Repair:
 
     def _beside(self, group: Node, array: StoredArray, number: tuple[int, ...]) -> str | None:
         """The same chunk of a group that has the same records, or matrices, as far as both are whole."""
-        name = array.path.rpartition("/")[2]
+        name = array.name
         along = [other for other in group.arrays.values() if other.dimensions == array.dimensions and "step" not in other.dimensions[1:]]
         for other in self.groups.values():
             twin = other.arrays.get(name)
@@ -146,8 +148,8 @@ class _Repair:
                 for key in ("shape", "chunk_grid", "codecs", "data_type", "chunk_key_encoding")
             ):
                 continue
-            shared = [array] if name == "step" else [one for one in along if one.path.rpartition("/")[2] in other.arrays]
-            if all(self._alike(one, other.arrays[one.path.rpartition("/")[2]]) for one in shared):
+            shared = [array] if name == "step" else [one for one in along if one.name in other.arrays]
+            if all(self._alike(one, other.arrays[one.name]) for one in shared):
                 return twin.key(number)
         return None
 
@@ -170,7 +172,7 @@ class _Repair:
         """
         steps = group.arrays["step"]
         first, last = number * steps.shard[0], min((number + 1) * steps.shard[0], steps.shape[0])
-        arrays = [array for array in group.arrays.values() if "step" in array.dimensions]
+        arrays = [array for array in group.arrays.values() if array.has_steps]
         if any(steps.shard[0] % array.shard[0] for array in arrays):
             return False
         for array in arrays:
@@ -212,22 +214,21 @@ class _Repair:
 
     def _commit(self) -> None:
         self._tell_what_is_lost()
-        if "chunks" in self.attributes:
+        if schema_of(self.attributes) != 1:
             self.attributes["checksum"] = seal(self.document)
-        self._replace("zarr.json", json.dumps(self.document, separators=(",", ":")).encode())
-        if any(one.file == "zarr.json" for one in self.found.damage):
+        self._replace(METADATA, json_bytes(self.document))
+        if any(one.file == METADATA for one in self.found.damage):
             self.done.append("zarr.json: made again from the metadata of groups and arrays")
 
     def _rewrite(self, file: str) -> None:
         """The document of a group or an array, as the root has it."""
-        path = file.removesuffix("/zarr.json")
+        path = file.removesuffix(f"/{METADATA}")
         if path not in self.nodes:
             return
         if os.path.lexists(self.folder / file):
             self._move(file)
         own = {key: value for key, value in self.nodes[path].items() if key != "consolidated_metadata"}
-        (self.folder / path).mkdir(parents=True, exist_ok=True)
-        self._replace(file, json.dumps(own, separators=(",", ":")).encode())
+        self._replace(file, json_bytes(own))
         self.done.append(f"{file}: written again from the root's")
 
     def _copy_over(self, source: str, file: str) -> None:
@@ -244,10 +245,6 @@ class _Repair:
             os.replace(self.folder / file, self.aside / file)
 
     def _replace(self, file: str, content: bytes) -> None:
-        target = self.folder / file
-        target.parent.mkdir(parents=True, exist_ok=True)
         partial = self.run / f".repair.{os.getpid()}.partial"
         partial.unlink(missing_ok=True)
-        with partial.open("xb") as new:
-            new.write(content)
-        os.replace(partial, target)
+        replace_file(self.folder / file, [content], partial)

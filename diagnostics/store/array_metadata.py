@@ -1,21 +1,15 @@
-"""What an array of a run may be: the kinds that the recorder writes, of sizes that a run can have. All else is refused before anything is read."""
+"""Metadata of an array as Zarr v3 has it, made and read: the kinds that a recorder writes, of sizes that a run can have. All else is refused."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Collection, Mapping
 from math import prod
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-# A run of 80 layers has some 10⁴ records of 600 matrices; these are far from it, and what they allow fits in memory.
-MAX_RECORDS, MAX_MATRICES, MAX_CELLS = 10_000_000, 100_000, 200_000_000  # cells: records times matrices of a group
-MAX_ALONG = 256  # any other dimension: tiles of a map are most
-MAX_CHUNK = 2**29  # bytes of a chunk, decoded
-MAX_TEXT = 2**24  # of all texts of an array
-MAX_FILES = 400_000  # of an array
-MAX_SHARDED = 2**16  # chunks in a shard
+from .bounds import MAX_ALONG, MAX_CELLS, MAX_CHUNK, MAX_FILES, MAX_MATRICES, MAX_RECORDS, MAX_SHARDED, MAX_TEXT
+from .codecs import codecs
+from .run_error import RunError
+from .stored_array import StoredArray
 
 _KINDS = {
     "bool": "?",
@@ -34,99 +28,47 @@ _KEYS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class StoredArray:
-    """An array as its metadata describe it, checked.
+def array_document(array: StoredArray) -> dict[str, Any]:
+    """Metadata of an array whose chunks :func:`codecs.encode` makes, at `c` and then their place in the grid; those of shards lie in them one after the other."""
+    made_by = codecs(array.in_memory)
+    if array.sharded:
+        index_codecs = [{"name": "bytes", "configuration": {"endian": "little"}}, {"name": "crc32c"}]
+        shards = {"chunk_shape": list(array.chunk), "codecs": made_by, "index_codecs": index_codecs, "index_location": "end"}
+        made_by = [{"name": "sharding_indexed", "configuration": shards}]
+    return {
+        "shape": list(array.shape),
+        "data_type": "string" if array.dtype is None else array.dtype.name,
+        "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": list(array.shard)}},
+        "chunk_key_encoding": {"name": "default", "configuration": {"separator": array.separator}},
+        "fill_value": _fill_value(array),
+        "codecs": made_by,
+        "attributes": dict(array.attributes),
+        "dimension_names": list(array.dimensions),
+        "zarr_format": 3,
+        "node_type": "array",
+        "storage_transformers": [],
+    }
 
-    Attributes:
-        path: within the run: "geometry/fro_norm".
-        shape: committed.
-        dimensions: a name for each.
-        dtype: little-endian; None for texts.
-        fill: what stands where no chunk is.
-        attributes: texts for readers.
-        chunk: shape of what is decoded at once.
-        shard: shape of what one file holds.
-        sharded: whether a file holds an index behind its chunks, be it one chunk; else it is one chunk.
-        compression: "blosc", "zstd" or None.
-        checksum: CRC-32C after each chunk.
-        separator: of the numbers in a chunk's key.
-        written: numbers of the files that there must be, in the row-major order of their grid; None where that is not known.
-    """
 
-    path: str
-    shape: tuple[int, ...]
-    dimensions: tuple[str, ...]
-    dtype: np.dtype[Any] | None
-    fill: Any
-    attributes: Mapping[str, Any]
-    chunk: tuple[int, ...]
-    shard: tuple[int, ...]
-    sharded: bool
-    compression: str | None
-    checksum: bool
-    separator: str
-    written: Collection[int] | None
-
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Files along each dimension."""
-        return tuple(-(-size // length) for size, length in zip(self.shape, self.shard, strict=True))
-
-    @property
-    def chunk_bytes(self) -> int:
-        """Of a decoded chunk; of texts the most that one may have, so that all of an array's are bounded."""
-        return MAX_TEXT // max(prod(self.grid), 1) if self.dtype is None else prod(self.chunk) * self.dtype.itemsize
-
-    def key(self, numbers: tuple[int, ...]) -> str:
-        """The file of a chunk or shard, within the run."""
-        return f"{self.path}/{self.separator.join(map(str, ('c', *numbers)))}"
-
-    def numbers(self, file: str) -> tuple[int, ...] | None:
-        """Of a chunk or shard by its file, as :meth:`key` names it; None where the file is none that the array can have."""
-        numbers = file.removeprefix(f"{self.path}/c").replace(".", "/").strip("/").split("/")
-        if len(numbers) != len(self.shape) or not all(number.isdecimal() and len(number) < 10 for number in numbers):
-            return None
-        found = tuple(map(int, numbers))
-        return found if self.key(found) == file and all(n < size for n, size in zip(found, self.grid, strict=True)) else None
-
-    def place(self, numbers: tuple[int, ...]) -> int:
-        """The number of a file in the row-major order of their grid, by which the map of chunks knows it."""
-        return int(np.ravel_multi_index(numbers, self.grid))
-
-    def expects(self, numbers: tuple[int, ...]) -> bool:
-        """Whether the file must be there. Steps are never missing; of all else, that is known by the map of chunks alone."""
-        if self.written is None:
-            return self.path.endswith("/step")
-        return self.place(numbers) in self.written
-
-    def files_among(self, along: Sequence[Collection[int]]) -> Iterator[tuple[int, ...]]:
-        """Of the files whose numbers along each dimension are given, those that may be there; what was not written holds missing values alone."""
-        if self.written is None or prod(map(len, along)) <= len(self.written):
-            for numbers in product(*along):
-                if self.written is None or self.expects(numbers):
-                    yield numbers
-            return
-        for number in sorted(self.written):
-            numbers = tuple(map(int, np.unravel_index(number, self.grid)))
-            if all(n in given for n, given in zip(numbers, along, strict=True)):
-                yield numbers
-
-    def empty(self, shape: tuple[int, ...]) -> NDArray[Any]:
-        """An array of `shape` in which everything is missing."""
-        return np.full(shape, self.fill, np.dtypes.StringDType() if self.dtype is None else self.dtype)
+def _fill_value(array: StoredArray) -> Any:
+    if array.dtype is None:
+        return array.fill
+    fill = array.fill.item()
+    return fill if array.dtype.kind != "f" or np.isfinite(fill) else {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}[str(fill)]
 
 
 def stored_array(path: str, node: Mapping[str, Any], written: Collection[int] | None = None) -> StoredArray:
     """The array of which `node` is the metadata.
 
     Raises:
-        ValueError: it is none that a recorder writes; told without the run.
+        RunError: it is none that a recorder writes; told without the run.
     """
     try:
         return _checked(path, node, written)
-    except (KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: expected the metadata of an array, got one without a part or of another kind ({error!r:.80})") from None
+    except RunError:
+        raise
+    except (KeyError, TypeError, AttributeError, OverflowError, ValueError) as error:
+        raise RunError(f"expected the metadata of an array, got one without a part or of another kind ({error!r:.80})", file=path) from None
 
 
 def _checked(path: str, node: Mapping[str, Any], written: Collection[int] | None) -> StoredArray:
@@ -212,4 +154,4 @@ def _fill(path: str, given: Any, dtype: np.dtype[Any] | None) -> Any:
 
 def _expect(path: str, expected: str, holds: bool, got: Any) -> None:
     if not holds:
-        raise ValueError(f"{path}: expected {expected}; got {got!r:.80}")
+        raise RunError(f"expected {expected}; got {got!r:.80}", file=path)
