@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -129,8 +128,8 @@ def attach(
     nothing_or_a_run(store)  # before a lock is left in somebody's folder
     close(left_behind(store, watched, matrices))
     lock = _locked(store)
-    with ExitStack() as undoing:
-        undoing.callback(lock.release)
+    recording: Session | None = None
+    try:
         session = {**describe_software(), "optimizers": [{**describe_optimizer(w), "own_steps": own_steps(w)} for w in watched], **stated}
         writer = Writer(store, {"first_step": int(first_step or 0), **session}, lock)
         layout = Layout(writer, [group for group in MEASURES if group in options.measure])
@@ -147,8 +146,13 @@ def attach(
         recorder = Recorder(recording)
         for one in watched:
             watch_steps(recording, one)
-        undoing.pop_all()
-    return recorder
+        recording.begin()
+        return recorder  # within: an exception of a signal handler that comes now undoes all
+    except BaseException:
+        if recording is not None:
+            recording.abandon()
+        lock.release()
+        raise
 
 
 def _continue(writer: Writer, given: int | None, session: dict[str, Any]) -> int:

@@ -16,7 +16,7 @@ class KeptOut:
 
     # A class and no generator: an interrupt that comes as the block is left finds no frame of a generator to be raised in.
 
-    def __init__(self, tell: Callable[[Exception], object], *, raising: bool = False) -> None:
+    def __init__(self, tell: Callable[[Exception], object] = lambda error: None, *, raising: bool = False) -> None:
         self._tell, self._raising = tell, raising
 
     def __enter__(self) -> None:

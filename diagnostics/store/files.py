@@ -63,11 +63,12 @@ class Files:
         """`writer` is in the names of the unfinished files, so that those of two writers differ."""
         self.root = root
         self.bytes_written = 0
-        self._partial = (root / f".{writer}.{number}.partial" for number in count())
+        self._writer = writer
+        self._numbers = count()  # no generator: an exception of a signal handler would end it, and with it every later write
 
     def replace(self, path: str, content: Iterable[bytes]) -> None:
         """Make `path` (below the root) a file of these pieces, as :func:`replace_file`."""
-        self.bytes_written += replace_file(self.root / path, content, next(self._partial))
+        self.bytes_written += replace_file(self.root / path, content, self.root / f".{self._writer}.{next(self._numbers)}.partial")
 
     def replace_document(self, path: str, document: dict[str, Any]) -> None:
         """Make `path` a metadata document."""

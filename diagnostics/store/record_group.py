@@ -67,13 +67,13 @@ class RecordGroup:
 
     def append(self, step: int, row: Row) -> bool:
         """Take a record, true where it ends a chunk; a further one of the last step is merged with it, so that steps stay unique."""
+        # An exception of a signal handler may have cut off the last time, the row being there and its step not.
+        del self._rows[len(self.steps) - self._start :]
         if self.steps and self.steps[-1] == step:
             self._reach_back(len(self.steps) - 1)
             self._changed = min(self._changed, len(self.steps) - 1)
             self._rows[-1] = {**self._rows[-1], **row}
         else:
-            # An exception of a signal handler may have cut off the last time, the row being there and its step not.
-            del self._rows[len(self.steps) - self._start :]
             self._rows.append(row)
             self.steps.append(step)
         return len(self.steps) % self.chunk_steps == 0

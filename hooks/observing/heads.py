@@ -7,6 +7,7 @@ from torch import nn
 
 from ...diagnostics.options import is_count
 from ...diagnostics.quantities.adam_mini import UNKNOWN_HEADS, Heads
+from ..guard import KeptOut
 
 # Spellings in configurations (Transformers, nanoGPT, Llama's params.json) and on attention modules (torch, timm, x-transformers).
 _QUERY = ("num_attention_heads", "num_heads", "n_heads", "n_head", "heads", "nhead")
@@ -46,9 +47,8 @@ def _told_by(module: nn.Module) -> Heads | None:
 
 def _counts(place: Any, names: tuple[str, ...]) -> Iterator[int]:
     for name in names:
-        try:
+        value = None
+        with KeptOut():  # a property of somebody's module
             value = place.get(name) if isinstance(place, Mapping) else getattr(place, name, None)
-        except Exception:  # a property of somebody's module
-            continue
         if is_count(value):
             yield int(value)

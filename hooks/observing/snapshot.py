@@ -147,7 +147,7 @@ class Snapshot:
 
     def _has_no_momentum(self) -> bool:
         """Whether the spectrum may have to be the gradient's; before the step, so that a failure here may be none after it."""
-        with KeptOut(lambda error: None):
+        with KeptOut():
             return not self._is_matrix(self.adapter.momentum(self.reading))
         return True
 

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 from ..adapters import Adapter, Group, Reading, adapter_for, row_of, state_of
 from ..adapters.identification import BY_NAMES, Identification
+from ..guard import KeptOut
 from .copies import Copies, Memory
 from .left_out import LEFT_OUT
 from .matrix import Matrix
@@ -59,10 +60,9 @@ def hookable_layers(optimizer: Any) -> list[Optimizer]:
 
 def _attribute(thing: Any, name: str) -> Any:
     """An attribute of somebody's object; None where it has none, or a property of that name fails."""
-    try:
+    with KeptOut():
         return getattr(thing, name, None)
-    except Exception:
-        return None
+    return None
 
 
 class Watched:

@@ -4,16 +4,16 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from ...diagnostics.store.writer import Row, TakenOver, Writer
 from ..guard import KeptOut, raised_by_signal_handler
 from .cadence import FLUSH_SECONDS
+from .guarded_work import GuardedWork
 from .scalars import ScalarRow
 from .stopwatch import Stopwatch
 from .worker import Worker
@@ -24,6 +24,7 @@ log = logging.getLogger("optiscope")
 FLUSH_SHARE = 0.001
 # Steps whose scalars wait for a worker: the oldest beyond these are lost, as when a store cannot be written. A kilobyte each, or little more.
 MAX_LOGGED = 16384
+Logged: TypeAlias = tuple[int, dict[str, float], Mapping[str, float]]  # step, the recorder's own scalars, the user's
 _COUNTERS = ("errors", "dropped", "missed")  # attributes here, and of the run, where they add up
 
 
@@ -62,7 +63,7 @@ class Journal:
         self._writer = writer
         self._scalars = ScalarRow(writer, step)
         self._notes: deque[Callable[[], None]] = deque()
-        self._logged: deque[tuple[int, dict[str, float], Mapping[str, float]]] = deque()  # step, the recorder's own scalars, the user's
+        self._logged: deque[Logged] = deque()
         self.flush_cost = 0.0
         self._begun = self._flushed = time.perf_counter()
         self._asked_for = 0.0
@@ -72,11 +73,9 @@ class Journal:
         """Steps of which a record, or scalars alone, were lost: the store stayed unwritable, or the worker was busy."""
         return len(self._lost | self._lost_logs | self._given_up)
 
-    @contextmanager
-    def guard(self, step: int) -> Iterator[None]:
-        """Keep every exception of the block out of the training, and its work under no_grad and on the recorder's own clock."""
-        with self.clock_here(), torch.no_grad(), KeptOut(lambda error: self.failed(error, step)):
-            yield
+    def guard(self, step: int) -> GuardedWork:
+        """Keep every exception of a block out of the training, and its work under no_grad and on the recorder's own clock."""
+        return GuardedWork(self.clock_here(), partial(self.failed, step=step))
 
     def clock_here(self) -> Stopwatch:
         """The clock of the thread that asks."""
@@ -94,7 +93,18 @@ class Journal:
         while self._notes:
             self._notes.popleft()()
         while self._logged:
-            self._set(*self._logged.popleft())
+            row = self._logged[0]
+            try:
+                self._set(*row)
+            except Exception as error:
+                if not raised_by_signal_handler(error):
+                    self._forget(row)
+                raise
+            self._forget(row)  # only now: what an exception of a signal handler cuts off is set again by whoever writes next
+
+    def _forget(self, row: Logged) -> None:
+        with suppress(ValueError):  # the training thread drops what is too old
+            self._logged.remove(row)
 
     @property
     def attributes(self) -> dict[str, Any]:
@@ -180,21 +190,17 @@ class Journal:
         if is_first or any(full) or self.flush_is_due:
             self.flush()
 
-    @contextmanager
-    def ending(self, compact: bool) -> Iterator[None]:
-        """After the block, whatever becomes of it: flush, the scalars of the present step included, and let another recorder write.
+    def end(self, compact: bool) -> None:
+        """Flush, the scalars of the present step included, and let another recorder write.
 
         With `compact`, a run of many records is laid out for reading first.
         """
-        try:
-            yield
-        finally:
-            # Else an interrupt: it is still the worker's turn, and the interpreter's end ends this.
-            if self.worker is None or not self.worker.busy:
-                try:
-                    self._end(compact)
-                finally:
-                    self._writer.release()
+        # Else an interrupt: it is still the worker's turn, and the interpreter's end ends this.
+        if self.worker is None or not self.worker.busy:
+            try:
+                self._end(compact)
+            finally:
+                self._writer.release()
 
     def _end(self, compact: bool) -> None:
         self.take_notes()

@@ -6,18 +6,17 @@ from typing import Any
 
 from torch import Tensor
 
+from ..guard import KeptOut
 from ..observing.watched import Watched
 
 
 def own_steps(watched: Watched) -> int:
     """The steps that an optimizer's own state counts (Adam's does, from a checkpoint too); 0 where it counts none."""
     optimizer = watched.optimizer
-    try:
+    with KeptOut():  # a property of somebody's class
         states = optimizer.state.values() if isinstance(optimizer.state, Mapping) else ()
-        counts = [_number(held.get("step")) for held in (*states, *optimizer.param_groups) if isinstance(held, Mapping)]
-    except Exception:  # a property of somebody's class
-        return 0
-    return max(counts, default=0)
+        return max((_number(held.get("step")) for held in (*states, *optimizer.param_groups) if isinstance(held, Mapping)), default=0)
+    return 0
 
 
 def _number(value: Any) -> int:

@@ -4,6 +4,7 @@ import numpy as np
 
 from ...diagnostics.escape import storable
 from ...diagnostics.store.writer import Writer
+from ..guard import raised_by_signal_handler
 
 # The recorder's own scalars.
 OWN_TEXTS = {
@@ -72,6 +73,8 @@ class ScalarRow:
             except OSError:
                 raise
             except Exception as error:
+                if raised_by_signal_handler(error):
+                    raise
                 errors.append(error)
             del self._new[name]
         return errors

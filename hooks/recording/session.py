@@ -9,7 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
+import torch
 from numpy.typing import NDArray
+from torch._C import _set_grad_enabled
 from torch.utils.hooks import RemovableHandle
 
 from ...diagnostics.store.writer import Writer
@@ -72,7 +74,15 @@ class Session:
         self._handles: dict[Watched, list[RemovableHandle]] = {}
         self._steps_seen = StepsSeen()
         self._told_of_changes = False
+
+    def begin(self) -> None:
+        """From here on the interpreter's end closes it, if nobody does before."""
         still_open.add(self)
+
+    def abandon(self) -> None:
+        """Take it back before anything was recorded: an exception has cut off its beginning."""
+        still_open.discard(self)
+        self._let_go()
 
     # Its state.
 
@@ -128,12 +138,19 @@ class Session:
         # A forked child (a data loader's worker) shares the files but not the right to write them, and has no second thread.
         if os.getpid() != self._process:
             return None
-        outermost = not self._is_at_work()
+        outermost, grad_enabled = not self._is_at_work(), torch.is_grad_enabled()
         result = None
         try:
             # Optimizers may step in threads of their own.
-            with self._lock, self.journal.guard(self.step):
-                result = action(*args)
+            with self._lock:
+                try:
+                    with self.journal.guard(self.step):
+                        result = action(*args)
+                finally:
+                    # Again: an exception of a signal handler may have come as the guard's end began. None can before this call is done.
+                    _set_grad_enabled(grad_enabled)
+                    if outermost:
+                        self.journal.clock.end()
         finally:
             if outermost:
                 self._catch_up()
@@ -224,10 +241,12 @@ class Session:
 
     # The optimizers.
 
-    def add(self, watched: Watched, handles: Iterable[RemovableHandle]) -> None:
-        """Record one more optimizer; `handles` remove its hooks at the end."""
-        self._handles[watched] = list(handles)
+    def add(self, watched: Watched) -> list[RemovableHandle]:
+        """Record one more optimizer; the handles that are put into the list remove its hooks at the end."""
+        handles: list[RemovableHandle] = []
+        self._handles[watched] = handles
         self.watched.append(watched)
+        return handles
 
     def make_way(self, new: Watched) -> None:
         """End what is watched of optimizers all of whose matrices a new one holds: it was made in their place, and goes on in their rows where it is of their class."""
@@ -290,13 +309,17 @@ class Session:
         self.guarded(self._end, compact)
 
     def _end(self, compact: bool) -> None:
-        with self.journal.ending(compact):
+        try:
             self.under_way.end(self.step)
             if self.journal.worker is not None:
                 self.under_way.end_worker(self.journal.worker, self.step)
+        finally:
+            self.journal.end(compact)
 
     def _let_go(self) -> None:
         """Of the model, its parameters and the optimizers: a recorder may be kept for what it counted."""
+        for watched in list(self._handles):
+            self._unhook(watched)
         for watched in self.watched:
             watched.let_go()
         self.watched = []

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 
 from ..observing.capturing import REFUSED, capturing
 from ..observing.closures import observed
@@ -22,7 +21,11 @@ log = logging.getLogger("optiscope")
 def watch_steps(session: Session, watched: Watched) -> None:
     """Let the session see the steps of one more optimizer, until it ends."""
     hooks = _StepHooks(session, watched)
-    session.add(watched, [handle for optimizer in watched.layers for handle in hooks.of(optimizer)])
+    before, after = hooks.before, hooks.after
+    handles = session.add(watched)
+    for optimizer in watched.layers:  # each handle at once where the session finds it, should an exception of a signal handler cut this off
+        handles.append(optimizer.register_step_pre_hook(before))
+        handles.append(optimizer.register_step_post_hook(after))
 
 
 class _StepHooks:
@@ -31,13 +34,10 @@ class _StepHooks:
     def __init__(self, session: Session, watched: Watched) -> None:
         self._session, self._watched = session, watched
 
-    def of(self, optimizer: Optimizer) -> tuple[RemovableHandle, RemovableHandle]:
-        return optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)
-
     # At every step.
 
     @_disable_dynamo
-    def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         session, watched = self._session, self._watched
         if capturing():
             self._refuse_capture()
@@ -52,7 +52,7 @@ class _StepHooks:
         return None
 
     @_disable_dynamo
-    def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         session, watched = self._session, self._watched
         if capturing() or not watched.leave():  # what is captured is not carried out
             return

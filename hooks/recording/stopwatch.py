@@ -26,6 +26,12 @@ class Stopwatch:
             self._wall += time.perf_counter() - self._begun[0]
             self._cpu += self._cpu_time() - self._begun[1]
 
+    def end(self) -> None:
+        """End a block whose own end an exception of a signal handler has cut off; nothing is done where there is none."""
+        if self._depth:
+            self._depth = 1
+            self.__exit__()
+
     @property
     def wall(self) -> float:
         """Seconds, the block under way included."""

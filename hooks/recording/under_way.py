@@ -70,10 +70,11 @@ class UnderWay:
         if self.record is None or self._is_empty:
             self.record = None
             return
-        self.ended, self.record = self.record, None
         self._journal.log_own_time(step)
-        self._cadence.begun(self.ended.step)
-        self._do(_write, self.ended)
+        self._cadence.begun(self.record.step)
+        self._do(_write, self.record)
+        # Last: where an exception of a signal handler cuts this off, the record is handed over again; rows that are given twice are merged.
+        self.ended, self.record = self.record, None
         if self._journal.worker is None:
             self.hear(step)
 

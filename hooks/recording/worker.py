@@ -4,6 +4,9 @@ import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
+from typing import TypeAlias
+
+Tasks: TypeAlias = "SimpleQueue[Callable[[], None] | threading.Event | None]"
 
 
 class Worker:
@@ -19,7 +22,7 @@ class Worker:
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
-        self._tasks: SimpleQueue[Callable[[], None] | threading.Event | None] = SimpleQueue()
+        self._tasks: Tasks = SimpleQueue()
         self._given = self._done = 0  # each counted by one thread
         self._thread: threading.Thread | None = None
         self._process = os.getpid()
@@ -38,11 +41,22 @@ class Worker:
         if os.getpid() != self._process:
             return
         if self._thread is None:
-            # A daemon, so that nothing but `Recorder.close`, which waits, decides how long a process that ends waits for it.
-            self._thread = threading.Thread(target=self._run, name="optiscope", daemon=True)
-            self._thread.start()
+            self._begin()
         self._given += 1
         self._tasks.put(task)
+
+    def _begin(self) -> None:
+        # Tasks of its own, and known only once it runs: where an exception of a signal handler cuts this off, nobody waits for a thread
+        # that never began, and one that did has nothing to do.
+        tasks: Tasks = SimpleQueue()
+        # A daemon, so that nothing but `Recorder.close`, which waits, decides how long a process that ends waits for it.
+        thread = threading.Thread(target=self._run, args=(tasks,), name="optiscope", daemon=True)
+        try:
+            thread.start()
+        except BaseException:
+            tasks.put(None)
+            raise
+        self._tasks, self._thread = tasks, thread
 
     def wait(self) -> None:
         """Wait until all is done."""
@@ -55,12 +69,12 @@ class Worker:
         """End the thread after what it was given, and wait for that. More work would begin another."""
         self.wait()  # not by `join`, which does not wait a second time when an exception has interrupted it
         if self._thread is not None and os.getpid() == self._process:
+            thread, self._thread = self._thread, None  # first: where the wait is cut off, nothing is given to a thread that has ended
             self._tasks.put(None)
-            self._thread.join()
-            self._thread = None
+            thread.join()
 
-    def _run(self) -> None:
-        while (task := self._tasks.get()) is not None:
+    def _run(self, tasks: Tasks) -> None:
+        while (task := tasks.get()) is not None:
             if isinstance(task, threading.Event):
                 task.set()
                 continue
