@@ -24,7 +24,7 @@ from .lineages import leave
 from .lock import RunLock
 from .open_array import OpenArray
 from .reading import read_all
-from .record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row
+from .record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row, steps_array
 from .root_document import group_document, nodes_of, read_document, root_document
 from .stored_array import new_array
 
@@ -118,9 +118,7 @@ class Writer:
         for known in [path for path in self._documents if path == name or path.startswith(f"{name}/")]:
             del self._documents[known]
         static = {key: self._create_static(f"{name}/{key}", values, ("matrix", "quantile")) for key, values in coordinates.items()}
-        texts = {"long_name": "optimizer steps taken", "units": "1"}
-        step = new_array(f"{name}/step", (0,), ("step",), np.dtype("int64"), -1, (SCALAR_CHUNK_STEPS,), texts)
-        self._groups[name] = RecordGroup(self.path.resolve(), name, {**static, "step": OpenArray(step)}, [])
+        self._groups[name] = RecordGroup(self.path.resolve(), name, {**static, "step": OpenArray(steps_array(name))}, [])
 
     def extend_group(self, name: str, coordinates: Mapping[str, NDArray[Any]]) -> None:
         """Add matrices to a group; earlier records hold missing values for them.
