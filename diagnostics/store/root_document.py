@@ -118,7 +118,7 @@ def contents(document: Mapping[str, Any]) -> Contents:
         RunError: something that a recorder does not write; told without the run.
     """
     attributes = document["attributes"]
-    _check_seal(document)
+    check_seal(document)
     check_attributes(attributes)
     if "consolidated_metadata" not in document:
         return Contents(attributes, ())  # its writer was killed before the first commit
@@ -136,7 +136,12 @@ def contents(document: Mapping[str, Any]) -> Contents:
         raise RunError(f"expected the metadata of groups and arrays, got something else ({error!r:.80})", file=METADATA) from None
 
 
-def _check_seal(document: Mapping[str, Any]) -> None:
+def check_seal(document: Mapping[str, Any]) -> None:
+    """Refuse a document that is not as a commit made it.
+
+    Raises:
+        RunError: it is so; told without the run.
+    """
     attributes = document["attributes"]
     if "checksum" in attributes:
         if attributes["checksum"] != seal(document):
