@@ -61,7 +61,7 @@ def what_recording_took(described: dict[str, Any]) -> str:
     lost = described["lost"]
     return (
         f"took {described['overhead']:.2%} of the wall time{beside}; {records} record{'' if records == 1 else 's'}, {lost['missed']} missed while "
-        f"another was measured, {lost['dropped']} dropped as nothing could be written for long, {lost['errors']} errors"
+        f"another was measured, {lost['dropped']} dropped because the store stayed unwritable, {lost['errors']} errors"
     )
 
 

@@ -51,7 +51,7 @@ def of_lineage(run: xr.DataTree, number: int | None, opened: Callable[[Sequence[
     said = {"lineage": number, LINEAGES: [*found, now]}
     if number == len(found):
         return xr.DataTree.from_dict({"/": xr.Dataset(attrs=attributes | said), **newest})
-    # From the one asked for on to the newest: those of which it has records, and the last step of these. All records of one are behind its `after`.
+    # From the one asked for on to the newest: those of which it has records, and the last step of these. All records of one are after its `after`.
     held: list[Mapping[str, Any]] = []
     lasts: list[float] = []
     last = inf
@@ -93,7 +93,7 @@ def _joined(name: str, own: xr.Dataset, sources: Sequence[tuple[Mapping[str, xr.
 
 
 class _Joined(BackendArray):  # type: ignore[misc, unused-ignore]
-    """Arrays one behind the other along their first dimension, each read when used."""
+    """Arrays one after the other along their first dimension, each read when used."""
 
     def __init__(self, parts: Sequence[xr.Variable]) -> None:
         self._parts = parts

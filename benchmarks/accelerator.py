@@ -32,7 +32,7 @@ MODEL = Config(d=1024, layers=8, heads=16, kv_heads=16, inner=2816, batch=8)
 
 
 def milliseconds(call: Callable[[], object], repeats: int) -> float:
-    """Wall time of one call, the device idle before and after; the median behind two calls thrown away."""
+    """Wall time of one call, the device idle before and after; the median after two calls thrown away."""
     times = []
     for _ in range(repeats + 2):
         torch.cuda.synchronize()

@@ -49,7 +49,7 @@ SIZES = {
 
 
 class Training:
-    """The training loop of `examples/byte_llama.py`; `before(step)` is called ahead of the forward pass, `ready(step)` with gradients, `after(step)` behind the optimizers' step."""
+    """The training loop of `examples/byte_llama.py`; `before(step)` is called ahead of the forward pass, `ready(step)` with gradients, `after(step)` after the optimizers' step."""
 
     def __init__(self, config: Config, device: str) -> None:
         torch.manual_seed(config.seed)

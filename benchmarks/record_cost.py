@@ -4,7 +4,7 @@
     OMP_NUM_THREADS=1 python benchmarks/record_cost.py --model demo
 
 Two trainings with Muon on the hidden matrices and AdamW on the rest: a Llama of 26 M parameters (width 512, 8 layers) and the demo. Every
-step (or every `--apart`th) is recorded in the default groups, and behind it stands a pass of svdvals in float32 over the matrices whose spectra the record holds, so
+step (or every `--apart`th) is recorded in the default groups, and after it stands a pass of svdvals in float32 over the matrices whose spectra the record holds, so
 that both alternate. Two passes: over each matrix as it is, and turned tall off the clock, which is quicker for wide ones. The whole is what the
 recorder's own clock says of that step in CPU time (`time.process_time`, all threads), writing included; every part is the CPU time within its
 functions, less that of the parts that they call; what is left over is the recorder's own. Medians over the recorded steps, ratios within each.

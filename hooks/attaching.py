@@ -170,7 +170,7 @@ def _continue(writer: Writer, given: int | None, session: dict[str, Any]) -> int
     else:
         why = why or ("; if it was restarted from an earlier checkpoint, pass first_step" if given is told is None else "")
         log.warning(
-            "optiscope: %s holds records up to step %d; this training is recorded behind them, from step %d on%s",
+            "optiscope: %s holds records up to step %d; this training is recorded after them, from step %d on%s",
             writer.path, held, first_step + 1, why,
         )  # fmt: skip
     entry = {"first_step": first_step, **session}

@@ -21,8 +21,8 @@ class OptiscopeCallback(TrainerCallback):
     """Attaches to the trainer's optimizer while it trains, and logs every number that the trainer logs.
 
     The main process records. A training resumed from a checkpoint counts on from the checkpoint's step; where the run holds
-    records behind it already, as after a crash, they are kept as a lineage of their own, which `diag info` lists. Training
-    again goes on behind the last step. A run of another model, or one that another process is writing, is left alone, and
+    records after it already, as after a crash, they are kept as a lineage of their own, which `diag info` lists. Training
+    again goes on after the last step. A run of another model, or one that another process is writing, is left alone, and
     `run-2.zarr` beside it is recorded to. If recording cannot begin, a warning says why and the training goes on without.
 
     The trainer tells its callbacks nothing of an exception that ends it. What was recorded until then is committed when the

@@ -32,8 +32,8 @@ class OptiscopeCallback(*_callback_classes()):  # type: ignore[misc]
 
     Numbers of a training step are logged every `log_every_n_steps` steps of the trainer, those of validation and of epochs when
     they are there. The main process records. A training resumed from a checkpoint counts on from the checkpoint's step; where
-    the run holds records behind it already, as after a crash, they are kept as a lineage of their own, which `diag info` lists.
-    Fitting again goes on behind the last step. A run of another model, or one that another process is writing, is left alone, and
+    the run holds records after it already, as after a crash, they are kept as a lineage of their own, which `diag info` lists.
+    Fitting again goes on after the last step. A run of another model, or one that another process is writing, is left alone, and
     `run-2.zarr` beside it is recorded to. If recording cannot begin, a warning says why and the training goes on without.
 
     With `pytorch_lightning`, import that before this module where `lightning` is installed too.

@@ -54,7 +54,7 @@ class Recorder:
 
     @property
     def dropped(self) -> int:
-        """Steps of which a record, or scalars alone, were lost: the store stayed unwritable, or the background's thread was busy."""
+        """Steps of which a record was lost, the store having stayed unwritable, or logged numbers, the background's thread having been busy."""
         return self.session.journal.dropped
 
     @property
@@ -151,10 +151,12 @@ class Recorder:
         """
         session = self.session
         for one in watch(optimizers, session.watched) if session.is_open else []:  # one that is closed stays closed
-            session.make_way(one)
+            replaced = session.replaced_by(one)
             one.steps = session.step if steps is None else steps
-            session.describe(one)
-            watch_steps(session, one)
+            watch_steps(session, one)  # before the others go: a session that watches none has ended
+            for former in replaced:
+                session.retire(former)
+            session.guarded(session.describe, one)
 
     def on_record(self, listener: Callable[[Record], None]) -> RemovableHandle:
         """Call `listener` with every record as soon as it is complete: after the step that completed it, its rows handed to the writer.

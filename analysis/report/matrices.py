@@ -11,7 +11,7 @@ import xarray as xr
 from ...diagnostics.catalogue import QUANTITIES
 from ..run import own_residual, records
 
-# Group, quantity, heading, behind κ, residual and alignment. What a run lacks has no column.
+# Group, quantity, heading, after κ, residual and alignment. What a run lacks has no column.
 COLUMNS = (
     ("geometry", "stable_rank", "stable rank"),
     ("geometry", "fro_norm", "‖M‖_F"),

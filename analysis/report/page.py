@@ -89,7 +89,7 @@ def _environment() -> Environment:
         finalize=lambda value: value if isinstance(value, Markup) else shortened(escaped(value)),
     )
     environment.filters["number"] = number
-    # The plotting library reads a reference only behind the object that it refers to.
+    # The plotting library reads a reference only after the object that it refers to.
     environment.policies["json.dumps_kwargs"] = {"sort_keys": False}
     return environment
 

@@ -54,7 +54,7 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
         `kendall_tau` of the operators' order by residual under the uniform steps, against the window's; `retained_half` (half, step), of allocations from either
         half of the window; `gain_permuted` (quantile, step) of allocations from curves with permuted operators, `gain_reversed`, the committed steps
         with the hardest operator's given to the easiest, `gain_shape`, an allocation from Gaussian matrices of the same shapes. `steps` (allocation,
-        operator); `residual` (operator) in the window under the uniform steps; `later` (step): behind the window.
+        operator); `residual` (operator) in the window under the uniform steps; `later` (step): after the window.
 
     Raises:
         ValueError: no orthogonalised matrix, no spectrum in the window, or a single operator, among which nothing can be allocated.
@@ -235,7 +235,7 @@ def summary(dataset: xr.Dataset) -> str:
     agree = int((dataset["steps"].sel(allocation="first half") == dataset["steps"].sel(allocation="second half")).sum())
     halves = f"The window's halves agree in {agree} of {dataset.sizes['operator']} operators."
     if not later.sizes["step"]:
-        return f"No record lies behind the window (steps {first} to {last}), so whether its allocation lasts cannot be told. {halves}"
+        return f"No record lies after the window (steps {first} to {last}), so whether its allocation lasts cannot be told. {halves}"
     gain, retained = later["gain"].values, later["retained"].values
     text = (
         f"Steps committed from steps {first} to {last} later leave {np.median(gain):.1%} less residual than {dataset.attrs['budget']} for all "

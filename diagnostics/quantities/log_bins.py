@@ -45,7 +45,7 @@ def log_quantiles(values: NDArray[np.floating], levels: Sequence[float]) -> Floa
     places = np.searchsorted(upto, ranks, side="right")
     within = (ranks - (upto - counts[ordered])[places] + 0.5) / counts[ordered][places]
     negative = ordered[places] >= half
-    with np.errstate(invalid="ignore"):  # behind infinity comes NaN
+    with np.errstate(invalid="ignore"):  # after infinity comes NaN
         lower, upper = _edges(flat.dtype, ordered[places] % half)
         magnitude = np.where(np.isinf(lower), lower, lower + (upper - lower) * np.where(negative, 1 - within, within))
     found = np.where(negative, -magnitude, magnitude)

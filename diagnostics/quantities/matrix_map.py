@@ -15,7 +15,7 @@ def edges(length: int) -> NDArray[np.int64]:
 
 
 def log_map(v: NDArray[np.floating]) -> Floats:
-    """Mean of log10 v over the elements with v > 0 of every tile, row by row, NaN behind the last tile and where a tile has none."""
+    """Mean of log10 v over the elements with v > 0 of every tile, row by row, NaN after the last tile and where a tile has none."""
     row_starts, column_starts = edges(v.shape[0])[:-1], edges(v.shape[1])[:-1]
     totals, counts = [], []
     for panel in row_panels(*v.shape):

@@ -66,7 +66,7 @@ def unsketch(stored: ArrayLike, rank: int) -> Floats:
     return np.asarray(ascending[..., ::-1])
 
 
-MANTISSA = 12  # bits behind the point
+MANTISSA = 12  # bits after the point
 _DROPPED = np.uint64(52 - MANTISSA)  # of a float64
 
 

@@ -45,7 +45,10 @@ def check_attributes(attributes: Mapping[str, Any]) -> None:
             texts = optimizer.get(name, [])
             if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
                 _refuse(f"expected {name} of an optimizer to be texts, got {texts!r:.60}")
-    for name in ("missed", "dropped", "errors"):
+    for optimizer in (one for entry in (attributes, *attributes.get("continued", [])) for one in entry.get("optimizers", [])):
+        if type(count := optimizer.get("own_steps", 0)) is not int or count < 0:
+            _refuse(f"expected own_steps of an optimizer to be a count, got {count!r:.60}")
+    for name in ("first_step", "missed", "dropped", "errors"):
         if type(count := attributes.get(name, 0)) is not int or not 0 <= count < 2**63:
             _refuse(f"expected {name} to be a count, got {count!r:.60}")
     for name in ("versions", "about", "chunks"):

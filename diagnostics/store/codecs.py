@@ -116,7 +116,7 @@ def _with_checksum(content: bytes) -> bytes:
 
 def _without_checksum(key: str, content: bytes) -> bytes:
     if len(content) < 4 or google_crc32c.value(content[:-4]) != int.from_bytes(content[-4:], "little"):
-        raise RunError("the chunk is damaged (its checksum is of something else)", file=key)
+        raise RunError("the chunk is damaged (its checksum does not match)", file=key)
     return content[:-4]
 
 

@@ -3,8 +3,8 @@
 It is written whole before the commit of the run that lists it, and never changes again.
 """
 
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,7 +16,7 @@ from .format import LINEAGES
 from .open_array import OpenArray
 from .reading import read_all, read_file, read_rows
 from .record_group import RecordGroup
-from .root_document import TOO_LONG, Contents, contents, nodes_of, of_lineage, opened_bytes, root_document
+from .root_document import TOO_LONG, Contents, check_seal, contents, nodes_of, of_lineage, opened_bytes, root_document
 from .run_error import RunError
 from .stored_array import new_array
 
@@ -30,7 +30,9 @@ def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list
     found: list[Contents] = []
     most, nodes, opened = MAX_BYTES, MAX_NODES, MAX_OPENED
     for entry in entries:
-        one, size = _read(folder, entry, most)
+        with _of(entry):
+            document, size = _read(folder, entry, most)
+            one = contents(document)
         found.append(one)
         most -= size
         nodes -= sum(1 + len(group.arrays) for group in one.groups)
@@ -42,13 +44,14 @@ def lineage_contents(folder: Path, entries: Sequence[Mapping[str, Any]]) -> list
 
 
 def check_lineages(folder: Path, entries: Sequence[Mapping[str, Any]]) -> None:
-    """See that the document of each lineage is whole.
+    """See that the document of each lineage is there, as it was written: whoever only goes on beside them reads nothing else of it.
 
     Raises:
         RunError: one is not; told without the run.
     """
     for entry in entries:
-        _read(folder, entry, MAX_BYTES)
+        with _of(entry):
+            check_seal(_read(folder, entry, MAX_BYTES)[0])
 
 
 def folder_of(entry: Mapping[str, Any]) -> str:
@@ -56,17 +59,25 @@ def folder_of(entry: Mapping[str, Any]) -> str:
     return f"{LINEAGES}/{entry['lineage']}"
 
 
-def _read(folder: Path, entry: Mapping[str, Any], most: int) -> tuple[Contents, int]:
-    """What a lineage holds, and how many bytes its document has."""
+@contextmanager
+def _of(entry: Mapping[str, Any]) -> Iterator[None]:
+    """Say of what fails in the block that it is a lineage's."""
     try:
-        content = read_file(folder / folder_of(entry), METADATA, most)
-        if content is None:
-            raise RunError("there is no such file", file=METADATA)
-        return contents(of_lineage(parse_bounded(content), entry)), len(content)
+        yield
     except RunError as error:
         raise error.told(folder=folder_of(entry)) from error
+
+
+def _read(folder: Path, entry: Mapping[str, Any], most: int) -> tuple[dict[str, Any], int]:
+    """The document of a lineage, and how many bytes it has."""
+    content = read_file(folder / folder_of(entry), METADATA, most)
+    if content is None:
+        raise RunError("there is no such file", file=METADATA)
+    try:
+        document = parse_bounded(content)
     except ValueError as error:
-        raise RunError(str(error), file=f"{folder_of(entry)}/{METADATA}") from error
+        raise RunError(str(error), file=METADATA) from error
+    return of_lineage(document, entry), len(content)
 
 
 def leave(

@@ -4,18 +4,18 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from .array_metadata import stored_array
+from .array_metadata import array_document, stored_array
 from .bounded_json import MAX_BYTES, parse_bounded
 from .bounds import MAX_NODES
 from .files import METADATA
 from .format import LINEAGES, OF_LINEAGE, TOP, chunk_map, consolidated, schema_of, seal
 from .reading import decode_file, open_inside, read_all, read_file
+from .record_group import steps_array
 from .root_document import GIVE
 from .run_error import RunError
 from .stored_array import StoredArray
@@ -74,21 +74,21 @@ def _own_documents(folder: Path) -> dict[str, dict[str, Any]]:
             continue
         try:
             node = parse_bounded(read_file(folder, f"{path}/{METADATA}", MAX_BYTES) or b"")
-            if node["node_type"] == "array":
+            if node["node_type"] == "array" and path.count("/") == 1:
                 stored_array(path, node)
                 nodes[path] = node
-            elif isinstance(node["attributes"], dict):
+            elif "/" not in path and isinstance(node["attributes"], dict):
                 nodes[path] = {"attributes": node["attributes"], "zarr_format": 3, "node_type": "group"}
         except (ValueError, KeyError, TypeError):
             continue
         if len(nodes) > MAX_NODES:
             raise RunError(f"expected at most {MAX_NODES:,} groups and arrays, got more", file=METADATA)
-    # An array whose group's own document is lost has one without attributes.
-    for path in list(nodes):
-        parent = path.rpartition("/")[0]
-        while parent and parent not in nodes:
-            nodes[parent] = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
-            parent = parent.rpartition("/")[0]
+    # A group whose own document is lost is one without attributes, and its steps are as they always are.
+    for group in {path.partition("/")[0] for path in nodes}:
+        nodes.setdefault(group, {"attributes": {}, "zarr_format": 3, "node_type": "group"})
+        if any(path.startswith(f"{group}/") for path in nodes):
+            anew = (folder / group / "step" / "c.0").is_file()
+            nodes.setdefault(f"{group}/step", array_document(steps_array(group, "." if anew else "/")))
     return dict(sorted(nodes.items()))
 
 
@@ -107,11 +107,11 @@ def _attributes(root: bytes) -> dict[str, Any]:
 def _left(folder: Path, told: Any) -> dict[str, Any]:
     """The list of the lineages that there are: from their own documents, where these are whole, else as the lost one `told`, else from their steps."""
     told = told if isinstance(told, list) else []
+    there = [int(one.name) for one in (folder / LINEAGES).glob("*") if one.name.isdecimal() and len(one.name) < 6]
     entries: list[Any] = []
-    for number in count():
+    # One that is not there leaves the later ones, which a writer would remove if they were not listed.
+    for number in range(len(told) or max(there, default=-1) + 1):
         own = folder / LINEAGES / str(number)
-        if number >= len(told) and (told or not own.is_dir()):
-            break
         content = b""
         attributes: Any = told[number] if told else None
         try:
@@ -122,8 +122,6 @@ def _left(folder: Path, told: Any) -> dict[str, Any]:
         except (ValueError, KeyError, TypeError):
             pass  # what was told of it counts
         if not _tells(attributes, number):
-            if not own.is_dir():
-                break
             attributes = rebuilt(own, content, {"lineage": number})["attributes"]
         entries.append({name: attributes[name] for name in OF_LINEAGE})
     return {LINEAGES: entries} if entries else {}
@@ -172,7 +170,7 @@ def _recorded(folder: Path, steps: StoredArray) -> int:
                 here = 0 if chunk is None else int(np.count_nonzero(chunk >= 0))
                 found = number * steps.shard[0] + here
                 if here < steps.shard[0]:
-                    break  # what lies behind was left by a training that was restarted
+                    break  # what follows was left by a training that was restarted
             except ValueError:
                 found = max(found, min(steps.shape[0], (number + 1) * steps.shard[0]))
         number += 1

@@ -1,6 +1,7 @@
 """The records of one group: the rows of the chunk that is not yet full stay in memory, so that a flush reads nothing back."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -11,11 +12,19 @@ from .files import Files
 from .laying_out import is_for_writing
 from .open_array import OpenArray
 from .reading import read_rows
+from .stored_array import StoredArray, new_array
 
 Row: TypeAlias = Mapping[str, NDArray[Any] | float]
 
 CHUNK_STEPS = 64
 SCALAR_CHUNK_STEPS = 1024
+
+
+def steps_array(group: str, separator: str = "/") -> StoredArray:
+    """The steps of a group that has no records yet."""
+    texts = {"long_name": "optimizer steps taken", "units": "1"}
+    made = new_array(f"{group}/step", (0,), ("step",), np.dtype("int64"), -1, (SCALAR_CHUNK_STEPS,), texts)
+    return replace(made, separator=separator)
 
 
 class RecordGroup:
@@ -28,7 +37,7 @@ class RecordGroup:
         committed: how many records are.
     """
 
-    # What belongs together is assigned in one statement, within which no signal handler runs: one that raises leaves it as before or as behind.
+    # What belongs together is assigned in one statement, within which no signal handler runs: one that raises leaves it as before or as after.
 
     def __init__(self, folder: Path, path: str, arrays: Mapping[str, OpenArray], steps: list[int]) -> None:
         """The group at `path` of the run in `folder`, of which `steps` are committed."""

@@ -118,7 +118,7 @@ def contents(document: Mapping[str, Any]) -> Contents:
         RunError: something that a recorder does not write; told without the run.
     """
     attributes = document["attributes"]
-    _check_seal(document)
+    check_seal(document)
     check_attributes(attributes)
     if "consolidated_metadata" not in document:
         return Contents(attributes, ())  # its writer was killed before the first commit
@@ -136,11 +136,16 @@ def contents(document: Mapping[str, Any]) -> Contents:
         raise RunError(f"expected the metadata of groups and arrays, got something else ({error!r:.80})", file=METADATA) from None
 
 
-def _check_seal(document: Mapping[str, Any]) -> None:
+def check_seal(document: Mapping[str, Any]) -> None:
+    """Refuse a document that is not as a commit made it.
+
+    Raises:
+        RunError: it is so; told without the run.
+    """
     attributes = document["attributes"]
     if "checksum" in attributes:
         if attributes["checksum"] != seal(document):
-            raise RunError("its checksum is of something else, so it was changed or damaged", file=METADATA)
+            raise RunError("its checksum does not match, so it was changed or damaged", file=METADATA)
     elif schema_of(attributes) != 1 and ("consolidated_metadata" in document or "chunks" in attributes):
         raise RunError("it has no checksum, so it was changed by something else than a recorder", file=METADATA)
 

@@ -24,7 +24,7 @@ from .lineages import leave
 from .lock import RunLock
 from .open_array import OpenArray
 from .reading import read_all
-from .record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row
+from .record_group import CHUNK_STEPS, SCALAR_CHUNK_STEPS, RecordGroup, Row, steps_array
 from .root_document import group_document, nodes_of, read_document, root_document
 from .stored_array import new_array
 
@@ -50,7 +50,7 @@ class Writer:
         self.path = Path(path)
         self.is_new = nothing_or_a_run(self.path)
         own = uuid4().hex
-        self._files = Files(self.path, own)
+        self._files = Files(self.path.resolve(), own)  # what is read back is to be read through no link
         self._groups: dict[str, RecordGroup] = {}
         self._coordinates: dict[str, NDArray[Any]] = {}  # values of static coordinates, by path
         self._nodes: dict[str, dict[str, Any]] = {}  # metadata of all nodes but the root, as last committed
@@ -91,7 +91,8 @@ class Writer:
             for name, array in arrays.items()
             if all_anew or not group.lies_for_writing(name)
         )
-        lay_out(self._files, found, self._commit_as_it_is, self._let_go, inf if all_anew else AT_ONCE)
+        with refusing(self.path):
+            lay_out(self._files, found, self._commit_as_it_is, self._let_go, inf if all_anew else AT_ONCE)
 
     def _commit_as_it_is(self) -> None:
         self._commit({name: group.committed for name, group in self._groups.items()})
@@ -118,9 +119,7 @@ class Writer:
         for known in [path for path in self._documents if path == name or path.startswith(f"{name}/")]:
             del self._documents[known]
         static = {key: self._create_static(f"{name}/{key}", values, ("matrix", "quantile")) for key, values in coordinates.items()}
-        texts = {"long_name": "optimizer steps taken", "units": "1"}
-        step = new_array(f"{name}/step", (0,), ("step",), np.dtype("int64"), -1, (SCALAR_CHUNK_STEPS,), texts)
-        self._groups[name] = RecordGroup(self.path.resolve(), name, {**static, "step": OpenArray(step)}, [])
+        self._groups[name] = RecordGroup(self.path.resolve(), name, {**static, "step": OpenArray(steps_array(name))}, [])
 
     def extend_group(self, name: str, coordinates: Mapping[str, NDArray[Any]]) -> None:
         """Add matrices to a group; earlier records hold missing values for them.
@@ -209,8 +208,8 @@ class Writer:
         return records.append(step, row)
 
     def trim(self) -> list[int]:
-        """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; the step of each record."""
-        return [step for group in self._groups.values() for step in group.trim()]
+        """Drop the oldest of what is buffered beyond 4 chunks a group, for a store that cannot be written; the step of each record, not of scalars alone."""
+        return [step for name, group in self._groups.items() for step in group.trim() if name != "scalars"]
 
     @property
     def unwritten(self) -> set[int]:

@@ -113,7 +113,7 @@ def loss_difference(result: Result, model: str, condition: str, kind: str) -> Pa
 
 
 def gains(result: Result, model: str, condition: str, *, against: str = "spectra", what: str = "predicted") -> np.ndarray:
-    """1 − ε̃/ε̃ of the baseline at every record behind the window, shape (seeds, records).
+    """1 − ε̃/ε̃ of the baseline at every record after the window, shape (seeds, records).
 
     Args:
         result: of the experiment.
@@ -131,7 +131,7 @@ def gains(result: Result, model: str, condition: str, *, against: str = "spectra
 
 
 def worst_operator(result: Result, model: str, condition: str, *, against: str = "spectra") -> np.ndarray:
-    """ε̃ of the worst operator over that of the baseline's worst one, less 1, at every record behind the window, shape (seeds, records)."""
+    """ε̃ of the worst operator over that of the baseline's worst one, less 1, at every record after the window, shape (seeds, records)."""
     rows = []
     for own, other in zip(of(result, model, condition), of(result, model, BASELINE), strict=True):
         later = _later(result, own)

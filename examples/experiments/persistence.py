@@ -109,7 +109,7 @@ def _later(training: dict[str, Any], name: str) -> np.ndarray:
 def tell(result: Result) -> str:
     """Gains of the committed steps, the oracle's and the nulls', and how they last."""
     names = models(result)
-    header = ["records behind the window", *(f"{model}, {len(of(result, model))} seeds" for model in names)]
+    header = ["records after the window", *(f"{model}, {len(of(result, model))} seeds" for model in names)]
     rows = [
         [f"gain: {label}", *(with_interval(*mean_interval(_means(of(result, model), name)), ".1%") for model in names)]
         for name, label in GAINS.items()
@@ -144,7 +144,7 @@ def tell(result: Result) -> str:
 
 
 def _means(trainings: list[dict[str, Any]], name: str) -> list[float]:
-    """Per seed, over the records behind the window."""
+    """Per seed, over the records after the window."""
     return [float(np.nanmean(_later(t, name))) for t in trainings]
 
 

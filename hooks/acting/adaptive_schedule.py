@@ -40,7 +40,7 @@ INSTEAD = "use apply=False, and apply what it commits on every process with appl
 
 
 class AdaptiveSchedule:
-    """Derive a Newton–Schulz schedule from the recorder's own records of a window of steps, and put it into force behind it.
+    """Derive a Newton–Schulz schedule from the recorder's own records of a window of steps, and put it into force after it.
 
     Nothing is measured twice and nothing is drawn: until the commitment (with `apply=False` for ever) the training is, to the bit, what it would
     be without. The schedule that is committed is the one that `derive_schedule(open_run(store), window=slice(first, last))` finds
@@ -283,7 +283,7 @@ class AdaptiveSchedule:
             self._refresh_at = self._refresh_at[len(due) :]
             self._refresh(step, f"due at step {due[-1]}")
         elif self._unseen >= self._early_after():
-            # What the last look rested on is behind: another one rests on records of its own.
+            # What the last look rested on is past: another one rests on records of its own.
             assert self.schedule is not None
             now, _, _ = retained_gain(self._spectra.window(step, step), self.schedule)
             if now < EARLY:
@@ -293,7 +293,7 @@ class AdaptiveSchedule:
     def _early_after(self) -> int:
         """Records since the last look from which on one may come early: twice as many each time, or what never retains much would be told of for ever.
 
-        Not behind the first, whose records may be from both sides of a switch of the data, nor where a look agreed, so that two in a row are near.
+        Not after the first, whose records may be from both sides of a switch of the data, nor where a look agreed, so that two in a row are near.
         """
         agreed = self._agreeing is not None and self._agreeing["agreeing"] > 0
         return self._window_records * (1 if agreed else 2 ** max(self._early_looks - 1, 0))

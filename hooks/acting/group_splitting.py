@@ -92,7 +92,7 @@ def extend_schedulers(schedulers: Iterable[Any], parts: Sequence[int]) -> None:
         if len(value) != len(parts):
             raise ValueError(
                 f"lr_schedulers: {type(scheduler).__name__} holds {len(value)} `{key}` and the optimizer {len(parts)} parameter groups; build it "
-                "behind the last add_param_group"
+                "after the last add_param_group"
             )
     for scheduler, key, value in lists:
         setattr(scheduler, key, [item for item, count in zip(value, parts, strict=True) for _ in range(count)])

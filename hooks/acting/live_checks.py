@@ -79,7 +79,7 @@ def checked_window(session: Session, window: Sequence[int]) -> tuple[int, int]:
     first, last = whole_steps("window", window)
     if first > last:
         raise ValueError(f"window: expected the first step before the last, got ({first}, {last})")
-    # Where recording itself began within or behind it, its beginning may come from a checkpoint.
+    # Where recording itself began within or after it, its beginning may come from a checkpoint.
     if session.first_step < first <= session.step:
         raise ValueError(f"window: begins at step {first}, and step {session.step} is taken already; let it begin later")
     if not session.cadence.may_fall_within(first, last):

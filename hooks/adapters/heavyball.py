@@ -19,7 +19,7 @@ from .table import Row
 
 
 def _found(reading: Reading, *names: str) -> Any:
-    """What the state holds under one of the names, with whatever number behind it; None where the parameter was split."""
+    """What the state holds under one of the names, with whatever number after it; None where the parameter was split."""
     views = [view for view in reading.state.values() if isinstance(view, Mapping)]
     if len(views) != 1:
         return None
@@ -114,7 +114,7 @@ def _soap_averages(reading: Reading) -> Averages:
 
 
 def _soap_factors(reading: Reading) -> Kronecker | None:
-    """Of each axis, behind an axis of length 1."""
+    """Of each axis, after an axis of length 1."""
     kept = [_found(reading, f"scale_by_soap_{name}") for name in ("GG", "Q")]
     factors, bases = ([one[0] if isinstance(one, Tensor) else None for one in sides or ()] for sides in kept)
     return kept_sides(factors, bases)

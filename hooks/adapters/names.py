@@ -67,7 +67,7 @@ def spelled(path: Path) -> str:
 
 
 def key_of(path: Path) -> str:
-    """The name of a tensor: the last word on its path, in lower case, without a number or a format behind it."""
+    """The name of a tensor: the last word on its path, in lower case, without a number or a format after it."""
     word = next((key for key in reversed(path) if isinstance(key, str)), "")
     return re.sub(r"_\d+$", "", word.lower().split("::")[0])
 

@@ -83,6 +83,7 @@ class Watched:
         self.steps = 0
         self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
         self.longest_pause = 0  # in steps of the whole training, between two of its own
+        self.watched_from = 0  # the step of the whole training from which on its own would have been seen
         self.captured = False  # whether a step was captured into a CUDA graph, and that has been told
         self._entered = 0  # the steps under way, one within the other
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
@@ -146,6 +147,11 @@ class Watched:
     def seen(self) -> bool:
         """Whether a step was seen."""
         return self.last_seen >= 0
+
+    @property
+    def silent_since(self) -> int:
+        """The step of the whole training since which none of its own was seen."""
+        return self.last_seen if self.seen else self.watched_from
 
     def note_step(self, step: int) -> None:
         """Note that it has stepped, as the whole training comes to `step`."""

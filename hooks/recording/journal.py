@@ -70,7 +70,7 @@ class Journal:
 
     @property
     def dropped(self) -> int:
-        """Steps of which a record, or scalars alone, were lost: the store stayed unwritable, or the worker was busy."""
+        """Steps of which a record was lost, the store having stayed unwritable, or logged numbers, the worker having been busy."""
         return len(self._lost | self._lost_logs | self._given_up)
 
     def guard(self, step: int) -> GuardedWork:

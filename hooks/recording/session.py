@@ -243,20 +243,24 @@ class Session:
 
     def add(self, watched: Watched) -> list[RemovableHandle]:
         """Record one more optimizer; the handles that are put into the list remove its hooks at the end."""
+        watched.watched_from = self.step
         handles: list[RemovableHandle] = []
         self._handles[watched] = handles
         self.watched.append(watched)
         return handles
 
-    def make_way(self, new: Watched) -> None:
-        """End what is watched of optimizers all of whose matrices a new one holds: it was made in their place, and goes on in their rows where it is of their class."""
+    def replaced_by(self, new: Watched) -> list[Watched]:
+        """The watched optimizers all of whose matrices a new one holds: it was made in their place, and goes on in their rows where it is of their class."""
         held = new.parameters
-        for former in [one for one in self.watched if one.matrices and {id(m.parameter) for m in one.matrices} <= held]:
-            self._unhook(former)
-            self.watched.remove(former)
-            if type(former.optimizer) is type(new.optimizer):
-                new.label = former.label
-            former.let_go()
+        found = [one for one in self.watched if one.matrices and {id(m.parameter) for m in one.matrices} <= held]
+        new.label = next((one.label for one in found if type(one.optimizer) is type(new.optimizer)), new.label)
+        return found
+
+    def retire(self, watched: Watched) -> None:
+        """Record one optimizer no more."""
+        self._unhook(watched)
+        self.watched.remove(watched)
+        watched.let_go()
 
     def _unhook(self, watched: Watched) -> None:
         for handle in self._handles.pop(watched, ()):

@@ -24,7 +24,7 @@ class StepsSeen:
     def __init__(self) -> None:
         self._step = -1  # of the last call
         self._calls = self._most = 0  # since it changed, and between any two changes
-        self._told: set[str] = set()
+        self._told: set[Watched] = set()
 
     def logged(self, step: int, watched: Sequence[Watched]) -> None:
         """Note a call of `log`; say so where there were many without a step."""
@@ -36,24 +36,24 @@ class StepsSeen:
 
     def look(self, step: int, watched: Sequence[Watched]) -> None:
         """Say of an optimizer that has not stepped while others went on that it has not."""
-        paused = [one for one in watched if one.seen and step - one.last_seen > FEW + TIMES * one.longest_pause]
+        paused = [one for one in watched if step - one.silent_since > FEW + TIMES * one.longest_pause]
         if len(paused) < len(watched) and (silent := self._new(paused)):
             log.warning(
                 "optiscope: no step of %s was seen since step %d, while others went on to step %d. %s",
                 silent,
-                paused[0].last_seen,
+                paused[0].silent_since,
                 step,
                 ADVICE,
             )
 
     def end(self, step: int, watched: Sequence[Watched]) -> None:
         """Look for the last time."""
-        if not any(one.seen for one in watched):
+        if silent := self._new([one for one in watched if not one.seen]):
             log.warning(
                 "optiscope: no step of %s was seen; attach to the very objects whose step() is called (steps replayed from a CUDA graph call none)",
-                ", ".join(one.label for one in watched),
+                silent,
             )
-        else:
+        if any(one.seen for one in watched):
             self._look_at_calls(step, watched, FEW_AT_THE_END + TIMES_AT_THE_END * self._most)
             self.look(step, watched)
 
@@ -64,6 +64,7 @@ class StepsSeen:
             )
 
     def _new(self, watched: Sequence[Watched]) -> str:
-        labels = [one.label for one in watched if one.label not in self._told]
-        self._told.update(labels)
-        return ", ".join(labels)
+        """Labels of those of whom nothing was said yet."""
+        new = [one for one in watched if one not in self._told]
+        self._told.update(new)
+        return ", ".join(one.label for one in new)

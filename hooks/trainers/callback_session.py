@@ -26,7 +26,7 @@ class CallbackSession:
     """Attaches for a callback, and keeps every trouble with that out of the training.
 
     A trainer may train again, after its end or after an exception that it told nobody of: `begin` closes what is open, of another
-    callback too where that recorded the same parameters, and goes on behind it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
+    callback too where that recorded the same parameters, and goes on after it. A `store` that cannot be continued (of another model, or being written by another process) is left as it is,
     and `run-2.zarr`, `run-3.zarr`, … beside it is recorded to instead.
 
     Attributes:
@@ -63,7 +63,7 @@ class CallbackSession:
     def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> Recorder:
         last, following = _last_and_following(self.store)
         try:
-            # A trainer that trains anew counts from 0; the run goes on behind what it holds.
+            # A trainer that trains anew counts from 0; the run goes on after what it holds.
             return attach(optimizers, model, last, first_step=steps_taken or self._steps, **vars(self._options))
         except ValueError as refused:
             # Where it was not the store that was refused, the same error comes again.

@@ -34,7 +34,7 @@ class ScriptRun:
 
     All optimizers that are alive at the first step are attached to at once; one that is made later, for the same model, is
     recorded with them. One that replaces another, or that belongs to another model, begins a new recording, which goes on
-    behind the first one, or in `run-2.zarr` beside it where the matrices are others: what a script has done with is let go of,
+    after the first one, or in `run-2.zarr` beside it where the matrices are others: what a script has done with is let go of,
     and its memory with it. Should an optimizer that was let go of step again, all are recorded together; but one that takes turns
     with what replaced it, over the same parameters, is recorded until then only.
 

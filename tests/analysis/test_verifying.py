@@ -115,6 +115,16 @@ def test_damage_is_named_and_what_is_whole_is_kept(case, run, whole):
     assert repair(run) == {"aside": None, "done": []}
 
 
+def test_lost_documents_of_steps_are_made_again_with_the_root(run, whole):
+    """What they say is the same in every run."""
+    for file in ("zarr.json", "geometry/step/zarr.json", "curvature/zarr.json"):
+        (run / file).unlink()
+    repair(run)
+    assert not verify(run).damage
+    for group in ("geometry", "update", "curvature"):
+        assert open_run(run)[group].to_dataset().identical(open_run(whole)[group].to_dataset())
+
+
 def test_records_whose_steps_are_lost_are_moved_aside_and_later_ones_stay(run, whole):
     """No other group was recorded at the steps of `curvature`."""
     flip(run / "curvature/step/c/0")
@@ -306,6 +316,18 @@ def test_a_lineage_that_is_gone_leaves_the_others(forked, tmp_path):
     assert not verify(run).damage
     assert open_run(run, 1).identical(open_run(forked, 1))
     assert not open_run(run, 0).children
+
+
+def test_a_lineage_that_is_gone_with_the_root_leaves_the_later_ones(forked, tmp_path):
+    """Else the next writer would take them for half a copy, and remove them."""
+    run = shutil.copytree(forked, tmp_path / "run.zarr")
+    shutil.rmtree(run / "lineages/0")
+    (run / "zarr.json").unlink()
+    repair(run)
+    Writer(run, {}).close()
+    assert not verify(run).damage
+    found, expected = open_run(run, 1), open_run(forked, 1)
+    assert all(found[group].to_dataset().identical(expected[group].to_dataset()) for group in expected.children)
 
 
 def test_a_lineage_half_copied_is_harmless(forked, tmp_path):

@@ -51,7 +51,7 @@ def test_commands_say_who_is_writing(training, diag, tmp_path, strict_json):
     path, process, step = training
     step()
     os.utime(path / "zarr.json", (time.time() - 12, time.time() - 12))
-    said = f"being written by process {process.pid} on {platform.node()}, last commit 1"
+    said = f"being written by process {process.pid} on {platform.node()}, last commit "
     info, check = diag("info", path), diag("check", path)
     assert info.stdout.splitlines()[1].startswith(f"now: {said}")
     assert check.stdout.splitlines()[-1].startswith(f"now: {said}")

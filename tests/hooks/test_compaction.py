@@ -315,3 +315,17 @@ def test_what_is_no_run_or_is_being_written_is_not_compacted(tmp_path: Path) -> 
     assert files(tmp_path / "run.zarr") == before
     lock.release()
     assert compact(tmp_path / "run.zarr") == 4
+
+
+@pytest.mark.parametrize("place", ["through a link", "relative"])
+def test_a_long_run_at_a_path_that_is_not_the_real_one(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Closed, compacted by `diag verify --compact` and continued, whatever way leads to it."""
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    monkeypatch.chdir(tmp_path / "real")
+    run = tmp_path / "link" / "run.zarr" if place == "through a link" else Path("run.zarr")
+    writer = long_run(run)
+    writer.close()
+    assert compact(run) > 0
+    append(Writer(run, {}), RECORDS + 1, RECORDS + 2)
+    assert not verify(run).damage

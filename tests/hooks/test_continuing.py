@@ -14,6 +14,7 @@ import zarr
 from torch import nn
 
 from optiscope.analysis import open_run
+from optiscope.diagnostics.options import Options
 from optiscope.diagnostics.store.codecs import encode
 from optiscope.diagnostics.store.format import seal
 from optiscope.diagnostics.store.repairing import repair
@@ -110,10 +111,10 @@ def steps(*values: int) -> Attack:
 
 # What is done to the run, and what is said of it.
 DAMAGE: dict[str, tuple[Attack, str]] = {
-    "three of five records": (edit(records("update", 3)), "zarr.json: its checksum is of something else"),
+    "three of five records": (edit(records("update", 3)), "zarr.json: its checksum does not match"),
     "three records, and no checksum": (edit(lambda d: (records("update", 3)(d), without("checksum")(d))), "zarr.json: it has no checksum"),
     "no checksum": (edit(without("checksum")), "zarr.json: it has no checksum"),
-    "no groups": (edit(without("consolidated_metadata")), "zarr.json: its checksum is of something else"),
+    "no groups": (edit(without("consolidated_metadata")), "zarr.json: its checksum does not match"),
     "no groups, no checksum": (edit(without("consolidated_metadata", "checksum")), "zarr.json: it has no checksum"),
     "no groups, as before the first commit": (
         edit(without("consolidated_metadata", "checksum", "chunks", "writer")), "zarr.json: it lists no groups, and records lie beside it"
@@ -133,9 +134,9 @@ DAMAGE: dict[str, tuple[Attack, str]] = {
     "the chunk that it goes on in, gone": (gone(CHUNK), f"{CHUNK}: expected a file, got none"),
     "the chunk that it goes on in, of another bit": (flip(CHUNK), f"{CHUNK}: the chunk is damaged"),
     "a lineage's document, gone": (gone("lineages/0/zarr.json"), "lineages/0/zarr.json: there is no such file"),
-    "a lineage's document, changed": (edit(records("update", 1), file="lineages/0/zarr.json"), "lineages/0/zarr.json: its checksum is of something else"),
+    "a lineage's document, changed": (edit(records("update", 1), file="lineages/0/zarr.json"), "lineages/0/zarr.json: its checksum does not match"),
     "a lineage that is gone": (lambda run: shutil.rmtree(run / "lineages/0"), "lineages/0/zarr.json: there is no such file"),
-    "a lineage that is no longer listed": (edit(without("lineages")), "zarr.json: its checksum is of something else"),
+    "a lineage that is no longer listed": (edit(without("lineages")), "zarr.json: its checksum does not match"),
 }  # fmt: skip
 
 
@@ -190,7 +191,7 @@ def test_a_trainer_which_cannot_ask_goes_on_beside_it(case: str, run: Path, capl
     DAMAGE[case][0](run)
     before = content(run)
     model, optimizer = training()
-    session = CallbackSession(run, every=1, overhead=0.01, measure=["update"], operators=None, on_error="raise")
+    session = CallbackSession(run, Options(every=1, measure=["update"], on_error="raise"))
     with caplog.at_level(logging.WARNING, logger="optiscope"):
         session.begin(optimizer, model, 5)
     assert session.recorder is not None

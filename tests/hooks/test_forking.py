@@ -370,4 +370,4 @@ def test_adams_own_count_tells_of_a_restart(tmp_path: Path, caplog: pytest.LogCa
     recorder, _ = train(tmp_path / "sgd.zarr", 2)
     recorder, _ = train(tmp_path / "sgd.zarr", 1)
     assert recorder.first_step == 2
-    assert "recorded behind them, from step 3 on; if it was restarted from an earlier checkpoint, pass first_step" in caplog.text
+    assert "recorded after them, from step 3 on; if it was restarted from an earlier checkpoint, pass first_step" in caplog.text

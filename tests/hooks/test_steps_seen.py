@@ -91,3 +91,27 @@ def test_much_logging_and_rare_steps_are_nothing_to_tell_of(tmp_path: Path, warn
                 for _ in range(80):
                     recorder.log(validation=1.0)
     assert warnings() == []
+
+
+def test_one_that_never_steps_is_named_though_another_does(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    first, rebuilt = SGD(model[0].parameters(), lr=0.01), AdamW(model[1].parameters(), lr=0.01)
+    with attach([first, rebuilt], model, tmp_path / "run.zarr", every=10) as recorder:
+        for _ in stepped(model, first, 20):
+            recorder.log(loss=1.0)
+    (told,) = warnings()
+    assert told.startswith("optiscope: no step of AdamW was seen; attach to the very objects whose step() is called")
+
+
+def test_a_second_replacement_is_told_of_too(tmp_path: Path, warnings: Callable[[], list[str]]) -> None:
+    model = nn.Linear(4, 4)
+    made = [SGD(model.parameters(), lr=0.01) for _ in range(3)]
+    with attach(made[0], model, tmp_path / "run.zarr", every=50) as recorder:
+        follow(recorder, model, made[0], 5)
+        follow(recorder, model, made[1], 200)
+        recorder.watch(made[1])
+        follow(recorder, model, made[1], 5)
+        follow(recorder, model, made[2], 3000)
+    first, second = warnings()
+    assert "since step 5, and no step of SGD was seen" in first
+    assert "since step 10, and no step of SGD was seen" in second
