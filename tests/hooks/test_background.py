@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,13 @@ from optiscope.diagnostics.store.files import Files
 from optiscope.diagnostics.store.lock import owner
 from optiscope.hooks import AdaptiveSchedule, Recorder, RmsAlignment, attach
 from optiscope.hooks.recording.journal import Journal
+from optiscope.hooks.recording.worker import Worker
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], Any]
 
 TIMES = ("overhead_seconds", "overhead_cpu_seconds", "background_cpu_seconds", "elapsed_seconds")
+WAIT = 120.0  # seconds for what takes milliseconds, on a machine that is busy with other things
 ASKED_FOR = [group for group in MEASURES if group != "curvature"]
 
 
@@ -69,7 +72,7 @@ def held(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     go, measured = threading.Event(), record_module.measure_update
 
     def measure(seen: Any) -> Any:
-        assert go.wait(30)
+        assert go.wait(WAIT)
         return measured(seen)
 
     monkeypatch.setattr(record_module, "measure_update", measure)
@@ -173,7 +176,7 @@ def test_a_slow_disk_holds_up_neither_steps_nor_log(mlp: Make, tmp_path: Path, r
     go, replace = threading.Event(), Files.replace
 
     def slow(self: Files, *args: Any) -> None:
-        assert threading.current_thread().name != "optiscope" or go.wait(30)
+        assert threading.current_thread().name != "optiscope" or go.wait(WAIT)
         replace(self, *args)
 
     model = mlp()
@@ -181,9 +184,9 @@ def test_a_slow_disk_holds_up_neither_steps_nor_log(mlp: Make, tmp_path: Path, r
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=1, background=True, on_error="raise")
     monkeypatch.setattr(Files, "replace", slow)
     monkeypatch.setattr("optiscope.hooks.recording.journal.FLUSH_SECONDS", 0.0)
-    begun = time.perf_counter()
     train(model, optimizers, recorder, 5, wait=False)
-    assert time.perf_counter() - begun < 20  # of 30 that the disk would take
+    assert recorder._journal.worker is not None
+    assert recorder._journal.worker.busy  # the disk still stands
     go.set()
     recorder.close()
     assert read(tmp_path / "run.zarr")["scalars"]["loss"].notnull().all()
@@ -199,7 +202,7 @@ def test_a_record_that_is_due_amid_a_flush_of_scalars_is_made(
     def slow(self: Files, *args: Any) -> None:
         if threading.current_thread().name == "optiscope":
             begun.set()
-            assert go.wait(30)
+            assert go.wait(WAIT)
         replace(self, *args)
 
     model = mlp()
@@ -209,7 +212,7 @@ def test_a_record_that_is_due_amid_a_flush_of_scalars_is_made(
     monkeypatch.setattr(Files, "replace", slow)
     monkeypatch.setattr("optiscope.hooks.recording.journal.FLUSH_SECONDS", 0.0)
     train(model, [optimizer], recorder, 1, wait=False)
-    assert begun.wait(30)
+    assert begun.wait(WAIT)
     if grows:
         optimizer.add_param_group({"params": others})
         threading.Timer(0.2, go.set).start()
@@ -230,7 +233,7 @@ def test_of_too_many_scalars_the_oldest_are_lost_by_whole_steps(
 
     def measure(seen: Any) -> Any:
         begun.set()
-        assert go.wait(30)
+        assert go.wait(WAIT)
         return measured(seen)
 
     monkeypatch.setattr(record_module, "measure_update", measure)
@@ -239,7 +242,7 @@ def test_of_too_many_scalars_the_oldest_are_lost_by_whole_steps(
     optimizers = build(model, "SGD")
     recorder = attach(optimizers, model, tmp_path / "run.zarr", every=100, first_step=99, background=True, on_error="raise")
     train(model, optimizers, recorder, 1, wait=False)
-    assert begun.wait(30)
+    assert begun.wait(WAIT)
     for step in range(101, 113):
         optimizers[0].step()
         recorder.log(first=step, second=-step)
@@ -341,7 +344,7 @@ def test_a_forked_child_neither_hangs_nor_writes(mlp: Make, tmp_path: Path, read
     held, appended = threading.Event(), Journal.append
 
     def append(*args: Any) -> None:
-        assert held.wait(30)
+        assert held.wait(WAIT)
         appended(*args)
 
     monkeypatch.setattr(Journal, "append", append)
@@ -359,7 +362,7 @@ def test_a_forked_child_neither_hangs_nor_writes(mlp: Make, tmp_path: Path, read
             os._exit(0)
         finally:
             os._exit(1)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + WAIT / 2
     while (done := os.waitpid(child, os.WNOHANG)) == (0, 0) and time.monotonic() < deadline:
         time.sleep(0.02)
     if done == (0, 0):
@@ -371,6 +374,15 @@ def test_a_forked_child_neither_hangs_nor_writes(mlp: Make, tmp_path: Path, read
     assert read(tmp_path / "run.zarr")["update"]["step"].values.tolist() == [1]
 
 
+def interrupt_within(function: Callable[..., Any]) -> None:
+    """Interrupt the main thread once it is there."""
+    main = threading.main_thread().ident
+    assert main is not None
+    while not any(frame.f_code is function.__code__ for frame, _ in traceback.walk_stack(sys._current_frames()[main])):
+        time.sleep(0.001)
+    signal.pthread_kill(main, signal.SIGINT)
+
+
 def test_interrupt_while_closing_waits(held: threading.Event, mlp: Make, tmp_path: Path, read: Read) -> None:
     """The run is the worker's until that is done: it keeps its lock, and is written by nobody else."""
     model = mlp()
@@ -379,8 +391,7 @@ def test_interrupt_while_closing_waits(held: threading.Event, mlp: Make, tmp_pat
     recorder = attach(optimizers, model, store, every=1, background=True, on_error="raise")
     train(model, optimizers, recorder, 2, wait=False)
     written = Files(store, "").signature()
-    interrupt = threading.Timer(0.3, signal.pthread_kill, [threading.main_thread().ident, signal.SIGINT])
-    interrupt.start()
+    threading.Thread(target=interrupt_within, args=(Worker.wait,)).start()
     with pytest.raises(KeyboardInterrupt):
         recorder.close()
     assert Files(store, "").signature() == written
@@ -416,10 +427,10 @@ def test_no_fork_falls_into_a_measurement(mlp: Make, tmp_path: Path, monkeypatch
             time.sleep(0.03)
             before = under_way[1]
             child = os.fork()
-            if child == 0:
-                os._exit(under_way[0] - under_way[1])
-            found.append((os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), under_way[1] - before <= 1))
-    assert found == 4 * [(0, True)]
+            if child == 0:  # where all stands as at the fork
+                os._exit(10 * (under_way[1] - before) + under_way[0] - under_way[1])
+            found.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+    assert set(found) <= {0, 10}
     assert under_way == [3, 3]
 
 
