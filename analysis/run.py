@@ -106,7 +106,7 @@ def unread(run: xr.DataTree, group: str) -> xr.Dataset:
     """
     dataset = run[group].to_dataset() if group in run.children else xr.Dataset()
     if not dataset.sizes.get("step"):
-        raise ValueError(f"run: no {group} records; to record them, {_how_to_record(group)}")
+        raise RunError(f"no {group} records; to record them, {_how_to_record(group)}")
     if "matrix" in dataset.dims:
         _expect(dataset, group, OF_MATRICES)
     return dataset
@@ -125,7 +125,7 @@ def whole_records(run: xr.DataTree, group: str) -> xr.Dataset:
 
 def _expect(dataset: xr.Dataset, group: str, names: Sequence[str]) -> None:
     if missing := [name for name in names if name not in dataset.variables]:
-        raise ValueError(f"run: {group}: expected what every recorder writes, {', '.join(names)}; there is no {', '.join(missing)}")
+        raise RunError(f"{group}: expected what every recorder writes, {', '.join(names)}; there is no {', '.join(missing)}")
 
 
 def _texts(values: list[str]) -> NDArray[Any]:
@@ -168,13 +168,13 @@ def recorded(run: xr.DataTree, group: str, *names: str, otherwise: str) -> xr.Da
     """
     dataset = records(run, group)
     if unknown := [name for name in names if name not in dataset]:
-        raise ValueError(f"run: recorded by an earlier version, without {', '.join(unknown)}; to record it, {_how_to_record(group)}")
+        raise RunError(f"recorded by an earlier version, without {', '.join(unknown)}; to record it, {_how_to_record(group)}")
     dataset = dataset[list(names)].load()
     first = dataset[names[0]]
     there = (first.values >= 0) if first.dtype.kind == "i" else np.isfinite(first.values)
     kept = np.flatnonzero(there.reshape(*first.shape[:2], -1).any(axis=(0, 2)))
     if not len(kept):
-        raise ValueError(f"run: {otherwise}")
+        raise RunError(f"{otherwise}")
     return dataset.isel(matrix=kept)
 
 
@@ -188,7 +188,7 @@ def common(*datasets: xr.Dataset) -> list[xr.Dataset]:
     names = [dataset["name"].values.tolist() for dataset in datasets]
     shared = [set(labels[0]).intersection(*labels[1:]) for labels in (steps, names)]
     if not all(shared):
-        raise ValueError("run: the groups this needs were never recorded together; attach with all of them in one measure=(…)")
+        raise RunError("the groups this needs were never recorded together; attach with all of them in one measure=(…)")
     # In the order of the first, whatever order a later record of the run has.
     matrices = [name for name in names[0] if name in shared[1]]
     chosen = []
@@ -212,7 +212,7 @@ def spectra(run: xr.DataTree) -> xr.Dataset:
     """
     geometry = whole_records(run, "geometry")
     if not np.isfinite(geometry["condition_number"].values).any():
-        raise ValueError("run: every recorded NS input is zero or not finite, so there is no spectrum to study; see `diag check`")
+        raise RunError("every recorded NS input is zero or not finite, so there is no spectrum to study; see `diag check`")
     return geometry
 
 
@@ -228,7 +228,7 @@ def orthogonalised(run: xr.DataTree) -> xr.Dataset:
     geometry = spectra(run)
     used = (geometry["ns_schedule"] >= 0).any("step").values
     if not used.any():
-        raise ValueError("run: no optimizer in it orthogonalises (Muon does), so there is no Newton–Schulz residual to study")
+        raise RunError("no optimizer in it orthogonalises (Muon does), so there is no Newton–Schulz residual to study")
     return geometry if used.all() else geometry.isel(matrix=np.flatnonzero(used))
 
 

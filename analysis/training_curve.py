@@ -7,6 +7,8 @@ import numpy as np
 import xarray as xr
 from numpy.typing import ArrayLike, NDArray
 
+from ..diagnostics.store.run_error import RunError
+
 Floats = NDArray[np.float64]
 
 # Under which names trainers log what is wanted, in order of preference; a slash was stored as a dot.
@@ -36,7 +38,7 @@ def training_curve(run: xr.DataTree, time_constant: float | None = None) -> xr.D
     scalars = _scalars(run)
     name = logged_as(scalars, TRAINING_LOSS)
     if name is None:
-        raise ValueError(f"run: no training loss among its scalars ({_listed(scalars)}); log it with recorder.log(loss=…)")
+        raise RunError(f"no training loss among its scalars ({_listed(scalars)}); log it with recorder.log(loss=…)")
     there = scalars.isel(step=np.isfinite(scalars[name].values))
     step = there["step"].values.astype(np.float64)
     constant = max(TIME_CONSTANTS[0], TIME_CONSTANTS[1] * float(step[-1])) if time_constant is None else time_constant
@@ -120,7 +122,7 @@ def stated(run: xr.DataTree) -> Mapping[str, Any]:
 
 def _scalars(run: xr.DataTree) -> xr.Dataset:
     if "scalars" not in run.children or not run["scalars"].sizes.get("step"):
-        raise ValueError("run: no scalars in it, so no loss; log it with recorder.log(loss=…)")
+        raise RunError("no scalars in it, so no loss; log it with recorder.log(loss=…)")
     return run["scalars"].to_dataset().load()
 
 

@@ -1,5 +1,6 @@
 """Attaching to a training: recording its optimizers, and putting schedules into force."""
 
+from ..diagnostics.quantities.problem import NewtonSchulz
 from .acting.adaptive_schedule import AdaptiveSchedule
 from .acting.applying import apply_schedule
 from .acting.rms_guard import RmsAlignment
@@ -10,6 +11,7 @@ from .recorder import Recorder
 __all__ = [
     "Adapter",
     "AdaptiveSchedule",
+    "NewtonSchulz",
     "Orthogonalisation",
     "Reading",
     "Recorder",

@@ -7,6 +7,7 @@ recorded.
 import xarray as xr
 
 from ...diagnostics.finding import SEVERITIES, Finding, worst_first
+from ...diagnostics.store.run_error import RunError
 from . import (
     adam_denominator,
     blocks,
@@ -49,6 +50,6 @@ def check(run: xr.DataTree) -> list[Finding]:
         ValueError: the run has no records.
     """
     if not has_records(run):
-        raise ValueError("run: no records yet; record at least one step")
+        raise RunError("no records yet; record at least one step")
     run = update_size.with_alignment(run)
     return worst_first([finding for rule in RULES for finding in rule(run)])

@@ -13,6 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from ...diagnostics.escape import escaped, shortened
+from ...diagnostics.store.run_error import RunError
 from ...diagnostics.store.whole_file import write_whole
 from .. import STUDIES, THEMES, compare
 from ..describe import describe
@@ -110,7 +111,7 @@ def _ask_all(run: xr.DataTree, progress: Progress) -> tuple[dict[str, dict[str, 
         try:
             answer = ask(run, name)
         except ValueError as error:
-            absent[name] = str(error).removeprefix("run: ")
+            absent[name] = error.reason if isinstance(error, RunError) else str(error)
             continue
         answers[name] = _shown(name, answer)
     return answers, absent

@@ -21,6 +21,7 @@ from ...diagnostics.newton_schulz.spectral_map import gram_residual, ns_map
 from ...diagnostics.schedules.allocation import Allocation, Problem, evaluate, least_mean, problem, uniform
 from ...diagnostics.schedules.deriving import SCHEDULES, STEPS, step_costs
 from ...diagnostics.schedules.refreshing import retained
+from ...diagnostics.store.run_error import RunError
 from ..figures import axes, finish
 from ..run import orthogonalised, residuals_of_records
 from ..scheduling import default_window
@@ -64,7 +65,7 @@ def study(run: xr.DataTree, window: slice | None = None) -> xr.Dataset:
     in_window = residual_curves.study(run, window, (FAMILY,), records=WINDOW_RECORDS)
     operators = [str(o) for o in in_window["operator"].values]
     if len(operators) < 2:
-        raise ValueError(f"run: all orthogonalised matrices are {operators[0]}, so there is nothing to allocate steps between")
+        raise RunError(f"all orthogonalised matrices are {operators[0]}, so there is nothing to allocate steps between")
     known = np.isin(geometry["operator"].values, operators)
     geometry = geometry if known.all() else geometry.isel(matrix=known)
     cost = step_costs(geometry["rows"].values, geometry["cols"].values, [geometry["operator"].values == o for o in operators])

@@ -5,6 +5,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ...diagnostics.store.run_error import RunError
 from ..figures import axes, finish, intervals, operator_palette
 from ..run import operators_of, recorded
 
@@ -47,7 +48,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
         some = np.where(size > 0, size, np.nan)
         result[f"bias_{key}"], result[f"bias_error_{key}"] = ("operator", off / some), ("operator", np.sqrt(square) / some)
     if not any(np.isfinite(result[key].values).any() for key in ESTIMATORS):
-        raise ValueError(f"run: {how}")
+        raise RunError(f"{how}")
     return result
 
 

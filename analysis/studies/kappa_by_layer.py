@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from ...diagnostics.bootstrap import interval, resamples, with_interval
+from ...diagnostics.store.run_error import RunError
 from ..figures import axes, finish
 from ..run import median_by, spectra
 
@@ -35,7 +36,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     layers = sorted({int(layer) for layer in label if layer >= 0})
     known = np.flatnonzero(np.isfinite(geometry["condition_number"].values[:, label >= 0]).any(axis=1))
     if not len(known):
-        raise ValueError("run: no matrix with a spectrum holds a layer index in its name, so there is no depth profile")
+        raise RunError("no matrix with a spectrum holds a layer index in its name, so there is no depth profile")
     geometry = geometry.isel(step=np.unique(known[np.linspace(0, len(known) - 1, SNAPSHOTS).round().astype(int)]))
     quartiles = {
         name: (("step", "layer"), median_by(geometry["condition_number"], label, layers, q))

@@ -11,6 +11,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ...diagnostics.store.run_error import RunError
 from ..by_operator import medians_by
 from ..figures import axes, finish, intervals, operator_palette
 from ..run import common, ns_schedules, operators_of, recorded
@@ -52,7 +53,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     complete = np.logical_and.reduce([np.isfinite(curve) for curve in curves])
     seen = complete.any(axis=(0, 2))
     if not seen.any():
-        raise ValueError("run: no record holds both the exact and the bfloat16 residuals of a matrix; see `diag check`")
+        raise RunError("no record holds both the exact and the bfloat16 residuals of a matrix; see `diag check`")
     count = complete[:, seen].sum(axis=0)
     # (kind and arithmetic, matrix, k), one curve at a time: all of a long run's are large.
     total = np.stack([np.where(complete, curve, 0)[:, seen].sum(axis=0, dtype=np.float64) for curve in curves])

@@ -9,6 +9,7 @@ import xarray as xr
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from ...diagnostics.store.run_error import RunError
 from ..by_operator import median_and_extremes, medians_by
 from ..figures import axes, finish, intervals, operator_lines, operator_palette
 from ..run import betas, median_by, operators_of, recorded
@@ -55,7 +56,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     forms = [*moment.attrs["forms"], ""]
     own = [forms[form] not in NOT_OF_GRADIENTS for form in moment["second_moment_form"].values.max(axis=0)]
     if not any(own):
-        raise ValueError(f"run: {reason}")
+        raise RunError(f"{reason}")
     moment = moment.isel(matrix=np.flatnonzero(own)).drop_attrs()
     operators, label = operators_of(moment), moment["operator"].values
     result = xr.Dataset(coords={"step": moment["step"].values, "operator": operators})

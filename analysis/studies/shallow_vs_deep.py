@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ...diagnostics.bootstrap import interval, resampled, with_interval
 from ...diagnostics.nan_quantile import nan_quantile
+from ...diagnostics.store.run_error import RunError
 from ..figures import FEW, axes, finish, intervals, operator_palette
 from ..run import median_by, operators_of, spectra
 
@@ -51,7 +52,7 @@ def study(run: xr.DataTree, operators: Sequence[str] | None = None) -> xr.Datase
     known = np.asarray(np.isfinite(medians(present)).all(axis=1).any(axis=0))
     comparable = [o for o, both in zip(present, known, strict=True) if both]
     if not comparable:
-        raise ValueError("run: no operator has spectra both in shallow and in deep layers (layers are found by the matrices' names)")
+        raise RunError("no operator has spectra both in shallow and in deep layers (layers are found by the matrices' names)")
     if operators is None:
         overall = [float(np.nanmedian(geometry["condition_number"].values[:, label == o])) for o in comparable]
         operators = list(dict.fromkeys([comparable[int(np.argmax(overall))], comparable[int(np.argmin(overall))]]))

@@ -7,6 +7,7 @@ import xarray as xr
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from ...diagnostics.store.run_error import RunError
 from ..figures import axes, finish, operator_palette
 from ..run import operators_of, records
 
@@ -42,7 +43,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
             found = np.sqrt(several * total) if name.endswith("_error") else total
             result[name] = (("step", "operator"), np.divide(found, weight, out=np.full_like(weight, np.nan), where=weight > 0))
     if not any(np.isfinite(result[kind].values).any() for kind in KINDS):
-        raise ValueError("run: no recorded curvature is finite; see the warnings of recorder.curvature")
+        raise RunError("no recorded curvature is finite; see the warnings of recorder.curvature")
     return result
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from matplotlib.figure import Figure
 
+from ...diagnostics.store.run_error import RunError
 from ..by_operator import by_operator, median_and_extremes
 from ..figures import axes, finish, intervals, operator_lines, operator_palette
 from ..run import betas, common, recorded, records
@@ -44,7 +45,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
     update = recorded(run, "update", *names, otherwise="no weight decay in it is known").drop_attrs()
     decays = (update["weight_decay"].values > 0).any(axis=0)
     if not decays.any():
-        raise ValueError("run: no optimizer in it decays weights (weight_decay is 0 throughout), so there is no decay to study")
+        raise RunError("no optimizer in it decays weights (weight_decay is 0 throughout), so there is no decay to study")
     update = update.isel(matrix=np.flatnonzero(decays))
     rate = update["lr"] * update["weight_decay"]
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -56,7 +57,7 @@ def study(run: xr.DataTree) -> xr.Dataset:
         equilibrium = (update["weight_rms"] / stationary).where(known)
     values = {**_spreads(run, update), "share": share, "equilibrium": equilibrium}
     if not any(np.isfinite(value).any() for value in values.values()):
-        raise ValueError("run: its weight decay is coupled, which is told by the second moment; attach with measure=(…, 'second_moment')")
+        raise RunError("its weight decay is coupled, which is told by the second moment; attach with measure=(…, 'second_moment')")
     result = by_operator(values)
     label, steps = update["operator"].values, update["step"].values
     beta1 = {name: pair[0] for name, pair in betas(run).items()}

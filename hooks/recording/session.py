@@ -11,9 +11,11 @@ from typing import Any, TypeVar
 
 import torch
 from numpy.typing import NDArray
+from torch import nn
 from torch._C import _set_grad_enabled
 from torch.utils.hooks import RemovableHandle
 
+from ...diagnostics.operators import OperatorRule
 from ...diagnostics.store.writer import Writer
 from ..observing.matrices import Names
 from ..observing.matrix import Matrix
@@ -102,13 +104,13 @@ class Session:
         return self.journal.raise_errors
 
     @property
-    def model(self) -> Any:
+    def model(self) -> nn.Module | None:
         """The model that names come from; None where there is none."""
         return self._names.model
 
     @property
-    def operators(self) -> Any:
-        """The user's own naming of operators."""
+    def operators(self) -> OperatorRule | None:
+        """The user's own naming of operators; None where there is none."""
         return self._names.rule
 
     @property
@@ -226,7 +228,7 @@ class Session:
             self.include_new_parameters()
 
     def extra_layout(self, groups: Sequence[str]) -> Layout:
-        """A layout of groups of its own beside those that records hold, once :meth:`settle` was called."""
+        """A layout of groups of its own beside those that records hold; :meth:`append` takes their rows."""
         self._extra.append(Layout(self._writer, groups))
         return self._extra[-1]
 
