@@ -532,7 +532,7 @@ def test_a_scheduler_of_fewer_groups_is_refused_with_all_as_it_was() -> None:
     whole = LambdaLR(optimizer, lambda step: 1.0)
     before = list(optimizer.param_groups)
     with pytest.raises(
-        ValueError, match=r"^lr_schedulers: LambdaLR holds 1 `\w+` and the optimizer 2 parameter groups; build it behind the last"
+        ValueError, match=r"^lr_schedulers: LambdaLR holds 1 `\w+` and the optimizer 2 parameter groups; build it after the last"
     ):
         apply_schedule(optimizer, UNEQUAL, model, lr_schedulers=[whole, short])
     assert optimizer.param_groups == before
