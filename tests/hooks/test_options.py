@@ -3,7 +3,9 @@
 import dataclasses
 import inspect
 import json
+import logging
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -57,6 +59,18 @@ def test_diag_run_takes_every_option() -> None:
     assert options_of(None, None, (), (), None, (), False) == {}
 
 
+@pytest.fixture
+def loggers_as_they_were() -> Iterator[None]:
+    """What `diag run` sets on loggers is for a process of its own; this one goes on to other tests."""
+    loggers = [logging.getLogger(name) for name in ("optiscope", "zarr", "numcodecs", "filelock", "asyncio")]
+    before = [(logger, logger.level, logger.propagate, list(logger.handlers)) for logger in loggers]
+    yield
+    for logger, level, propagate, handlers in before:
+        logger.setLevel(level)
+        logger.propagate, logger.handlers = propagate, handlers
+
+
+@pytest.mark.usefixtures("loggers_as_they_were")
 def test_what_is_typed_arrives_at_the_recorder(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "names.txt").write_text("# ours\nmixer$=attn_o\n\n(?=a)=other\n")
     (tmp_path / "names.json").write_text(json.dumps({r"\.p$": "mlp_up", "mixer$": "never"}))
