@@ -95,8 +95,9 @@ def test_the_schedule_is_what_ran(second):
 
 def test_what_was_predicted_is_achieved_by_torchs_own_steps(first):
     geometry = orthogonalised(first[2])
-    # Predicted in float64; torch iterates in bfloat16, and O is read back from float32 weights. Measured: 1.9 % at most.
-    np.testing.assert_allclose(geometry["ns_residual_achieved"], own_residual(geometry), rtol=0.03)
+    # Predicted in float64; torch iterates in bfloat16, and O is read back from float32 weights. Measured: 1.9 % at most,
+    # 3.01 % where the processor multiplies bfloat16 matrices itself (AMX): it rounds in other places.
+    np.testing.assert_allclose(geometry["ns_residual_achieved"], own_residual(geometry), rtol=0.04)
 
 
 def test_what_was_predicted_is_achieved_by_the_schedule(second):
