@@ -32,11 +32,12 @@ ROOMS = {
     },
     "hooks": {
         "adapters": set(),
-        "observing": {"adapters"},
-        "recording": {"adapters", "observing"},
-        "curvature": {"adapters", "observing", "recording"},
-        "acting": {"adapters", "curvature", "observing", "recording"},
-        "trainers": {"adapters", "curvature", "observing", "recording"},
+        "watching": {"adapters"},
+        "observing": {"adapters", "watching"},
+        "recording": {"adapters", "observing", "watching"},
+        "curvature": {"adapters", "observing", "recording", "watching"},
+        "acting": {"adapters", "curvature", "observing", "recording", "watching"},
+        "trainers": {"adapters", "curvature", "observing", "recording", "watching"},
     },
     "analysis": {"studies": set(), "findings": {"studies"}, "report": {"findings", "studies"}},
 }

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
-from ..adapters import Reading, number, state_of
+from ..adapters import Reading, number, parameter_state
 from ..observing.watched import Watched, steps_under_way
 
 
@@ -95,7 +95,9 @@ class LearningRateFactors:
         """The setting that is the λ of a decay W(1 − ηλ); None where decay is coupled, independent of η, not known, or none."""
         key = next((key for key in ("weight_decay", "wd") if number(group.get(key)) > 0), None)
         parameter = group["params"][0]
-        reading = Reading(self._watched.optimizer, parameter, parameter.detach(), group, state_of(self._watched.optimizer, parameter))
+        reading = Reading(
+            self._watched.optimizer, parameter, parameter.detach(), group, parameter_state(self._watched.optimizer, parameter)
+        )
         if key is None or not isfinite(decoupled := self._watched.adapter(group).decoupled_decay(reading)):
             return None
         return key if decoupled == number(group[key]) else None

@@ -12,6 +12,7 @@ from .adapter import (
     entry,
     group_setting,
     number,
+    parameter_state,
     second_moment,
     state_of,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "entry",
     "group_setting",
     "number",
+    "parameter_state",
     "register_adapter",
     "row_of",
     "second_moment",

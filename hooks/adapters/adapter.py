@@ -10,6 +10,7 @@ from torch import Tensor
 from ...diagnostics.catalogue import SECOND_MOMENT_FORMS
 from ...diagnostics.quantities.problem import NewtonSchulz
 from .kronecker import Kronecker
+from .stacked_state import stacked_state
 
 Group: TypeAlias = Mapping[str, Any]  # a parameter group
 State: TypeAlias = Mapping[str, Any]  # the optimizer's state of one parameter; empty before its first step
@@ -46,6 +47,15 @@ def state_of(optimizer: Any, parameter: Tensor) -> State:
     states = optimizer.state
     state = states.get(parameter) if isinstance(states, Mapping) else None
     return state if isinstance(state, Mapping) else {}
+
+
+def parameter_state(optimizer: Any, parameter: Tensor) -> State:
+    """The same, with the parameter's parts of what is kept for its whole group in one tensor."""
+    own = state_of(optimizer, parameter)
+    if any(isinstance(value, Tensor) and value.shape == parameter.shape for value in own.values()):
+        return own
+    stacked = stacked_state(optimizer, parameter)
+    return {**own, **stacked} if stacked else own
 
 
 Reader: TypeAlias = Callable[[Reading], Tensor | None]

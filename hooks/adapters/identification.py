@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from .adapter import Adapter, state_of
+from .adapter import Adapter, parameter_state
 from .likeness import Probe, first_moment_likeness, second_moment_likeness
 from .names import (
     Path,
@@ -88,7 +88,7 @@ class Identification:
         return conclude([(probe, self._tensors(probe.parameter)) for probe in ready])
 
     def _tensors(self, parameter: Tensor) -> dict[Path, Tensor]:
-        return tensors_in(state_of(self._optimizer, parameter))
+        return tensors_in(parameter_state(self._optimizer, parameter))
 
     def _not_zero(self, parameter: Tensor) -> frozenset[Path]:
         return frozenset(path for path, tensor in self._tensors(parameter).items() if is_plain(tensor) and bool(tensor.any()))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...diagnostics.quantities.observation import Gradient, Observation
 from ...diagnostics.quantities.rotation import Rotation
-from ..adapters import Adapter, Averages, Reader, Reading, number, state_of
+from ..adapters import Adapter, Averages, Reader, Reading, number, parameter_state
 from ..adapters.names import tensors_in
 from ..guard import KeptOut
 from .accelerator import SideStream, to_host
@@ -90,7 +90,7 @@ class Snapshot:
         reading, parameter = self.reading, self.reading.parameter.detach()
         if not self.gradient_seen or parameter.shape != reading.weight.shape or any(not m.fits(parameter) for m in self.matrices):
             return []
-        reading.state = state_of(reading.optimizer, reading.parameter)
+        reading.state = parameter_state(reading.optimizer, reading.parameter)
         momentum = self._read_matrix("momentum", self.adapter.momentum)
         step = self._step(momentum)
         tensors = _Tensors(

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..adapters import Adapter, Group, Reading, adapter_for, row_of, state_of
+from ..adapters import Adapter, Group, Reading, adapter_for, parameter_state, row_of
 from ..adapters.identification import BY_NAMES, Identification
 from ..guard import KeptOut
+from ..watching.description import facts, read_by, spectrum_of
+from ..watching.watching import Watching
 from .copies import Copies, Memory
 from .left_out import LEFT_OUT
 from .matrix import Matrix
@@ -80,6 +82,7 @@ class Watched:
         self.matrices: list[Matrix] = []
         self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
         self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
+        self.watching = None if self.in_table else Watching(self.optimizer)
         self.steps = 0
         self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
         self.longest_pause = 0  # in steps of the whole training, between two of its own
@@ -129,6 +132,32 @@ class Watched:
             self.found = found
         return found is not None
 
+    def watch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Watch the coming step of an unknown class on a copy, and read what was snapshotted as that shows it."""
+        if self.watching is None:
+            return
+        self.watching.watch(args[1:], kwargs)
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
+        for snapshot in self.snapshots:
+            parameter = snapshot.reading.parameter
+            snapshot.adapter = self.watching.adapter(snapshot.adapter, group_of[id(parameter)], parameter)
+
+    def compare_watched(self) -> None:
+        """After the step: read those parameters as if nothing had been found of which the copy took another step."""
+        if self.watching is not None and len(self.layers) == 1:  # a wrapper does more than the step that was watched
+            others = self.watching.compare()
+            for snapshot in self.snapshots:
+                if id(snapshot.reading.parameter) in others:
+                    snapshot.adapter = self.found
+
+    def reading_of(self, group: Group) -> tuple[str, str, dict[str, Any]]:
+        """How a group is read, what its spectra are of, and what was found by watching, for the run."""
+        adapter = self.adapter(group)
+        if self.watching is None:
+            return adapter.read_by, adapter.spectrum_of, {}
+        found = self.watching.of(group)
+        return read_by(found, adapter.read_by), spectrum_of(found, adapter.spectrum_of), facts(found)
+
     # A class whose `step` calls that of its base runs the hooks twice, and so does a wrapper, the inner call within the outer.
 
     def enter(self) -> bool:
@@ -176,7 +205,7 @@ class Watched:
             group = group_of[id(parameter)]
             copies = None if memory is None else Copies(memory)
             weight = parameter.detach().clone() if copies is None else copies.of(parameter)
-            reading = Reading(self.optimizer, parameter, weight, dict(group), state_of(self.optimizer, parameter))
+            reading = Reading(self.optimizer, parameter, weight, dict(group), parameter_state(self.optimizer, parameter))
             self.snapshots.append(
                 Snapshot(
                     matrices, adapters[id(group)], reading, "gradient" in groups, "geometry" in groups, copies,
@@ -242,7 +271,8 @@ class Watched:
 
     def let_go(self) -> None:
         """Drop all copies of weights and gradients, and the parameters."""
-        self.snapshots, self.matrices, self.changed, self.identification, self._weights_left = [], [], {}, None, {}
+        self.snapshots, self.matrices, self.changed, self._weights_left = [], [], {}, {}
+        self.identification = self.watching = None
 
     def note_skip(self) -> None:
         """Add this step to the skipped ones if the scaler found infinities, without waiting for the accelerator."""

@@ -124,7 +124,7 @@ class Journal:
         if entry is None:
             self.optimizers.append(optimizer)
         else:
-            entry.update({key: optimizer[key] for key in ("read_by", "spectrum_of")})
+            entry.update({key: optimizer[key] for key in ("read_by", "spectrum_of", "watched") if key in optimizer})
 
     @property
     def schedules(self) -> list[dict[str, Any]]:

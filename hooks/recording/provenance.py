@@ -25,13 +25,14 @@ def _versions() -> dict[str, str]:
 
 def describe_optimizer(watched: Watched) -> dict[str, Any]:
     """Label and class of an optimizer, what wraps it, how each of its groups is read and what their settings are."""
-    adapters = [watched.adapter(group) for group in watched.optimizer.param_groups]
+    read_by, spectrum_of, seen = zip(*map(watched.reading_of, watched.optimizer.param_groups), strict=True)
     return {
         "label": watched.label,
         "class": class_name(type(watched.optimizer)),
         "wrapped_by": [class_name(type(layer)) for layer in watched.layers[:-1]],
-        "read_by": [adapter.read_by for adapter in adapters],
-        "spectrum_of": [adapter.spectrum_of for adapter in adapters],
+        "read_by": list(read_by),
+        "spectrum_of": list(spectrum_of),
+        **({"watched": list(seen)} if any(seen) else {}),
         "groups": [
             {storable(str(key)): _plain(value) for key, value in group.items() if key != "params"}
             for group in watched.optimizer.param_groups

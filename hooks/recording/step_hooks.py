@@ -104,13 +104,16 @@ class _StepHooks:
 
     def _await_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See the gradients now, or when the closure that the step was given has made them."""
-        given = observed(functools.partial(self._session.guarded, self._see_gradients), args, kwargs)
+        see = functools.partial(self._session.guarded, self._see_gradients, args, kwargs)
+        given = observed(see, args, kwargs)
         if given is None:
-            self._see_gradients()
+            self._see_gradients(args, kwargs)
         return given
 
-    def _see_gradients(self) -> None:
+    def _see_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watched = self._watched
+        if watched.snapshots:
+            self._session.guarded(watched.watch_step, args, kwargs)
         for snapshot in watched.snapshots:
             self._session.guarded(self._see_gradient, snapshot, getattr(watched.optimizer, "grad_scale", None))
         if watched.identification is not None:
@@ -122,9 +125,12 @@ class _StepHooks:
 
     def _observe(self) -> None:
         session, watched = self._session, self._watched
+        session.guarded(watched.compare_watched)
         snapshots, watched.snapshots = watched.snapshots, []
         if session.take_off_skipped(watched):
             return  # the scaler skipped this step; the record waits for the next
         readings = Readings(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
         readings.read(snapshots, session.journal, session.step)
+        if watched.watching is not None and watched.watching.learned():
+            session.describe(watched)
         session.under_way.add(watched.label, readings, session.step)

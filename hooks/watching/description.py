@@ -1,0 +1,69 @@
+"""What was found by watching a group's steps, as facts for the run and in words."""
+
+from collections import Counter
+from math import isnan
+from typing import Any
+
+from .iterated import Iterated
+from .watching import OfGroup
+
+_PARTS = {"whole": "", "slice": ", slice by slice", "rows": ", in {} blocks of rows", "columns": ", in {} blocks of columns"}
+_THEN = {
+    "scale": "",
+    "rows": ", then a factor for every row",
+    "columns": ", then a factor for every column",
+    "elements": ", then more than a factor",
+}
+
+
+def facts(found: OfGroup) -> dict[str, Any]:
+    """What has been found, with how well it fits; empty before a step was watched.
+
+    `iterations`: every kind that was seen, with how many matrices it is run on. `unexplained`: the most that a polynomial step leaves of an iterate,
+    relative. `difference`: of the copy's step from the optimizer's own.
+    """
+    if found.failed:
+        return {"failed": found.failed[-1]}
+    if not found.found:
+        return {"iterations": [], "matrices": found.matrices} if found.without else {}
+    kinds = Counter(map(_kind, found.found.values()))
+    names = ("coefficients", "dtype", "part", "parts", "then", "decay")
+    return {
+        "iterations": [{"count": count, **dict(zip(names, kind, strict=True))} for kind, count in kinds.most_common()],
+        "matrices": found.matrices,
+        "inputs": dict(found.inputs),
+        "by_rule": found.rule is not None,
+        "unexplained": max(one.unexplained for one in found.found.values()),
+        "difference": None if isnan(found.difference) else found.difference,
+    }
+
+
+def _kind(one: Iterated) -> tuple[Any, ...]:
+    decay = "cautious" if one.cautious else "decoupled" if one.decay else "none seen"
+    return one.coefficients, str(one.dtype).removeprefix("torch."), one.part, one.parts, one.factor, decay
+
+
+def spectrum_of(found: OfGroup, otherwise: str) -> str:
+    """What the spectra of a group's matrices are of; `otherwise` is what those are of that no iteration was found for."""
+    if found.failed:
+        return f"{otherwise}; its step could not be watched ({found.failed[-1]})"
+    if not found.found:
+        return f"{otherwise}; no Newton–Schulz iteration in a step that was watched" if found.without else otherwise
+    whole = [one for one in found.found.values() if one.part in ("whole", "slice")]
+    texts = []
+    if whole:
+        inputs = ", ".join(text for text, _ in found.inputs.most_common(3))
+        texts.append(f"exact NS input of {len(whole)} of {found.matrices} matrices: {inputs or 'not read any more'}")
+    kinds = Counter(map(_kind, found.found.values())).most_common(3)
+    texts.append(
+        "found by watching a step: "
+        + "; ".join(f"{len(c)} steps in {dtype}{_PARTS[part].format(parts)}{_THEN[then]}" for (c, dtype, part, parts, then, _), _ in kinds)
+    )
+    if len(whole) < found.matrices:
+        texts.append(f"of the other {found.matrices - len(whole)}: {otherwise}")
+    return "; ".join(texts)
+
+
+def read_by(found: OfGroup, otherwise: str) -> str:
+    """How a group is read."""
+    return f"watching a step, {otherwise}" if found.found else otherwise

@@ -1,0 +1,95 @@
+"""One step of an optimizer, watched on a copy: which of its parameters an iteration orthogonalises, what that is given and what follows it."""
+
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .iterations import Chain, Iterations, find_output
+from .matching import Match, match
+from .ns_input import Given, given_to
+from .trace import Seen, Trace, Tracing
+from .twin import Twin, nothing_drawn_or_compiled
+
+
+@dataclass(frozen=True)
+class WatchedStep:
+    """What was seen of one step of one parameter group.
+
+    Attributes:
+        matches: every iterated matrix and what it moved.
+        given: what each was given, None where that was not found; in the same order.
+        chains: all iterations that were seen, those whose output moves nothing included.
+        trace: all matrices that were made, and copies of what the iterations were given.
+        twin: the copy after the step.
+    """
+
+    matches: tuple[Match, ...]
+    given: tuple[Given | None, ...]
+    chains: tuple[Chain, ...]
+    trace: Trace
+    twin: Twin
+
+    def input_of(self, i: int) -> Tensor | None:
+        """The whole matrix that the iteration of the i-th match was given, in the parameter's orientation."""
+        given, found = self.given[i], self.matches[i]
+        captured = None if given is None else self.trace.captured.get(given.at)
+        if given is None or captured is None:
+            return None
+        matrix = captured.reshape(-1, *captured.shape[-2:])[given.row]
+        return matrix.mT if given.transposed != found.transposed else matrix
+
+
+def watch_step(
+    optimizer: Any,
+    group: Mapping[str, Any],
+    parameters: Sequence[Tensor],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+) -> WatchedStep:
+    """Watch the coming step of some parameters of a group on a copy; nothing of the optimizer or the training changes.
+
+    The step is run once to find the iterations, and once more to copy what they were given.
+
+    Raises:
+        Exception: whatever keeps the optimizer from being copied or the copy from being stepped.
+    """
+    wanted: frozenset[tuple[int, int]] = frozenset()
+    while True:
+        twin, iterations, trace = _run(optimizer, group, parameters, args, kwargs, wanted)
+        for chain in iterations.chains:
+            find_output(chain, islice(trace.seen, bisect(trace.seen, chain.ended, key=_number), None), trace.scalars)
+        before = {id(p): p.detach() for p in parameters}
+        after = {key: p.detach() for key, p in twin.parameters.items()}
+        matches = match(iterations.chains, before, after)
+        given = [given_to(found.chain, found.row, trace.seen) for found in matches]
+        asked = frozenset(one.at for one in given if one is not None)
+        if asked <= trace.captured.keys():
+            return WatchedStep(tuple(matches), tuple(given), tuple(iterations.chains), trace, twin)
+        if wanted:
+            raise RuntimeError("two runs of the same step of a copy differ")
+        wanted = asked
+
+
+def _number(seen: Seen) -> int:
+    return seen.at[0]
+
+
+def _run(
+    optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None,
+    capture: frozenset[tuple[int, int]],
+) -> tuple[Twin, Iterations, Trace]:  # fmt: skip
+    with nothing_drawn_or_compiled([p.device for p in parameters]), torch.no_grad():
+        twin = Twin(optimizer, group, parameters)
+        tracing = Tracing(twin.tensors, capture)
+        iterations = Iterations(tracing.trace.scalars)
+        tracing.tell_gram = iterations.see
+        for i, tensor in enumerate(twin.tensors):
+            tracing.see((-1, i), tensor)
+        with tracing:
+            twin.step(args, kwargs)
+    return twin, iterations, tracing.trace
