@@ -17,6 +17,7 @@ from . import (
     orthogonalisation,
     recording,
     steps_by_operator,
+    unread_iteration,
     unread_muon,
     update_size,
 )
@@ -30,6 +31,7 @@ _SUBJECTS = (
     momentum,
     update_size,
     unread_muon,
+    unread_iteration,
     history,
     adam_denominator,
     blocks,

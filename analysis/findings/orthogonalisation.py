@@ -20,21 +20,30 @@ def single_row(run: xr.DataTree) -> Iterator[Finding]:
     geometry = group(run, "geometry")
     single = np.minimum(geometry["rows"].values, geometry["cols"].values) == 1
     if single.any():
+        orthogonal = single & (geometry["ns_schedule"].values >= 0).any(axis=0)
         yield Finding(
             "single_row", "info", f"{count(single)} with a single row or column: one singular value, κ = 1 by definition.",
-            "Leave them to AdamW; orthogonalising a vector only normalises it.", names(geometry, single),
+            "Leave them to AdamW; orthogonalising a vector only normalises it." if orthogonal.any() else "Nothing; pass over their κ.",
+            names(geometry, single),
         )  # fmt: skip
 
 
 def zero_input(run: xr.DataTree) -> Iterator[Finding]:
-    """An NS input of norm zero."""
+    """An NS input of norm zero: a note where it is so in the first record alone, as after a projection that starts at zero."""
     geometry = group(run, "geometry")
     zeros = geometry["fro_norm"].values == 0
-    if zeros.any():
-        zero = zeros.any(axis=0)
+    at_first = zeros.any(axis=0) & ~zeros[1:].any(axis=0) if len(zeros) > 1 else np.zeros(zeros.shape[1:], bool)
+    later = zeros.any(axis=0) & ~at_first
+    if later.any():
         yield Finding(
-            "zero_input", "warning", f"The NS input (or momentum) of {count(zero)} was all zeros in some record; it has no spectrum.",
-            "Check that these matrices receive gradients.", names(geometry, zero), {"records": zeros.sum()},
+            "zero_input", "warning", f"The NS input (or momentum) of {count(later)} was all zeros in some record; it has no spectrum.",
+            "Check that these matrices receive gradients.", names(geometry, later), {"records": zeros[:, later].sum()},
+        )  # fmt: skip
+    if at_first.any():
+        yield Finding(
+            "zero_input", "info", f"The NS input (or momentum) of {count(at_first)} was all zeros in the first record alone.",
+            "Nothing; a projection that starts at zero lets no gradient through to what is before it.", names(geometry, at_first),
+            {"records": int(at_first.sum())},
         )  # fmt: skip
 
 

@@ -39,7 +39,9 @@ def own_muons(run: xr.DataTree) -> Iterator[Finding]:
         label, read_by = str(entry.get("label")), entry.get("read_by", ())
         own = update["optimizer"].values == label
         orthogonal = (geometry["ns_schedule"].values >= 0).any(axis=0) & (geometry["optimizer"].values == label)
-        if "muon" not in label.lower() or "table" in read_by or not own.any() or orthogonal.any():
+        # What was seen by watching is what the class does; whether it is what was meant only an adapter says.
+        watched = any(one.get("iterations") for one in entry.get("watched", ()))
+        if "muon" not in label.lower() or "table" in read_by or not own.any() or (orthogonal.any() and not watched):
             continue
         mine = update.isel(matrix=np.flatnonzero(own))
         with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,6 +1,7 @@
 """Whether updates have the size they are meant to have."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import xarray as xr
@@ -112,14 +113,21 @@ def not_matched(run: xr.DataTree) -> Iterator[Finding]:
             yield Finding(
                 "shared_learning_rate", "warning",
                 f"{text}yet it is given the learning rate of {shared[0]}: its matrices learn {size:.2f} times as fast as meant there.",
-                "Scale its updates by 0.2·√max(rows, cols) (adjust_lr_fn='match_rms_adamw'), or give it a learning rate of its own.",
+                f"Scale its updates by 0.2·√max(rows, cols){_adjusted(run, optimizer)}, or give it a learning rate of its own.",
                 names(study, own), {"to_adamw": size},
             )  # fmt: skip
         else:
             yield Finding(
                 "rms_not_matched", "info", f"{text}so its learning rate is on another scale.",
-                "To share a learning rate with AdamW, use adjust_lr_fn='match_rms_adamw'.", numbers={"to_adamw": size},
+                f"To share a learning rate with AdamW, scale its updates by 0.2·√max(rows, cols){_adjusted(run, optimizer)}.",
+                numbers={"to_adamw": size},
             )  # fmt: skip
+
+
+def _adjusted(run: xr.DataTree, optimizer: str) -> str:
+    """The argument that does so, where the optimizer's class has it."""
+    entry: dict[str, Any] = next((one for one in run.attrs.get("optimizers", ()) if one.get("label") == optimizer), {})
+    return " (adjust_lr_fn='match_rms_adamw')" if any("adjust_lr_fn" in settings for settings in entry.get("groups", ())) else ""
 
 
 def _same_rate(update: xr.Dataset, one: str, other: str) -> bool:

@@ -45,6 +45,7 @@ def check_attributes(attributes: Mapping[str, Any]) -> None:
             texts = optimizer.get(name, [])
             if not isinstance(texts, (str, list)) or not all(isinstance(text, str) for text in texts):
                 _refuse(f"expected {name} of an optimizer to be texts, got {texts!r:.60}")
+        _check_watched(optimizer.get("watched", []))
     for optimizer in (one for entry in (attributes, *attributes.get("continued", [])) for one in entry.get("optimizers", [])):
         if type(count := optimizer.get("own_steps", 0)) is not int or count < 0:
             _refuse(f"expected own_steps of an optimizer to be a count, got {count!r:.60}")
@@ -54,6 +55,17 @@ def check_attributes(attributes: Mapping[str, Any]) -> None:
     for name in ("versions", "about", "chunks"):
         if not isinstance(attributes.get(name, {}), dict):
             _refuse(f"expected {name} to be an object, got {attributes[name]!r:.60}")
+
+
+def _check_watched(groups: Any) -> None:
+    """What was found by watching a step: per parameter group nothing, why it could not be watched, or the iterations."""
+    whole = isinstance(groups, list) and all(isinstance(group, dict) and isinstance(group.get("failed", ""), str) for group in groups)
+    iterations = [group.get("iterations", []) for group in groups] if whole else [None]
+    for of_group in iterations:
+        if not isinstance(of_group, list) or not all(
+            isinstance(one, dict) and type(one.get("parts")) is int and isinstance(one.get("part"), str) for one in of_group
+        ):
+            _refuse(f"expected watched of an optimizer to tell iterations, got {groups!r:.60}")
 
 
 def check_schedules(path: str, schedules: Any) -> None:

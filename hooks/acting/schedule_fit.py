@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from ...diagnostics.escape import escaped, shortened
 from ...diagnostics.schedules.schedule_file import Schedule
 from ..adapters import Group, adapter_for, class_name
-from .own_coefficients import own_coefficients
+from ..adapters.own_coefficients import own_coefficients
 from .schedule_fields import ScheduleFields
 
 log = logging.getLogger("optiscope")

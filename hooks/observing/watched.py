@@ -156,7 +156,7 @@ class Watched:
         if self.watching is None:
             return adapter.read_by, adapter.spectrum_of, {}
         found = self.watching.of(group)
-        return read_by(found, adapter.read_by), spectrum_of(found, adapter.spectrum_of), facts(found)
+        return read_by(found, adapter.read_by), spectrum_of(found, adapter.spectrum_of), facts(found, self.optimizer, group)
 
     # A class whose `step` calls that of its base runs the hooks twice, and so does a wrapper, the inner call within the outer.
 

@@ -4,6 +4,8 @@ from collections import Counter
 from math import isnan
 from typing import Any
 
+from ..adapters import Group
+from ..adapters.own_coefficients import own_coefficients
 from .iterated import Iterated
 from .watching import OfGroup
 
@@ -16,14 +18,16 @@ _THEN = {
 }
 
 
-def facts(found: OfGroup) -> dict[str, Any]:
+def facts(found: OfGroup, optimizer: object, group: Group) -> dict[str, Any]:
     """What has been found, with how well it fits; empty before a step was watched.
 
     `iterations`: every kind that was seen, with how many matrices it is run on. `unexplained`: the most that a polynomial step leaves of an iterate,
-    relative. `difference`: of the copy's step from the optimizer's own.
+    relative. `difference`: of the copy's step from the optimizer's own. `failed`: why no copy could be stepped; `holds_coefficients`: whether the class
+    refers to such coefficients all the same.
     """
     if found.failed:
-        return {"failed": found.failed[-1]}
+        own = own_coefficients(optimizer, group)
+        return {"failed": found.failed[-1], "holds_coefficients": own.one_triple or bool(own.lists)}
     if not found.found:
         return {"iterations": [], "matrices": found.matrices} if found.without else {}
     kinds = Counter(map(_kind, found.found.values()))

@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import isclose, nan
+from math import isclose, log10, nan
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from .matching import Factor, Match, Part
 from .watched_step import WatchedStep
 
 _NORMALISED = 6e-3  # distance of ‖X₀‖_F from 1 that rounding to bfloat16 makes
+_UNDER_EPS = 0.5  # norms of X₀ under this are those of an input that its eps is larger than
+_START_STEP = log10(1.01) / 2  # of ‖X₀‖_F, so that records of one rule have one list of coefficients
 _SAME_SCALE = 0.02  # relative distance of the scales of two slices that are one
 
 
@@ -68,16 +70,18 @@ def _of_one(seen: WatchedStep, indices: Sequence[int], parameter: Tensor, lr: fl
     scales = [m.scale for m in matches]
     one_scale = factor == "scale" and all(isclose(scale, scales[0], rel_tol=_SAME_SCALE) for scale in scales)
     scale = sum(scales) / len(scales) if one_scale else nan
+    ns_input = _input(seen, indices, parameter)
+    before_normalising = all(given is not None and given.exact for given in (seen.given[i] for i in indices))
     start = float(first.chain.start_norms[first.row])
     coefficients = tuple(first.chain.triples)
     return Iterated(
         part=first.piece.part,
         parts=len(matches),
         coefficients=coefficients,
-        newton_schulz=NewtonSchulz(_from_norm(coefficients, start), 0.0),
+        newton_schulz=_newton_schulz(coefficients, start, ns_input, first.piece.part == "slice"),
         dtype=first.chain.dtype,
-        ns_input=_input(seen, indices, parameter),
-        before_normalising=all(given is not None and given.exact for given in (seen.given[i] for i in indices)),
+        ns_input=ns_input,
+        before_normalising=before_normalising,
         factor=factor,
         scale=scale,
         per_lr=scale / lr if lr else nan,
@@ -97,9 +101,17 @@ def _input(seen: WatchedStep, indices: Sequence[int], parameter: Tensor) -> Tens
     return torch.stack([one for one in inputs if one is not None]).reshape(parameter.shape)
 
 
-def _from_norm(coefficients: Coefficients, start: float) -> Coefficients:
-    """The triples from X₀ of norm 1, where that of the optimizer has another (a margin for the spectral norm): p(fx) of the first."""
-    if abs(start - 1) <= _NORMALISED or not coefficients:
-        return coefficients
+def _newton_schulz(coefficients: Coefficients, start: float, ns_input: Tensor | None, first_slice: bool) -> NewtonSchulz:
+    """The iteration from the input on, or from its first slice, ‖X₀‖_F being `start`.
+
+    A norm far under 1 is that of an input under the eps it was divided by. Another one than 1 is a margin, for the spectral norm: p(f·x) in the place of the
+    first p(x).
+    """
+    if not coefficients or abs(start - 1) <= _NORMALISED:
+        return NewtonSchulz(coefficients, 0.0)
+    if start < _UNDER_EPS and ns_input is not None:
+        norm = float((ns_input[0] if first_slice else ns_input).float().norm())
+        return NewtonSchulz(coefficients, float(f"{norm / start:.2g}"))
+    start = 10 ** (round(log10(start) / _START_STEP) * _START_STEP)
     a, b, c = coefficients[0]
-    return ((a * start, b * start**3, c * start**5), *coefficients[1:])
+    return NewtonSchulz(((a * start, b * start**3, c * start**5), *coefficients[1:]), 0.0)

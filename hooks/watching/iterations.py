@@ -14,8 +14,8 @@ Triple: TypeAlias = tuple[float, float, float]
 
 _LINKED = 0.08  # of an iterate that a polynomial of the one before may leave unexplained: bfloat16 leaves 0.01 to 0.03
 _COMPLETE = 0.02  # share of the smaller coefficient in the larger, of a step that is one: parts of it (aX, bAX) are none
-# Standard errors, and relative distance, within which a coefficient is a number that was handed in: rounding to bfloat16 is no independent noise.
-_ERRORS, _NEAR, _NEAR_COARSE = 10.0, 2e-3, 2e-2
+# Errors, and relative distance, within which a coefficient is a number that was handed in, and the least of such numbers.
+_ERRORS, _NEAR, _NEAR_COARSE, _LEAST = 2.0, 2e-3, 2e-2, 1e-3
 _LOOKED_AT = 48  # matrices of an iterate's shape that are looked at for its output
 _LEAST_RANK = 5  # any odd function of fewer singular values than a polynomial has coefficients is one
 
@@ -107,15 +107,24 @@ def fit(columns: Tensor, y: Tensor, handed: Collection[float] = (), dtype: torch
         if not handed:
             known += found.tolist()
             break
-        error = unexplained / columns[..., 0].numel() ** 0.5 * float(inverse[0].norm()) / float(scale[0])
-        estimate = float(found[0])
-        near = min(handed, key=lambda value: min(abs(value - estimate), abs(-value - estimate)))
-        near = -near if abs(-near - estimate) < abs(near - estimate) else near
-        known.append(near if abs(near - estimate) <= max(_ERRORS * error, near_enough * abs(near)) else estimate)
-        v -= m[:, left * -1] * known[-1] if left else 0.0
+        error = unexplained * float(inverse[0].norm()) / float(scale[0])  # at worst: rounding is no independent noise
+        known.append(_settled(float(found[0]), error, [value for value in handed if abs(value) not in map(abs, known)], near_enough))
+        v -= m[:, -left] * known[-1]
     a, b, c = (*known, 0.0)[:3]
     solution = torch.tensor(known, dtype=r.dtype, device=r.device)
     return (a, b, c), float((r[:, :-1] @ solution - r[:, -1]).norm()) / size
+
+
+def _settled(estimate: float, error: float, handed: Iterable[float], near_enough: float) -> float:
+    """The estimate, or what was handed in that it may be: the nearest, as it was handed or else negated; the first, where nothing is told of it."""
+    values = [value for value in handed if abs(value) > _LEAST]
+    if error > abs(estimate) / _ERRORS:
+        return next((value for value in values if abs(value - estimate) <= _ERRORS * error), 0.0 if error > abs(estimate) else estimate)
+    for signed in (values, [-value for value in values]):
+        near = [value for value in signed if abs(value - estimate) <= max(_ERRORS * error, near_enough * abs(value))]
+        if near:
+            return min(near, key=lambda value: abs(value - estimate))
+    return estimate
 
 
 class Iterations:
@@ -128,7 +137,7 @@ class Iterations:
 
     def _whole_fit(self, chain: Chain, x: Tensor, number: int) -> tuple[Triple, float]:
         full = torch.stack([part.reshape(-1) for part in powers(chain.last)], -1)
-        handed = {value for at in range(chain.ended, number) for value in self._scalars[at]}
+        handed = dict.fromkeys(value for at in range(chain.ended, number) for value in self._scalars[at])
         return fit(full, x, handed, x.dtype)
 
     def see(self, number: int, x: Tensor) -> None:
@@ -168,7 +177,7 @@ def find_output(chain: Chain, later: Iterable[Seen], scalars: Sequence[Sequence[
         shorter = shorter or (at, of_output)
     if shorter is not None:
         at, output = shorter
-        handed = {value for number in range(chain.ended, at + 1) for value in scalars[number]}
+        handed = dict.fromkeys(value for number in range(chain.ended, at + 1) for value in scalars[number])
         chain.steps.append(fit(chain.columns(), output, handed, chain.dtype))
         chain.output_at, chain.output = at, output
 

@@ -1,6 +1,6 @@
 """Optimizers with one mistake each, trained with the recorder attached: their run names the mistake, and that of their right twin none.
 
-Once read by an adapter that says what the optimizer is meant to do, and once as classes nobody registered.
+Once read by an adapter that says what the optimizer is meant to do, and once as classes nobody registered, which are watched.
 """
 
 import importlib.util
@@ -102,7 +102,7 @@ MISTAKES = {
     "wrong Polar Express": (
         (broken.OwnMuon, {"ns_coefficients": broken.WRONG_POLAR_EXPRESS}, broken.MUON, {}),
         ("ns_band", "This is Polar Express as NVIDIA's Emerging-Optimizers had it before November 2025."),
-        ("ns_band", "OwnMuon (from its settings): The coefficients do not orthogonalise"),
+        ("ns_band", "This is Polar Express as NVIDIA's Emerging-Optimizers had it before November 2025."),
     ),
     "size not aligned": (
         (broken.UnalignedAdaMuon, {}, broken.ADAMUON, {"steps": 80}),

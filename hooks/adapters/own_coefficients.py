@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..adapters import Group
+from .adapter import Group
 
 # What is looked into: functions of `step` and below, but for those of libraries that hold no optimizer's coefficients.
 _FUNCTIONS = 500
