@@ -11,9 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from ...diagnostics.operators import OperatorRule, classify, clean_name
 from ...diagnostics.schedules.schedule_file import Schedule
-from ..adapters import class_name
+from ..adapters import Group, class_name, row_of
 from ..observing.watched import hookable_layers
 from .group_splitting import extend_schedulers, owned_by_place, schedulers_of, split_by_operator
+from .proving import fields_by_watching, prove
 from .schedule_fields import ScheduleFields, fields_of, gram_form_warning, runs_newton_schulz, why_not
 from .schedule_fit import Scheduled, check_fit
 from .shared_state import check_splittable, look_after_next_step
@@ -36,7 +37,8 @@ def apply_schedule(
     """Give every matrix of `optimizer` the Newton–Schulz steps and coefficients that `schedule` holds for its operator.
 
     Works on every Muon whose parameter groups hold `ns_steps`: torch.optim.Muon, the Muon family of pytorch_optimizer, timm's
-    Muon. Groups are split by operator, in place and in order; state, learning rates and every other setting stay as they are, so
+    Muon. Of a class that is not in the adapter table the fields are found by watching steps of a copy under other settings, and a
+    schedule that the copy does not follow is refused before anything is changed. Groups are split by operator, in place and in order; state, learning rates and every other setting stay as they are, so
     that a schedule equal to the present settings changes nothing, to the bit (but where an optimizer batches the matrices of a
     group on an accelerator whose kernels round by the size of the batch). Each group then holds `operator`, `ns_steps` and, as a
     list with one (a, b, c) per step, its coefficients; timm's `safety_factor`, by which they would act on other values than
@@ -68,10 +70,11 @@ def apply_schedule(
         Number of matrices per operator that got a schedule.
 
     Raises:
-        TypeError: no group of the optimizer holds `ns_steps`, or a wrapper keeps parameter groups of its own.
+        TypeError: no group of the optimizer holds `ns_steps` or another field that steers its iteration, or a wrapper keeps parameter groups of its own.
         ValueError: no matrix of the optimizer is in the schedule, an operator has no step, a scheduler exists that was not
             passed, a stack of matrices is of several operators, ranks would lose the momenta they own, a group that would be split keeps
-            something of several matrices together; and without `force`, shapes or steps that do not fit.
+            something of several matrices together; and without `force`, shapes or steps that do not fit, or a copy of an unknown class that
+            does not follow the schedule.
         RuntimeError: this version of torch does not run the function that would be replaced.
     """
     layers = layers_that_take_a_schedule(optimizer)
@@ -79,10 +82,15 @@ def apply_schedule(
     if empty := [name for name, entry in schedule.operators.items() if not entry.coefficients]:
         raise ValueError(f"schedule: {', '.join(empty)}: expected at least one Newton–Schulz step, got none")
 
-    split = split_by_operator(inner, _operator_of(schedule, model, operators))
+    fields_of_group = {id(group): fields for group in inner.param_groups if (fields := _fields(inner, group)) is not None}
+    split = split_by_operator(inner, _operator_of(schedule, model, operators), lambda group: id(group) in fields_of_group)
     groups = [part for parts in split for part in parts]
     # What each group gets: its operator and how it takes a schedule; None for those that run no Newton–Schulz steps.
-    shares = [(group["operator"], fields_of(inner, group)) if runs_newton_schulz(group) else None for group in groups]
+    whole = [group for group, parts in zip(inner.param_groups, split, strict=True) for _ in parts]
+    shares = [
+        (part["operator"], fields_of_group[id(group)]) if id(group) in fields_of_group else None
+        for part, group in zip(groups, whole, strict=True)
+    ]
     scheduled = [(group, *share) for group, share in zip(groups, shares, strict=True) if share is not None and share[0] is not None]
     if not scheduled:
         raise ValueError(
@@ -100,6 +108,8 @@ def apply_schedule(
             )
         schedulers = schedulers_of((*outer, inner), lr_schedulers)
     check_fit(inner, schedule, scheduled, force=force)
+    if row_of(inner) is None:
+        prove(inner, schedule, scheduled, force=force)
     for _, _, fields in scheduled:
         fields.prepare()  # may refuse; nothing has been changed, and nothing refuses after it
     _warn(inner, schedule, scheduled)
@@ -129,7 +139,7 @@ def layers_that_take_a_schedule(optimizer: Any) -> list[Optimizer]:
     if not (layers := hookable_layers(optimizer)):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     inner = layers[-1]
-    if not any(map(runs_newton_schulz, inner.param_groups)):
+    if not any(_fields(inner, group) for group in inner.param_groups):
         raise TypeError(why_not(inner))
     for wrapper in (optimizer, *layers[:-1]):
         if wrapper.param_groups is not inner.param_groups:
@@ -138,6 +148,13 @@ def layers_that_take_a_schedule(optimizer: Any) -> list[Optimizer]:
                 "apply the schedule before wrapping the optimizer"
             )
     return layers
+
+
+def _fields(optimizer: Optimizer, group: Group) -> ScheduleFields | None:
+    """How a group takes a schedule: by the fields that are known, or, of a class that is in no table, by those that steer a copy of it."""
+    if runs_newton_schulz(group):
+        return fields_of(optimizer, group)
+    return fields_by_watching(optimizer, group) if row_of(optimizer) is None and "ns_steps" not in group else None
 
 
 def _putting_into_force(schedule: Schedule, shares: Sequence[tuple[str | None, ScheduleFields] | None]) -> Callable[[Any], None]:

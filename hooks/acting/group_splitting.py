@@ -6,18 +6,19 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..adapters import adapter_for
-from .schedule_fields import runs_newton_schulz
+from ..adapters import Group, adapter_for
 
 # The lists that torch's schedulers keep with one entry per parameter group.
 _PER_GROUP = frozenset({"base_lrs", "_last_lr", "lr_lambdas", "min_lrs", "max_lrs", "base_momentums", "max_momentums"})
 
 
-def split_by_operator(optimizer: Optimizer, operator_of: Callable[[Tensor], str | None]) -> list[list[dict[str, Any]]]:
+def split_by_operator(
+    optimizer: Optimizer, operator_of: Callable[[Tensor], str | None], takes: Callable[[Group], bool]
+) -> list[list[dict[str, Any]]]:
     """For each group of `optimizer` the groups it becomes: one per operator, in order of appearance.
 
     Parameters without an operator, and those of a group that are left to AdamW one by one, keep the group's settings under
-    the operator None. A group that does not run Newton–Schulz steps stays itself.
+    the operator None. A group that takes no schedule stays itself.
 
     Raises:
         ValueError: matrices that are orthogonalised as one are of different operators.
@@ -28,7 +29,7 @@ def split_by_operator(optimizer: Optimizer, operator_of: Callable[[Tensor], str 
         by_muon = parameter.ndim >= 2 and (optimizer.state.get(parameter) or {}).get("use_muon", True)
         return operator_of(parameter) if by_muon else None
 
-    return [_split(optimizer, group, operator) if runs_newton_schulz(group) else [group] for group in optimizer.param_groups]
+    return [_split(optimizer, group, operator) if takes(group) else [group] for group in optimizer.param_groups]
 
 
 def _split(optimizer: Optimizer, group: dict[str, Any], operator_of: Callable[[Tensor], str | None]) -> list[dict[str, Any]]:

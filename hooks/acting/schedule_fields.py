@@ -18,14 +18,17 @@ class ScheduleFields:
     Attributes:
         coefficients: the field that takes a list of triples, one per step; None where only the number of steps can be set.
         prepare: called before the first schedule; what the optimizer needs to understand such a list.
+        steps: the field that takes the number of steps; None where the length of the list is it.
     """
 
     coefficients: str | None
     prepare: Callable[[], None] = lambda: None
+    steps: str | None = "ns_steps"
 
     def write(self, group: dict[str, Any], coefficients: Coefficients) -> None:
         """Put the steps, and the coefficients if there is a field for them, into the group."""
-        group["ns_steps"] = len(coefficients)
+        if self.steps is not None:
+            group[self.steps] = len(coefficients)
         if self.coefficients is not None:
             # Plain containers, so that a checkpoint loads with weights_only; pytorch_optimizer insists on a list of tuples.
             group[self.coefficients] = [(a, b, c) for a, b, c in coefficients]

@@ -23,8 +23,10 @@ class Twin:
         tensors: all that were copied.
     """
 
-    def __init__(self, optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor]) -> None:
-        """Copy what a step of `parameters`, which are of one `group`, needs.
+    def __init__(
+        self, optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], gradients: Mapping[int, Tensor] | None = None
+    ) -> None:
+        """Copy what a step of `parameters`, which are of one `group`, needs; with `gradients` by their `id` in the place of their own.
 
         Raises:
             Exception: whatever keeps a part of the optimizer from being copied.
@@ -33,7 +35,8 @@ class Twin:
         self.parameters: dict[int, nn.Parameter] = {}
         for p in parameters:
             twin = nn.Parameter(p.detach().clone(), requires_grad=p.requires_grad)
-            twin.grad = None if p.grad is None else p.grad.detach().clone()
+            gradient = p.grad if gradients is None else gradients[id(p)]
+            twin.grad = None if gradient is None else gradient.detach().clone()
             memo[id(p)] = self.parameters[id(p)] = twin
         for other in (q for one in optimizer.param_groups for q in one["params"]):
             memo.setdefault(id(other), _ABSENT)

@@ -45,22 +45,20 @@ class WatchedStep:
 
 
 def watch_step(
-    optimizer: Any,
-    group: Mapping[str, Any],
-    parameters: Sequence[Tensor],
-    args: Sequence[Any] = (),
-    kwargs: Mapping[str, Any] | None = None,
-) -> WatchedStep:
+    optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None,
+    gradients: Mapping[int, Tensor] | None = None,
+) -> WatchedStep:  # fmt: skip
     """Watch the coming step of some parameters of a group on a copy; nothing of the optimizer or the training changes.
 
-    The step is run once to find the iterations, and once more to copy what they were given.
+    The step is run once to find the iterations, and once more to copy what they were given. `group` may differ from the optimizer's own in its settings, to
+    see what those do; `gradients`, by `id`, take the place of the parameters' own.
 
     Raises:
         Exception: whatever keeps the optimizer from being copied or the copy from being stepped.
     """
     wanted: frozenset[tuple[int, int]] = frozenset()
     while True:
-        twin, iterations, trace = _run(optimizer, group, parameters, args, kwargs, wanted)
+        twin, iterations, trace = _run(optimizer, group, parameters, args, kwargs, gradients, wanted)
         for chain in iterations.chains:
             find_output(chain, islice(trace.seen, bisect(trace.seen, chain.ended, key=_number), None), trace.scalars)
         before = {id(p): p.detach() for p in parameters}
@@ -81,10 +79,10 @@ def _number(seen: Seen) -> int:
 
 def _run(
     optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None,
-    capture: frozenset[tuple[int, int]],
+    gradients: Mapping[int, Tensor] | None, capture: frozenset[tuple[int, int]],
 ) -> tuple[Twin, Iterations, Trace]:  # fmt: skip
     with nothing_drawn_or_compiled([p.device for p in parameters]), torch.no_grad():
-        twin = Twin(optimizer, group, parameters)
+        twin = Twin(optimizer, group, parameters, gradients)
         tracing = Tracing(twin.tensors, capture)
         iterations = Iterations(tracing.trace.scalars)
         tracing.tell_gram = iterations.see

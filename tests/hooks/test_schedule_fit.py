@@ -279,7 +279,12 @@ def test_where_coefficients_are_found(kind: Callable[[Any], Optimizer], most: in
 def test_what_cannot_be_known_is_said(kind: Any, said: str | None, caplog: pytest.LogCaptureFixture) -> None:
     """One triple goes on for ever; one of two lists, and what is nowhere to be seen, may end."""
     model, optimizer = grouped(kind)
-    apply_schedule(optimizer, steps(5), model)
+    if kind is ATable:  # a copy of it shows which list it is
+        with pytest.raises(ValueError, match="a copy that was set to the 5 steps of attn_q ran 4 steps; nothing was changed"):
+            apply_schedule(optimizer, steps(5), model)
+        assert optimizer.param_groups[0]["ns_steps"] != 5 or "operator" not in optimizer.param_groups[0]
+        caplog.clear()
+    apply_schedule(optimizer, steps(5), model, force=kind is ATable)
     messages = [record.message for record in caplog.records if "could not be read from its source" in record.message]
     assert len(messages) == (said is not None)
     if said is not None:

@@ -44,7 +44,9 @@ def test_split_would_mix_momenta_up(kind: type[GroupMuon]) -> None:
 def by_hand(optimizer: Optimizer, model: TwoLayers) -> None:
     """The split alone."""
     names = {id(p): operator_of(name) for name, p in model.of_muon().items()}
-    optimizer.param_groups[:] = [part for parts in split_by_operator(optimizer, lambda p: names[id(p)]) for part in parts]
+    optimizer.param_groups[:] = [
+        part for parts in split_by_operator(optimizer, lambda p: names[id(p)], lambda group: True) for part in parts
+    ]
 
 
 @pytest.mark.parametrize("kind", STACKING)
