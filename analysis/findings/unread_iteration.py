@@ -6,7 +6,10 @@ import xarray as xr
 
 from ...diagnostics.finding import Finding
 
-_IN_BLOCKS = {"rows": "blocks of rows", "columns": "blocks of columns"}
+_IN_PARTS = {
+    "rows": "in {} blocks of rows each", "columns": "in {} blocks of columns each",
+    "selected rows": "of which each step selects some rows", "selected columns": "of which each step selects some columns",
+}  # fmt: skip
 _TEACH = "Teach it with register_adapter (docs/adapters.md) if you need the exact input."
 
 
@@ -15,11 +18,11 @@ def unread_iterations(run: xr.DataTree) -> Iterator[Finding]:
     for entry in run.attrs.get("optimizers", ()):
         label = str(entry.get("label"))
         groups = entry.get("watched", ())
-        in_parts = {one["part"]: one["parts"] for found in groups for one in found.get("iterations", ()) if one["part"] in _IN_BLOCKS}
+        in_parts = {one["part"]: one["parts"] for found in groups for one in found.get("iterations", ()) if one["part"] in _IN_PARTS}
         for part, parts in in_parts.items():
             yield Finding(
                 "unread_iteration", "info",
-                f"{label} orthogonalises matrices in {parts} {_IN_BLOCKS[part]} each; their spectra in this run are of the whole momentum.",
+                f"{label} orthogonalises matrices {_IN_PARTS[part].format(parts)}; their spectra in this run are of the whole momentum.",
                 f"Do not derive steps from them. {_TEACH}", numbers={"parts": parts},
             )  # fmt: skip
         failed = [found["failed"] for found in groups if found.get("failed") and found.get("holds_coefficients")]

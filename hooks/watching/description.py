@@ -9,7 +9,14 @@ from ..adapters.own_coefficients import own_coefficients
 from .iterated import Iterated
 from .watching import OfGroup
 
-_PARTS = {"whole": "", "slice": ", slice by slice", "rows": ", in {} blocks of rows", "columns": ", in {} blocks of columns"}
+_PARTS = {
+    "whole": "",
+    "slice": ", slice by slice",
+    "rows": ", in {} blocks of rows",
+    "columns": ", in {} blocks of columns",
+    "selected rows": ", on rows that each step selects",
+    "selected columns": ", on columns that each step selects",
+}
 _THEN = {
     "scale": "",
     "rows": ", then a factor for every row",
@@ -23,8 +30,10 @@ def facts(found: OfGroup, optimizer: object, group: Group) -> dict[str, Any]:
 
     `iterations`: every kind that was seen, with how many matrices it is run on. `unexplained`: the most that a polynomial step leaves of an iterate,
     relative. `difference`: of the copy's step from the optimizer's own. `failed`: why no copy could be stepped; `holds_coefficients`: whether the class
-    refers to such coefficients all the same.
+    refers to such coefficients all the same. `confirmed`: a class of the adapter table was seen to do what its row says.
     """
+    if found.confirmed:
+        return {"confirmed": True}
     if found.failed:
         own = own_coefficients(optimizer, group)
         return {"failed": found.failed[-1], "holds_coefficients": own.one_triple or bool(own.lists)}

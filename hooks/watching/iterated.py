@@ -104,14 +104,18 @@ def _input(seen: WatchedStep, indices: Sequence[int], parameter: Tensor) -> Tens
 def _newton_schulz(coefficients: Coefficients, start: float, ns_input: Tensor | None, first_slice: bool) -> NewtonSchulz:
     """The iteration from the input on, or from its first slice, ‖X₀‖_F being `start`.
 
-    A norm far under 1 is that of an input under the eps it was divided by. Another one than 1 is a margin, for the spectral norm: p(f·x) in the place of the
-    first p(x).
+    A norm far under 1 is that of an input under the eps it was divided by; another one than 1 is a margin, for the spectral norm.
     """
-    if not coefficients or abs(start - 1) <= _NORMALISED:
-        return NewtonSchulz(coefficients, 0.0)
     if start < _UNDER_EPS and ns_input is not None:
         norm = float((ns_input[0] if first_slice else ns_input).float().norm())
         return NewtonSchulz(coefficients, float(f"{norm / start:.2g}"))
+    return NewtonSchulz(from_norm(coefficients, start), 0.0)
+
+
+def from_norm(coefficients: Coefficients, start: float) -> Coefficients:
+    """The triples from an X₀ of norm 1, where that of the optimizer has norm `start`: p(f·x) in the place of the first p(x)."""
+    if not coefficients or abs(start - 1) <= _NORMALISED:
+        return coefficients
     start = 10 ** (round(log10(start) / _START_STEP) * _START_STEP)
     a, b, c = coefficients[0]
-    return NewtonSchulz(((a * start, b * start**3, c * start**5), *coefficients[1:]), 0.0)
+    return ((a * start, b * start**3, c * start**5), *coefficients[1:])

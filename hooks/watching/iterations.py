@@ -8,10 +8,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from .trace import Seen, sample
+from .trace import SIDE, Seen, sample, take
 
 Triple: TypeAlias = tuple[float, float, float]
 
+_SIDE = 96  # rows and columns of the samples that coefficients are fitted to
 _LINKED = 0.08  # of an iterate that a polynomial of the one before may leave unexplained: bfloat16 leaves 0.01 to 0.03
 _COMPLETE = 0.02  # share of the smaller coefficient in the larger, of a step that is one: parts of it (aX, bAX) are none
 # Errors, and relative distance, within which a coefficient is a number that was handed in, and the least of such numbers.
@@ -68,7 +69,7 @@ class Chain:
     def columns(self) -> Tensor:
         """Samples of X, (XXᵀ)X and (XXᵀ)²X of the last iterate, shape (B, rows, cols, 3)."""
         if self._columns is None:
-            self._columns = torch.stack([sample(part) for part in powers(self.last)], -1)
+            self._columns = sampled_powers(self.last, SIDE)
         return self._columns
 
     def whole_output(self, row: int) -> Tensor:
@@ -84,6 +85,16 @@ def powers(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gram = x @ x.mT
     x3 = gram @ x
     return x, x3, gram @ x3
+
+
+def sampled_powers(x: Tensor, side: int) -> Tensor:
+    """The same on a grid of rows and columns alone, shape (B, rows, cols, 3), at the price of a few products with so many vectors."""
+    x = x if x.dtype == torch.float64 else x.float()
+    rows, columns = take(x, -2, side), take(x, -1, side)
+    of_rows = rows @ x.mT  # rows of XXᵀ
+    x3 = of_rows @ columns
+    x5 = of_rows @ (x @ (x.mT @ columns))
+    return torch.stack([take(columns, -2, side), x3, x5], -1)
 
 
 def fit(columns: Tensor, y: Tensor, handed: Collection[float] = (), dtype: torch.dtype = torch.float64) -> tuple[Triple, float]:
@@ -133,12 +144,11 @@ class Iterations:
     def __init__(self, scalars: Sequence[Sequence[float]]) -> None:
         """`scalars` grows with the operations: the numbers that each was handed."""
         self.chains: list[Chain] = []
-        self._scalars = scalars
+        self.scalars = scalars
 
-    def _whole_fit(self, chain: Chain, x: Tensor, number: int) -> tuple[Triple, float]:
-        full = torch.stack([part.reshape(-1) for part in powers(chain.last)], -1)
-        handed = dict.fromkeys(value for at in range(chain.ended, number) for value in self._scalars[at])
-        return fit(full, x, handed, x.dtype)
+    def _fine_fit(self, chain: Chain, x: Tensor, number: int) -> tuple[Triple, float]:
+        handed = dict.fromkeys(value for at in range(chain.ended, number) for value in self.scalars[at])
+        return fit(sampled_powers(chain.last, _SIDE), sample(x, _SIDE), handed, x.dtype)
 
     def see(self, number: int, x: Tensor) -> None:
         """Take an X that is multiplied by its transpose for the next iterate of a chain, else for the first of one."""
@@ -151,7 +161,7 @@ class Iterations:
             return
         for chain in reversed(self.chains):
             if chain.shape == shape and chain.dtype == x.dtype and fit(chain.columns(), taken)[1] < _LINKED:
-                chain.steps.append(self._whole_fit(chain, x, number))
+                chain.steps.append(self._fine_fit(chain, x, number))
                 chain.products.append(number)
                 chain.last, chain._columns = x.clone(), None
                 return

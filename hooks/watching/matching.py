@@ -1,5 +1,6 @@
 """Which matrix of which parameter an iteration's output moved: the one whose step goes with it, decay aside."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,15 +13,16 @@ from torch import Tensor
 from .iterations import Chain
 from .trace import sample
 
-# A parameter as one matrix, a slice of a stack, or one of several rows of blocks or columns of blocks.
-Part: TypeAlias = Literal["whole", "slice", "rows", "columns"]
+# A parameter as one matrix, a slice of a stack, one of several blocks of rows or columns, or those rows or columns that the step chose.
+Part: TypeAlias = Literal["whole", "slice", "rows", "columns", "selected rows", "selected columns"]
 # What becomes of O on its way to the weights: a factor, one for every row or column, or something else.
 Factor: TypeAlias = Literal["scale", "rows", "columns", "elements"]
 
 _AXES: dict[Factor, int | None] = {"scale": None, "rows": 1, "columns": 0}
 
 _ALIKE = 0.3  # partial correlation of output and step at least: chance makes 0.04, AdaMuon's division leaves over 0.5
-_MARGIN = 0.7  # of the best that the second best may have
+_SURE = 0.5  # of what the second best lacks of 1 that the best may lack: updates of neighbouring layers are alike, too
+_CHOSEN = 0.9  # correlation of a row of an output with the row of a parameter that it moved
 _NO_WORSE = 1.3  # a single factor leaves as much as one for every row, which has as many parameters as there are rows
 _ROUGH = 0.1  # of a step that even rounding to bfloat16 time and again leaves
 _EXPLAINED = 0.03  # of a step that may be left where only a factor follows: outputs are rounded to bfloat16
@@ -30,7 +32,7 @@ _SIGNIFICANT = 6.0  # standard errors of a decay that is one
 
 @dataclass(frozen=True)
 class Piece:
-    """One matrix that a parameter may be orthogonalised as. `step` is W − W′; both are samples, shape (rows, cols)."""
+    """One of `count` matrices that a parameter may be orthogonalised as. `step` is W − W′; both are samples, shape (rows, cols)."""
 
     parameter: int  # its `id`
     part: Part
@@ -39,6 +41,7 @@ class Piece:
     step: Tensor
     weight: Tensor
     roundoff: float
+    count: int
 
 
 @dataclass(frozen=True)
@@ -83,9 +86,44 @@ def match(chains: Sequence[Chain], before: Mapping[int, Tensor], after: Mapping[
     for shape, of_shape in outputs.items():
         pieces = [piece for key, weight in before.items() for piece in _pieces(key, weight, after[key], shape)]
         matches += _assign(of_shape, pieces)
-    # A square block may also be a whole: what a parameter is as a whole comes first.
+    # A square block may also be a whole: what a parameter is as a whole comes first; and blocks are all of a parameter's, or none.
     whole = {m.piece.parameter for m in matches if m.piece.part == "whole"}
-    return [m for m in matches if m.piece.part == "whole" or m.piece.parameter not in whole]
+    count = Counter((m.piece.parameter, m.piece.part) for m in matches)
+    matches = [m for m in matches if m.piece.parameter not in whole or m.piece.part == "whole"]
+    matches = [m for m in matches if m.piece.part not in ("rows", "columns") or count[m.piece.parameter, m.piece.part] == m.piece.count]
+    taken = {m.piece.parameter for m in matches}
+    left = {key: weight for key, weight in before.items() if key not in taken}
+    matched = {(id(m.chain), m.row) for m in matches}
+    for chain in (chain for chain in chains if chain.output is not None and left):
+        for row in range(chain.shape[0]):
+            if (id(chain), row) not in matched and float(chain.start_norms[row]) > 0:
+                found = selected(chain, row, left, after)
+                matches += [found] if found is not None else []
+    return matches
+
+
+def selected(chain: Chain, row: int, before: Mapping[int, Tensor], after: Mapping[int, Tensor]) -> Match | None:
+    """The parameter of which an output moved some rows or columns alone, whichever they are and in whatever order."""
+    output = chain.whole_output(row)
+    for key, weight in before.items():
+        if weight.ndim != 2:
+            continue
+        for part, turn in (("selected rows", False), ("selected columns", True)):
+            w, w_after = (t.detach().float().mT if turn else t.detach().float() for t in (weight, after[key]))
+            for transposed in (False, True):
+                o = output.mT if transposed else output
+                if o.shape[1] != w.shape[1] or o.shape[0] >= w.shape[0]:
+                    continue
+                step = w - w_after
+                step = step - w * ((step * w).sum(1, keepdim=True) / w.square().sum(1, keepdim=True).clamp_min(1e-30))
+                likeness = torch.nn.functional.normalize(o.float(), dim=1) @ torch.nn.functional.normalize(step, dim=1).mT
+                best, which = likeness.abs().max(dim=1)
+                if float(best.median()) < _CHOSEN or len(set(which.tolist())) < len(which):
+                    continue
+                shape = (int(o.shape[0]), int(o.shape[1]))
+                piece = Piece(key, part, 0, shape, sample(step[which])[0], sample(w[which])[0], torch.finfo(weight.dtype).eps / 2, 1)  # type: ignore[arg-type]
+                return _measured(chain, row, sample(o.contiguous())[0], piece, transposed, float(best.median()))
+    return None
 
 
 def _pieces(key: int, before: Tensor, after: Tensor, shape: frozenset[int]) -> Iterator[Piece]:
@@ -102,7 +140,7 @@ def _pieces(key: int, before: Tensor, after: Tensor, shape: frozenset[int]) -> I
         steps, weights = cut(step), cut(weight)
         size = (int(steps.shape[-2]), int(steps.shape[-1]))
         for i, (one, own) in enumerate(zip(sample(steps), sample(weights), strict=True)):
-            yield Piece(key, part, i, size, one, own, roundoff)
+            yield Piece(key, part, i, size, one, own, roundoff, prod(steps.shape[:-2]))
 
 
 def _cuts(size: tuple[int, ...], shape: frozenset[int]) -> Iterator[tuple[Part, Callable[[Tensor], Tensor]]]:
@@ -157,7 +195,7 @@ def _assign(outputs: Sequence[tuple[Chain, int, Tensor]], pieces: Sequence[Piece
         others = likeness[i].clone()
         others[j] = -1.0
         free[i, :] = free[:, j] = -1.0
-        if float(others.max()) <= _MARGIN * value:
+        if 1 - value <= _SURE * (1 - float(others.max())):
             chain, row, output = outputs[i]
             transposed = bool(turned[i, j])
             yield _measured(chain, row, output.mT if transposed else output, pieces[j], transposed, value)

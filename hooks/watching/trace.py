@@ -63,20 +63,20 @@ class Trace:
 
 
 @lru_cache(256)
-def _grid(size: int, device: torch.device) -> Tensor:
-    """Indices of a sample along one side."""
-    return torch.tensor([i * (size - 1) // (SIDE - 1) for i in range(SIDE)], device=device)
+def _grid(size: int, side: int, device: torch.device) -> Tensor:
+    """Indices of a sample along one axis."""
+    return torch.tensor([i * (size - 1) // (side - 1) for i in range(side)], device=device)
 
 
-def sample(tensor: Tensor) -> Tensor:
-    """Entries on a grid of rows and columns that depends on their numbers alone, shape (B, rows, cols), float32.
+def take(tensor: Tensor, axis: int, side: int = SIDE) -> Tensor:
+    """As many slices along an axis, at places that depend on its length alone; all of a short one."""
+    size = tensor.shape[axis]
+    return tensor if size <= side else tensor.index_select(axis, _grid(size, side, tensor.device))
 
-    All of a short side. The sample of a transpose is the transpose of the sample.
-    """
-    taken = tensor.detach()
-    for axis in (-2, -1):
-        if tensor.shape[axis] > SIDE:
-            taken = taken.index_select(axis, _grid(tensor.shape[axis], tensor.device))
+
+def sample(tensor: Tensor, side: int = SIDE) -> Tensor:
+    """Entries on a grid of rows and columns, shape (B, rows, cols), float32 and no view. The sample of a transpose is the transpose of the sample."""
+    taken = take(take(tensor.detach(), -2, side), -1, side)
     taken = taken.reshape(-1, *taken.shape[-2:])
     return taken.float() if taken.data_ptr() != tensor.data_ptr() or taken.dtype != torch.float32 else taken.clone()
 
@@ -86,15 +86,15 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 
     Args:
         own: tensors that may be written into.
-        capture: which results to copy whole.
+        capture: which results to copy whole; None to sample all that are matrices, and to look for products X·Xᵀ.
 
     Attributes:
-        tell_gram: is told (number of the operation, X, short side first) for every product X·Xᵀ.
+        tell_gram: is told (number of the operation, X, short side first) for every such product.
     """
 
     tell_gram: Callable[[int, Tensor], None]
 
-    def __init__(self, own: Sequence[Tensor], capture: frozenset[tuple[int, int]] = frozenset()) -> None:
+    def __init__(self, own: Sequence[Tensor], capture: frozenset[tuple[int, int]] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         # Storages. One that is freed within may give its place to another that is made within; the original's lie where they lie.
@@ -104,10 +104,11 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
     def see(self, at: tuple[int, int], tensor: Tensor) -> None:
         """Note a matrix, and copy it if that was asked for."""
         is_matrix = tensor.ndim >= 2 and tensor.is_floating_point() and tensor.layout is torch.strided and min(tensor.shape[-2:]) > 1
-        if is_matrix and tensor.shape[:-2].numel() <= _STACKED:
+        if self._capture is not None:
+            if at in self._capture:
+                self.trace.captured[at] = tensor.detach().clone()
+        elif is_matrix and tensor.shape[:-2].numel() <= _STACKED:
             self.trace.seen.append(Seen(at, tuple(tensor.shape), tensor.dtype, sample(tensor)))
-        if at in self._capture:
-            self.trace.captured[at] = tensor.detach().clone()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +121,7 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         name = op.overloadpacket.__name__.strip("_").removeprefix("foreach_")
         self.trace.scalars.append(tuple(leaf for leaf in leaves if type(leaf) is float) if name in _SCALED_BY else ())
         factors = _PRODUCTS.get(op.overloadpacket)
-        if factors is not None and (x := _twice(*(args[i] for i in factors))) is not None:
+        if self._capture is None and factors is not None and (x := _twice(*(args[i] for i in factors))) is not None:
             self.tell_gram(number, x)
         result = op(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

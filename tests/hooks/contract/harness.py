@@ -334,7 +334,7 @@ class Call:
 
 @contextmanager
 def intercepted(dotted: str | None) -> Iterator[list[Call]]:
-    """Every call of a function since, while it is looked up under this name."""
+    """Every call of a function since, while it is looked up under this name; not those of a copy's step, which a dispatch mode watches."""
     calls: list[Call] = []
     if dotted is None:
         yield calls
@@ -350,7 +350,8 @@ def intercepted(dotted: str | None) -> Iterator[list[Call]]:
     def spy(*args: Any, **kwargs: Any) -> Any:
         given = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).detach().clone()
         output = original(*args, **kwargs)
-        calls.append(Call(given, output.detach().clone()))
+        if _get_current_dispatch_mode() is None:
+            calls.append(Call(given, output.detach().clone()))
         return output
 
     with patch.object(owner, name, spy):
