@@ -24,7 +24,7 @@ def log(**scalars: Any) -> None:
     """
     for one in list(still_open):
         one.in_turn(one.log, scalars)
-    for keep in list(_keeping):
+    for keep in _keeping:
         keep(scalars)
 
 

@@ -39,7 +39,10 @@ def test_every_open_recorder_takes_it_at_its_own_step(two, tmp_path, read):
             g.step()
         d.step()
         log(loss=4.0)
-    assert scalars(read(tmp_path / "d.zarr")) == {"loss": {1: 3.0, 2: 4.0}, "train.self": {1: 2.0, 2: pytest.approx(float("nan"), nan_ok=True)}}
+    assert scalars(read(tmp_path / "d.zarr")) == {
+        "loss": {1: 3.0, 2: 4.0},
+        "train.self": {1: 2.0, 2: pytest.approx(float("nan"), nan_ok=True)},
+    }
     assert scalars(read(tmp_path / "g.zarr"))["loss"][0] == 3.0
 
 
