@@ -98,8 +98,9 @@ class Logged:
         self._kept.clear()
 
     def end(self) -> None:
-        """Put the libraries' functions back."""
+        """Put the libraries' functions back. Ending twice is harmless."""
         self._awaited.stop()
+        self._kept = {"log": {}, "take_over": {}}
         for owner, name, former, ours in self._wrapped:
             if vars(owner).get(name) is ours:
                 setattr(owner, name, former)
@@ -235,6 +236,8 @@ class Start:
         """One sentence, and the training goes on; what is attached to already is still recorded."""
         self._trouble = f"{type(error).__name__}: {error}"
         self._detach()
+        if self._recording is None:
+            self._logged.end()  # nothing is going to take it
         tell(f"no further optimizer is recorded ({self._trouble}); the script goes on")
 
     def _detach(self) -> None:

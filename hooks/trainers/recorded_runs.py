@@ -26,11 +26,12 @@ class RecordedRun:
         steps: of the training in this script up to its last end; those that it waited for included.
         last_step: the step up to which.
         is_kept: whether it is there still.
+        left: how many optimizers it was removed of, if no other run has their parameters.
     """
 
     def __init__(self, store: Path, *, made_here: bool) -> None:
         self.store = store
-        self.steps = self.last_step = 0
+        self.steps = self.last_step = self.left = 0
         self.is_kept = True
         self._made_here = made_here
         self._parameters: list[weakref.ref[Tensor]] = []
@@ -57,11 +58,10 @@ class RecordedRun:
         """Whether it may go."""
         return self.is_kept and self._made_here and self.steps <= FEW
 
-    def remove(self) -> int:
-        """Remove it; of how many optimizers it was."""
+    def remove(self) -> None:
+        """Remove it."""
         shutil.rmtree(self.store, ignore_errors=True)
-        self.is_kept = False
-        return len(self._optimizers)
+        self.is_kept, self.left = False, len(self._optimizers)
 
 
 class RecordedRuns:
@@ -69,17 +69,16 @@ class RecordedRuns:
 
     Attributes:
         current: the run that is being recorded to.
-        passed_over: optimizers that took no more than `FEW` steps and left no run.
         nested: an optimizer that was let go of has stepped again: others come and go while a training goes on.
     """
 
     def __init__(self, store: Path) -> None:
         self.current: RecordedRun | None = None
-        self.passed_over = 0
         self.nested = False
         self._store = store
         self._runs: list[RecordedRun] = []
         self._removed = 0
+        self._left = 0  # optimizers that waited, and for nothing
         self._waiting: weakref.WeakValueDictionary[int, Optimizer] = weakref.WeakValueDictionary()
         self._waited: dict[int, tuple[int, int]] = {}  # steps of each, and of the recorder as it came
 
@@ -87,6 +86,11 @@ class RecordedRuns:
     def kept(self) -> list[Path]:
         """Those that are there, in their order."""
         return list(dict.fromkeys(run.store for run in self._runs if run.is_kept))
+
+    @property
+    def passed_over(self) -> int:
+        """Optimizers that took no more than `FEW` steps, and whose parameters are in no run."""
+        return self._left + sum(run.left for run in self._runs)
 
     def of(self, ids: set[int]) -> RecordedRun | None:
         """The latest that trains one of these parameters."""
@@ -102,8 +106,12 @@ class RecordedRuns:
             return [(run.store, run.last_step), (free, 0)]
         return [*((path, None) for path in existing if not self.kept), (free, 0)]
 
-    def begin(self, recorder: Recorder, places: Sequence[Place], optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]) -> None:
+    def begin(self, recorder: Recorder, places: Sequence[Place], optimizers: Sequence[Optimizer], parameters: Sequence[Tensor]) -> None:
         """A recorder has been attached at one of these places."""
+        ids = {*map(id, parameters)}
+        for other in self._runs:
+            if other.trains(ids):
+                other.left = 0
         run = next((one for one in self._runs if one.is_kept and one.store == recorder.store), None)
         if run is None:
             run = RecordedRun(recorder.store, made_here=recorder.store == places[-1][0].resolve())
@@ -129,7 +137,7 @@ class RecordedRuns:
         """Make way for what is worth more: remove those of a few steps."""
         for run in self._runs:
             if run is not but and run.is_short():
-                self.passed_over += run.remove()
+                run.remove()
                 self._removed += 1
 
     def end(self) -> None:
@@ -148,7 +156,7 @@ class RecordedRuns:
         steps, since = self._waited.get(id(optimizer), (0, step)) if self._waiting.get(id(optimizer)) is optimizer else (0, step)
         self._waiting[id(optimizer)] = optimizer
         self._waited[id(optimizer)] = steps + 1, since
-        self.passed_over += steps == 0
+        self._left += steps == 0
         return steps < FEW
 
     def took_turns(self, optimizer: Optimizer, step: int) -> bool:
@@ -167,7 +175,7 @@ class RecordedRuns:
             for one in (optimizer, *hookable_layers(optimizer)):
                 if self._waiting.get(id(one)) is one:
                     del self._waiting[id(one)]
-                    self.passed_over -= 1
+                    self._left -= 1
                     waited = max(waited, self._waited.pop(id(one))[0] - 1)
         return waited
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ...diagnostics.options import Options
+from ..guard import KeptOut
 from ..observing.left_out import left_out
 from ..observing.watched import hookable_layers
 from ..recording.second_session import yielding
@@ -84,7 +85,8 @@ class ScriptRun:
 
     def take_over(self, numbers: Mapping[str, float]) -> None:
         """Told of numbers that the script gave to a logging library."""
-        self._scalars.take_over(numbers)
+        with KeptOut():
+            self._scalars.take_over(numbers)
 
     def before_step(self, optimizer: Optimizer) -> None:
         """See to it that this optimizer is recorded, the step that it is about to take included."""
