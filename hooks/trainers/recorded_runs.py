@@ -119,9 +119,21 @@ class RecordedRuns:
             self._runs.remove(run)
         self._runs.append(run)  # the latest comes last
         run.last_step = recorder.first_step
-        run.steps += self.wait_no_more(optimizers)
-        run.hold(optimizers, parameters)
         self.current = run
+        run.steps += self.hold(optimizers, parameters)
+
+    def hold(self, optimizers: Sequence[Optimizer], parameters: Iterable[Tensor]) -> int:
+        """The present run is of these optimizers from now on; how many steps one of them had waited."""
+        if self.current is not None:
+            self.current.hold(optimizers, parameters)
+        waited = 0
+        for optimizer in optimizers:
+            for one in (optimizer, *hookable_layers(optimizer)):
+                if self._waiting.get(id(one)) is one:
+                    del self._waiting[id(one)]
+                    self._left -= 1
+                    waited = max(waited, self._waited.pop(id(one))[0] - 1)
+        return waited
 
     def let_go(self, recorder: Recorder | None) -> RecordedRun | None:
         """The recorder is going to be closed; what it recorded to."""
@@ -151,9 +163,12 @@ class RecordedRuns:
 
         Only once such ones were seen, and not where it belongs to a training that was longer than the present one. `step` is the recorder's.
         """
-        if not (self.nested or self._removed >= SOME) or (run is not None and (run is self.current or run.steps >= self._present(step))):
+        if not self.nested and self._removed < SOME:
             return False
-        steps, since = self._waited.get(id(optimizer), (0, step)) if self._waiting.get(id(optimizer)) is optimizer else (0, step)
+        if run is not None and (run is self.current or run.steps >= self._present(step)):
+            return False
+        is_known = self._waiting.get(id(optimizer)) is optimizer  # else the id is one of former days
+        steps, since = self._waited[id(optimizer)] if is_known else (0, step)
         self._waiting[id(optimizer)] = optimizer
         self._waited[id(optimizer)] = steps + 1, since
         self._left += steps == 0
@@ -167,17 +182,6 @@ class RecordedRuns:
     def waiting(self) -> list[Optimizer]:
         """Those that wait and are alive."""
         return list(self._waiting.values())
-
-    def wait_no_more(self, optimizers: Iterable[Optimizer]) -> int:
-        """These, and what they wrap, are recorded now; of how many steps they were not."""
-        waited = 0
-        for optimizer in optimizers:
-            for one in (optimizer, *hookable_layers(optimizer)):
-                if self._waiting.get(id(one)) is one:
-                    del self._waiting[id(one)]
-                    self._left -= 1
-                    waited = max(waited, self._waited.pop(id(one))[0] - 1)
-        return waited
 
     def _present(self, step: int) -> int:
         return 0 if self.current is None else self.current.steps + step - self.current.last_step

@@ -38,7 +38,7 @@ class ScriptRun:
     """Told of every step of every optimizer before it is taken, it attaches to those that are new.
 
     All optimizers that are alive at the first step are attached to at once; one that is made later, for the same model, is
-    recorded with them. One that replaces another goes on in the same run. What a script has done with is let go of,
+    recorded with them. One that replaces another, of the same parameters, goes on in the same run. What a script has done with is let go of,
     and its memory with it. One that takes turns with what replaced it, over the same parameters, is recorded until then only.
 
     An optimizer of another model begins another training, which has a run of its own: `run-2.zarr` beside the first, or the next path at which there is
@@ -146,8 +146,8 @@ class ScriptRun:
         if recorder is not None and recorder.session.is_open:
             # Met inside its first step, as a rule after the others have taken theirs of the same iteration.
             recorder.watch(optimizer, steps=max(recorder.step - 1, 0))
-        self._runs.wait_no_more([optimizer])
         self._keep([*self._optimizers, optimizer])
+        self._runs.hold(self._optimizers, [p for one in self._optimizers for p in _parameters(one)])
 
     def _step(self) -> int:
         return self._session.recorder.step if self._session.recorder is not None else 0
@@ -185,19 +185,19 @@ class ScriptRun:
         return run
 
     def _begin(self, optimizer: Optimizer) -> None:
-        took_turns = self._runs.took_turns(optimizer, self._step())
+        took_turns = self._runs.took_turns(optimizer, self._step())  # with what is recorded: then both are one training
         before = self._let_go()
-        run: RecordedRun | None = self._runs.of(_ids(optimizer))
+        run: RecordedRun | None = self._runs.of(_ids(optimizer))  # in which it goes on
         former = [one for reference in self._former if (one := reference()) is not None]
         aside = [*former, *self._runs.waiting]  # recorded only with a model that they train a part of
         new = [one for one in live(Optimizer) if all(one is not other for other in aside)]
         kept: list[Optimizer] = []
         if any(one is optimizer for one in former) and run is not None and run is not before:
             self._runs.nested = True  # it was let go of too early
-            took_turns = before is not None and before.steps <= 1
+            took_turns = before is not None and before.steps <= 1  # one that is nested in it takes several
             new, kept = new if took_turns else [], run.optimizers
         if took_turns and before is not None:
-            run, kept = None, [*kept, *before.optimizers]
+            run, kept = None, [*kept, *before.optimizers]  # whose names are others together
         self._models = owners(p for one in (optimizer, *new, *kept) for p in _parameters(one))
         position = {id(p): i for i, p in enumerate(p for model in self._models for p in parameters_of(model))}
         # In an order that does not depend on chance, for that is how those of one class are numbered.

@@ -1,10 +1,12 @@
 """`diag run`: a script runs under it as under python, to the byte, and what it trains is recorded."""
 
+import ast
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
@@ -179,6 +181,27 @@ def test_libraries_of_another_make_cost_one_line(tmp_path):
     (code, out, err), plain = both(tmp_path, "ask.py")
     assert (code, out) == plain[:2] == (0, "{}\n")
     assert err == "diag run: numbers that the script logs with wandb.sdk.wandb_run are not recorded (KeyError: 'log')\n" + NOTHING
+
+
+def parameters_of_functions(path):
+    """By class and name the parameters of every function in a file, without importing it."""
+    found = {}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for owner in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef):
+                found[getattr(owner, "name", ""), node.name] = [argument.arg for argument in node.args.args]
+    return found
+
+
+def test_what_is_wrapped_has_the_parameters_that_are_read():
+    torch_folder = Path(find_spec("torch").origin).parents[1]
+    for name, functions in sitecustomize.LIBRARIES.items():
+        path = (torch_folder if name.startswith("torch.") else SCRIPTS / "loggers").joinpath(*name.split("."))
+        found = parameters_of_functions(path.with_suffix(".py"))
+        for kind, function, parameters in functions:
+            given = found[kind, function]
+            assert given[1 if kind else 0 :][: len(parameters)] == list(parameters)
 
 
 def test_the_libraries_functions_are_put_back(monkeypatch):

@@ -102,6 +102,20 @@ def test_probes_disturb_no_training_that_goes_on(script_run, read, tmp_path, cap
     assert len([record for record in caplog.records if "recorded after them" in record.getMessage()]) == 1
 
 
+def test_a_training_whose_late_optimizer_is_the_first_to_come_back_goes_on_in_its_run(script_run, read, tmp_path):
+    model = nn.ModuleList([nn.Linear(3, 5), nn.Linear(5, 2)])
+    first = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    train(first, steps=12)
+    late = torch.optim.Adam(model[1].parameters())
+    train(first, late, steps=3)
+    train(training(), steps=4)
+    train(late, first, steps=5)
+    script_run.end()
+    steps = runs(read, tmp_path)
+    assert steps.keys() == {"run.zarr"}
+    assert [times[-5:] for times in steps["run.zarr"].values()] == [[16, 17, 18, 19, 20]] * 2
+
+
 def test_what_turns_out_to_be_long_has_a_run_of_its_own_and_the_other_goes_on_in_its_own(script_run, read, tmp_path):
     optimizer = training()
     train(optimizer, steps=12)
