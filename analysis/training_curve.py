@@ -14,6 +14,8 @@ Floats = NDArray[np.float64]
 # Under which names trainers log what is wanted, in order of preference; a slash was stored as a dot.
 TRAINING_LOSS = ("loss", "train.loss", "train_loss", "training_loss", "loss_step", "train.loss_step", "train_loss_step", "loss_epoch")
 VALIDATION_LOSS = ("validation_loss", "val_loss", "val.loss", "eval_loss", "eval.loss", "valid_loss", "validation.loss", "test_loss")
+# What a part of a name says of numbers that are not of the training data.
+HELD_OUT = {"val", "valid", "validation", "eval", "evaluation", "test", "dev"}
 TOKENS = ("tokens", "tokens_seen", "num_input_tokens_seen", "num_tokens")
 
 TIME_CONSTANTS = (10.0, 0.02)  # of the smoothing: so many steps, or that share of the training's, whichever is longer
@@ -36,7 +38,7 @@ def training_curve(run: xr.DataTree, time_constant: float | None = None) -> xr.D
         ValueError: no training loss among the run's scalars.
     """
     scalars = _scalars(run)
-    name = logged_as(scalars, TRAINING_LOSS)
+    name = logged_as(scalars, TRAINING_LOSS) or _named_a_loss(scalars, held_out=False)
     if name is None:
         raise RunError(f"no training loss among its scalars ({_listed(scalars)}); log it with recorder.log(loss=…)")
     there = scalars.isel(step=np.isfinite(scalars[name].values))
@@ -102,7 +104,7 @@ def spent(curve: xr.Dataset) -> dict[str, float]:
 def validation_loss(run: xr.DataTree) -> tuple[NDArray[np.int64], Floats]:
     """Steps and values of the validation loss, empty where none was logged."""
     scalars = _scalars(run)
-    name = logged_as(scalars, VALIDATION_LOSS)
+    name = logged_as(scalars, VALIDATION_LOSS) or _named_a_loss(scalars, held_out=True)
     if name is None:
         return np.empty(0, np.int64), np.empty(0)
     there = np.isfinite(scalars[name].values)
@@ -112,6 +114,17 @@ def validation_loss(run: xr.DataTree) -> tuple[NDArray[np.int64], Floats]:
 def logged_as(scalars: xr.Dataset, names: tuple[str, ...]) -> str | None:
     """The first of `names` that was logged and is finite somewhere."""
     return next((name for name in names if name in scalars and np.isfinite(scalars[name].values).any()), None)
+
+
+def _named_a_loss(scalars: xr.Dataset, *, held_out: bool) -> str | None:
+    """Of the names in no table the shortest whose last part is `loss` (`model.loss`), or that is `loss` of a part of the data (`Loss.train`)."""
+    found = []
+    for name in map(str, scalars.data_vars):
+        *before, last = name.lower().split(".")
+        is_loss = last == "loss" or (before == ["loss"] and last in HELD_OUT | {"train", "training"})
+        if is_loss and held_out != HELD_OUT.isdisjoint((*before, last)):
+            found.append(name)
+    return logged_as(scalars, tuple(sorted(found, key=lambda name: (name.count("."), name))))
 
 
 def stated(run: xr.DataTree) -> Mapping[str, Any]:

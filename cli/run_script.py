@@ -70,7 +70,7 @@ def run(
 ) -> None:
     """Run a training script as python would, and record it.
 
-    Every optimizer it makes is recorded. Its arguments, output, signals and exit code are its own; when it ends, one line on standard error tells what was recorded. Under
+    Every optimizer it makes is recorded, but for those of a few steps beside others; so are the numbers that it logs with wandb, TensorBoard or MLflow. Its arguments, output, signals and exit code are its own; when it ends, one line on standard error tells what was recorded. Under
     a launcher of several processes (torchrun --no-python diag run SCRIPT) the one of rank 0 records.
     """
     if not script:

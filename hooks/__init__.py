@@ -6,6 +6,7 @@ from .acting.applying import apply_schedule
 from .acting.rms_guard import RmsAlignment
 from .adapters import Adapter, Orthogonalisation, Reading, SecondMoment, register_adapter
 from .attaching import attach
+from .log_anywhere import log
 from .recorder import Recorder
 
 __all__ = [
@@ -19,5 +20,6 @@ __all__ = [
     "SecondMoment",
     "apply_schedule",
     "attach",
+    "log",
     "register_adapter",
 ]

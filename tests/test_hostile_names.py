@@ -199,17 +199,17 @@ def test_too_many_operators_for_an_exact_solution_are_refused():
 
 @pytest.mark.parametrize("name", ["zero", "endless", "marks"])
 def test_a_scalars_name_that_no_folder_can_have_is_refused(tmp_path, record, name):
-    from optiscope.hooks.recording.scalars import _stored_name
+    from optiscope.hooks.recording.scalars import stored_name
 
     with pytest.raises(ValueError, match="cannot be a scalar's name"):
-        _stored_name(HOSTILE[name])
+        stored_name(HOSTILE[name])
 
 
 @pytest.mark.parametrize("name", ["parents", "absolute", "windows"])
 def test_a_scalars_name_leads_out_of_no_folder(name):
-    from optiscope.hooks.recording.scalars import _stored_name
+    from optiscope.hooks.recording.scalars import stored_name
 
-    assert not set("/\\") & set(_stored_name(HOSTILE[name]))
+    assert not set("/\\") & set(stored_name(HOSTILE[name]))
 
 
 def test_nothing_of_a_run_lies_outside_its_folder(hostile_run):

@@ -3,19 +3,26 @@
 import atexit
 import logging
 import threading
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from ..guard import KeptOut
 from ..observing.watched import Watched
 
 
 class Open(Protocol):
-    """A recording that is open, and can be closed."""
+    """A recording that is open: it can be told numbers, and closed."""
 
     store: Path
     step: int
     watched: list[Watched]
+
+    def log(self, scalars: Mapping[str, Any]) -> None:
+        """Record numbers at the current step."""
+
+    def in_turn(self, action: Callable[..., object], *args: Any) -> None:
+        """Do something, and keep its exceptions out of the training."""
 
     def close(self, *, compact: bool) -> None:
         """End it."""

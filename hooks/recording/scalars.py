@@ -49,7 +49,7 @@ class ScalarRow:
         Raises:
             ValueError: a name that the store cannot hold, or that the recorder uses itself.
         """
-        self._values[_stored_name(name)] = value
+        self._values[stored_name(name)] = value
 
     def hand_over(self) -> None:
         """Give the row to the writer."""
@@ -80,7 +80,7 @@ class ScalarRow:
         return errors
 
 
-def _stored_name(name: str) -> str:
+def stored_name(name: str) -> str:
     """The name under which a logged scalar is stored: a slash of either kind, which in the store would mean a group, becomes a dot.
 
     Raises:

@@ -191,11 +191,15 @@ class Session:
 
     # What the run is told.
 
-    def log(self, scalars: Mapping[str, Any]) -> None:
-        """Record numbers at the current step. After the end they are written at once."""
+    def log(self, scalars: Mapping[str, Any], *, counted: bool = True) -> None:
+        """Record numbers at the current step. After the end they are written at once.
+
+        Calls that are `counted` tell of a training's loop: after many without a step it is said that none is seen.
+        """
         self.journal.log(self.step, scalars)
         if self._handles:
-            self._steps_seen.logged(self.step, self.watched)
+            if counted:
+                self._steps_seen.logged(self.step, self.watched)
             # Not before the last record was heard of: up to then a busy worker is one that measures.
             self.journal.flush_if_due(self.step, self.under_way.ended is None)
         else:

@@ -2,10 +2,10 @@
 
 import logging
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -17,6 +17,8 @@ from ..recorder import Recorder
 from ..recording.second_session import records_any_of
 
 log = logging.getLogger("optiscope")
+
+Place: TypeAlias = tuple[Path, int | None]  # a path, and the step from which a run there is continued
 
 # All that have begun: a trainer that was interrupted, and made anew with another callback, tells nobody of its end.
 _begun: "weakref.WeakSet[CallbackSession]" = weakref.WeakSet()
@@ -43,8 +45,14 @@ class CallbackSession:
         self._close: weakref.finalize[Any, Any] | None = None
         self._told: set[str] = set()
 
-    def begin(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> None:
-        """Attach to `optimizers`, which have taken `steps_taken` steps. Where that fails, the training is not recorded."""
+    def begin(
+        self,
+        optimizers: Optimizer | Iterable[Optimizer],
+        model: nn.Module | None,
+        steps_taken: int,
+        places: Sequence[Place] | None = None,
+    ) -> None:
+        """Attach to `optimizers`, which have taken `steps_taken` steps, at the first of `places` that takes them. Where that fails, the training is not recorded."""
         self.let_go()
         self._told.clear()
         with self.guard("this training is not recorded"):
@@ -54,22 +62,33 @@ class CallbackSession:
                 if other.recorder is not None and other.store == self.store and records_any_of(other.recorder.session, optimizers):
                     other.end()
             _begun.add(self)
-            self.recorder = recorder = self._attach(optimizers, model, steps_taken)
+            self.recorder = recorder = self._attach(optimizers, model, places or self._places(steps_taken))
             # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
             # with the callback. The interpreter's end is looked after by the recorder itself.
             self._close = weakref.finalize(self, recorder.close)
             self._close.atexit = False
 
-    def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, steps_taken: int) -> Recorder:
-        last, following = _last_and_following(self.store)
-        try:
-            # A trainer that trains anew counts from 0; the run goes on after what it holds.
-            return attach(optimizers, model, last, first_step=steps_taken or self._steps, **vars(self._options))
-        except ValueError as refused:
-            # Where it was not the store that was refused, the same error comes again.
-            recorder = attach(optimizers, model, following, first_step=steps_taken, **vars(self._options))
-            log.warning("optiscope: recording to %s, because %s cannot be continued (%s)", following, last, str(refused))
-            return recorder
+    def _places(self, steps_taken: int) -> list[Place]:
+        """The last run that there is, and a path beside it."""
+        existing, free = existing_and_free(self.store)
+        # A trainer that trains anew counts from 0; the run goes on after what it holds.
+        return [*((last, steps_taken or self._steps) for last in existing[-1:]), (free, steps_taken)]
+
+    def _attach(self, optimizers: Optimizer | Iterable[Optimizer], model: nn.Module | None, places: Sequence[Place]) -> Recorder:
+        refused: tuple[Path, ValueError] | None = None
+        for i, (path, first_step) in enumerate(places):
+            try:
+                recorder = attach(optimizers, model, path, first_step=first_step, **vars(self._options))
+            except ValueError as error:
+                if i == len(places) - 1:
+                    raise
+                # Where it was not the store that was refused, the same error comes again.
+                refused = refused or (path, error)
+            else:
+                break
+        if refused is not None:
+            log.warning("optiscope: recording to %s, because %s cannot be continued (%s)", path, refused[0], str(refused[1]))
+        return recorder
 
     def log(self, values: Mapping[str, Any]) -> None:
         """Log the numbers among `values`; those that a trainer reports after its end are added to the last step."""
@@ -108,9 +127,10 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
-def _last_and_following(store: Path) -> tuple[Path, Path]:
-    """The last of run.zarr, run-2.zarr, run-3.zarr, … that exists (the first, where none does), and the one after it."""
-    last, number = store, 2
-    while (following := store.with_name(f"{store.stem}-{number}{store.suffix}")).exists():
-        last, number = following, number + 1
-    return last, following
+def existing_and_free(store: Path) -> tuple[list[Path], Path]:
+    """Those of run.zarr, run-2.zarr, run-3.zarr, … that exist, up to the first that does not, and that one."""
+    existing, path = [], store
+    while path.exists():
+        existing.append(path)
+        path = store.with_name(f"{store.stem}-{len(existing) + 1}{store.suffix}")
+    return existing, path

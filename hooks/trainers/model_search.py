@@ -1,6 +1,7 @@
 """Finding what a script trains among the objects that are alive: its optimizers, and the modules that own their parameters."""
 
 import gc
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TypeVar
 
@@ -10,14 +11,20 @@ T = TypeVar("T")
 
 
 class Several(nn.Module):
-    """Modules under one roof, for their names alone: each under the name of its class, numbered where a class occurs twice."""
+    """Modules under one roof, for their names alone: each under its name among the script's globals, or else that of its class, numbered where it occurs twice."""
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         super().__init__()
-        kinds = [type(module).__name__ for module in modules]
-        for i, (kind, module) in enumerate(zip(kinds, modules, strict=True)):
-            count = kinds[:i].count(kind) + 1
-            self._modules[f"{kind}{count}" if count > 1 else kind] = module
+        names = [global_name(module) or type(module).__name__ for module in modules]
+        for i, (name, module) in enumerate(zip(names, modules, strict=True)):
+            count = names[:i].count(name) + 1
+            self._modules[f"{name}{count}" if count > 1 else name] = module
+
+
+def global_name(thing: object) -> str | None:
+    """The first name by which the script (`__main__`) holds an object as a global; None where it holds it otherwise."""
+    space = getattr(sys.modules.get("__main__"), "__dict__", {})
+    return next((name for name, held in list(space.items()) if held is thing and name.isidentifier() and name[0] != "_"), None)
 
 
 def live(kind: type[T]) -> list[T]:

@@ -36,6 +36,28 @@ def test_losses_of_several_trainers_are_found(build_run, name):
     assert curve["loss"].values.tolist() == [3.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("names", "training", "validation"),
+    [
+        (["Loss.train", "Loss.test"], "Loss.train", "Loss.test"),
+        (["gpt.Loss", "gpt.val.loss", "gpt.accuracy"], "gpt.Loss", "gpt.val.loss"),
+        (["a.b.loss", "z.loss", "c.loss", "loss.scale", "aux_loss"], "c.loss", None),
+        (["own.loss", "train_loss", "test.loss"], "train_loss", "test.loss"),
+    ],
+)
+def test_a_name_whose_last_part_is_loss_is_found_where_no_usual_one_is(build_run, names, training, validation):
+    run = build_run(SIGMA, scalars={name: [3.0 + i, 2.0, 1.0] for i, name in enumerate(names)})
+    assert training_curve(run).attrs["loss_name"] == training
+    steps, values = validation_loss(run)
+    assert values.tolist() == ([] if validation is None else [3.0 + names.index(validation), 2.0, 1.0])
+    assert len(steps) == len(values)
+
+
+def test_a_loss_of_held_out_data_is_no_training_loss(build_run):
+    with pytest.raises(ValueError, match="no training loss among its scalars"):
+        training_curve(build_run(SIGMA, scalars={"model.eval.loss": [3.0, 2.0, 1.0]}))
+
+
 def test_tokens_as_logged_or_stated_and_time_over_a_continuation(build_run):
     scalars = {"loss": [3.0, 2.0, 1.0], "elapsed_seconds": [4.0, 9.0, 2.0]}
     run = build_run(

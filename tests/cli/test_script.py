@@ -1,16 +1,19 @@
 """`diag run`: a script runs under it as under python, to the byte, and what it trains is recorded."""
 
+import ast
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import dedent
 
 import pytest
 
 from optiscope.analysis import open_run
+from optiscope.analysis.training_curve import training_curve
 from optiscope.cli import run_script as script
 from optiscope.cli.startup import sitecustomize
 
@@ -142,6 +145,105 @@ def test_an_interrupted_training_keeps_its_records(tmp_path):
     assert (code, out) == (-signal.SIGINT, "")
     assert err.endswith(f"KeyboardInterrupt\n{told(tmp_path / 'run.zarr', 3, 3)}")
     assert steps(open_run(tmp_path / "run.zarr"))["update"] == [1, 2, 3]
+
+
+def test_what_a_script_logs_is_recorded_and_its_libraries_are_left_as_they_are(tmp_path):
+    (code, out, err), plain = both(tmp_path, SCRIPTS / "train_logging.py", options=["--every", 1])
+    assert (code, out, plain[2]) == (0, plain[1], "")
+    *trouble, summary = err.splitlines(keepends=True)
+    assert summary == told(tmp_path / "run.zarr", 3, 3)
+    assert [line.split("(")[0] for line in trouble] == ["optiscope: recording failed at step 0 "]  # the script's own "no number"
+    run = open_run(tmp_path / "run.zarr")
+    assert run["update"]["name"].values.tolist() == ["G.weight", "D.weight"]
+    scalars = run["scalars"].to_dataset().load()
+    logged = {name: scalars[name].dropna("step") for name in scalars.data_vars if not name.endswith("_seconds")}
+    by_step = {name: dict(zip(values["step"].values.tolist(), values.values.tolist(), strict=True)) for name, values in logged.items()}
+    losses = by_step.pop("train.loss")
+    assert list(losses) == [1, 2, 3]
+    assert by_step.pop("mine.x") == pytest.approx(losses)
+    assert by_step == {
+        "own": {0: 1.0, 1: 0.0, 2: 1.0, 3: 2.0},
+        "early.loss": {0: 7.5},
+        "train.lr": {1: 0.1, 2: 0.1, 3: 0.1},
+        "both.a": {1: 0.0, 2: 1.0, 3: 2.0},
+        "both.b": {1: 2.0, 2: 2.0, 3: 2.0},
+        "val.loss": {1: 0.5, 2: 1.5, 3: 2.5},
+        "acc": {1: 0.0, 2: 1.0, 3: 2.0},
+    }
+    assert training_curve(run).attrs["loss_name"] == "train.loss"
+
+
+def test_libraries_of_another_make_cost_one_line(tmp_path):
+    folder = tmp_path / "wandb" / "sdk"
+    folder.mkdir(parents=True)
+    (folder / "wandb_run.py").write_text("class Run: pass")
+    (tmp_path / "ask.py").write_text("import sys, wandb.sdk.wandb_run\nprint(wandb.sdk.wandb_run.Run().__dict__)")
+    (code, out, err), plain = both(tmp_path, "ask.py")
+    assert (code, out) == plain[:2] == (0, "{}\n")
+    assert err == "diag run: numbers that the script logs with wandb.sdk.wandb_run are not recorded (KeyError: 'log')\n" + NOTHING
+
+
+def parameters_of_functions(path):
+    """By class and name the parameters of every function in a file, without importing it."""
+    found = {}
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for owner in (tree, *(node for node in ast.walk(tree) if isinstance(node, ast.ClassDef))):
+        for node in owner.body:
+            if isinstance(node, ast.FunctionDef):
+                found[getattr(owner, "name", ""), node.name] = [argument.arg for argument in node.args.args]
+    return found
+
+
+def test_what_is_wrapped_has_the_parameters_that_are_read():
+    torch_folder = Path(find_spec("torch").origin).parents[1]
+    for name, functions in sitecustomize.LIBRARIES.items():
+        path = (torch_folder if name.startswith("torch.") else SCRIPTS / "loggers").joinpath(*name.split("."))
+        found = parameters_of_functions(path.with_suffix(".py"))
+        for kind, function, parameters in functions:
+            given = found[kind, function]
+            assert given[1 if kind else 0 :][: len(parameters)] == list(parameters)
+
+
+def test_the_libraries_functions_are_put_back(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS / "loggers")
+    for name in ("mlflow", "mlflow.tracking", "mlflow.tracking.fluent"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    finders = list(sys.meta_path)
+    logged = sitecustomize.Logged()
+    logged.wait()
+    import mlflow.tracking.fluent as fluent
+
+    wrapped, plain = fluent.log_metric, fluent.log_metric.__wrapped__
+    fluent.log_metrics = len  # by somebody else, since
+    logged.end()
+    assert sys.meta_path == finders
+    assert (fluent.log_metric, fluent.log_metrics) == (plain, len)
+    assert wrapped("a", 1) == "logged a"
+    for name in ("mlflow", "mlflow.tracking", "mlflow.tracking.fluent"):
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_numbers_of_a_call_that_logs():
+    class Odd(dict):
+        def items(self):
+            raise ValueError("asked")
+
+    loop = {}
+    loop["loop"] = loop
+    values = {"a": 1, "b": {"c": True, 3: 2.5}, "d": "text", "e": None, "f": [1], "g": 1j, "h": Odd(x=1)}
+    found = sitecustomize.numbers_of_call
+    assert found(("data",), (values,), {"step": 3}) == {"a": 1, "b/c": True, "b/3": 2.5}
+    assert found(("tag", "scalar_value"), ("x",), {"scalar_value": 2}) == {"x": 2}
+    assert found(("tag", "scalar_value"), ("x",), {}) == found(("data",), (loop,), {}) == {}
+
+
+def test_every_training_of_a_script_has_a_run_and_short_ones_are_counted(tmp_path):
+    code, out, err = ended(start(*DIAG_RUN, "--every", 1, SCRIPTS / "train_probes.py", folder=tmp_path))
+    assert (code, out) == (0, "")
+    stores = {"run.zarr": 12, "run-2.zarr": 13, "run-3.zarr": 14}
+    told_of = "; ".join(f"{tmp_path / name} holds {last} records, the last of step {last}" for name, last in stores.items())
+    assert err == f"diag run: {told_of}; 2 short-lived optimizers (of at most 10 steps) were passed over\n"
+    assert {path.name for path in tmp_path.iterdir()} == stores.keys()
 
 
 # Without torch from here on: what surrounds a script.

@@ -1,6 +1,7 @@
 """What the tests of hooks share: tiny models, and reading a run the way a user without Optiscope would."""
 
-from collections.abc import Callable
+import gc
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,10 @@ import xarray as xr
 from torch import nn
 from torch.optim import SGD, Optimizer
 from torch.optim import _muon as torch_muon
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from optiscope.diagnostics.options import Options
+from optiscope.hooks.trainers.script_run import ScriptRun
 
 
 @pytest.fixture(autouse=True)
@@ -38,6 +43,20 @@ def two() -> tuple[nn.Module, Optimizer, Optimizer]:
     for p in model.parameters():
         p.grad = torch.linspace(-1, 2, p.numel()).view_as(p).sin()
     return model, SGD(model["d"].parameters(), lr=0.1, momentum=0.9), SGD(model["g"].parameters(), lr=0.1)
+
+
+@pytest.fixture
+def script_run(tmp_path: Path) -> Iterator[ScriptRun]:
+    """A run that is told of every step of this process, as under `diag run`."""
+    # What other tests keep is put out of the garbage collector's sight.
+    gc.collect()
+    gc.freeze()
+    script_run = ScriptRun(tmp_path / "run.zarr", Options(every=1, overhead=1.0))
+    handle = register_optimizer_step_pre_hook(lambda optimizer, args, kwargs: script_run.before_step(optimizer))
+    yield script_run
+    handle.remove()
+    script_run.end()
+    gc.unfreeze()
 
 
 @pytest.fixture
