@@ -22,6 +22,7 @@ import torch
 import xarray as xr
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from optiscope.hooks import Recorder, attach
 from optiscope.hooks.observing.snapshot import Snapshot
