@@ -118,7 +118,7 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 raise WouldTouch(f"{op} would write into a tensor that is not the copy's")
         number, leaves = self.trace.operations, tree_leaves((args, kwargs))
         name = op.overloadpacket.__name__.strip("_").removeprefix("foreach_")
-        self.trace.scalars.append(tuple(leaf for leaf in leaves if type(leaf) is float) if name in _SCALED_BY else ())
+        self.trace.scalars.append(tuple(_numbers(leaves)) if name in _SCALED_BY else ())
         factors = _PRODUCTS.get(op.overloadpacket)
         if factors is not None and (x := _twice(*(args[i] for i in factors))) is not None:
             self.tell_gram(number, x)
@@ -132,6 +132,16 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         for slot, tensor in enumerate(made):
             self.see((number, slot), tensor)
         return result
+
+
+def _numbers(leaves: Sequence[Any]) -> Iterator[float]:
+    """Numbers among arguments: floats, and tensors of one, as compiled code takes what may change; on some devices rounded to the other's format."""
+    formats = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.is_floating_point()}
+    for leaf in leaves:
+        if type(leaf) is float:
+            yield leaf
+        elif isinstance(leaf, Tensor) and not leaf.ndim and leaf.is_floating_point():
+            yield from {float(leaf), *(float(leaf.to(dtype)) for dtype in formats)}
 
 
 def _storage(tensor: Tensor) -> int:

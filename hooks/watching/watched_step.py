@@ -1,9 +1,7 @@
 """One step of an optimizer, watched on a copy: which of its parameters an iteration orthogonalises, what that is given and what follows it."""
 
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from .iterations import Chain, Iterations, find_output
 from .matching import Match, match
 from .ns_input import Given, given_to
-from .trace import Seen, Trace, Tracing
+from .trace import Trace, Tracing
 from .twin import Twin, nothing_drawn_or_compiled
 
 
@@ -62,7 +60,7 @@ def watch_step(
     while True:
         twin, iterations, trace = _run(optimizer, group, parameters, args, kwargs, wanted)
         for chain in iterations.chains:
-            find_output(chain, islice(trace.seen, bisect(trace.seen, chain.ended, key=_number), None), trace.scalars)
+            find_output(chain, trace)
         before = {id(p): p.detach() for p in parameters}
         after = {key: p.detach() for key, p in twin.parameters.items()}
         matches = match(iterations.chains, before, after)
@@ -75,10 +73,6 @@ def watch_step(
         wanted = asked
 
 
-def _number(seen: Seen) -> int:
-    return seen.at[0]
-
-
 def _run(
     optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None,
     capture: frozenset[tuple[int, int]],
@@ -86,7 +80,7 @@ def _run(
     with nothing_drawn_or_compiled([p.device for p in parameters]), torch.no_grad():
         twin = Twin(optimizer, group, parameters)
         tracing = Tracing(twin.tensors, capture)
-        iterations = Iterations(tracing.trace.scalars)
+        iterations = Iterations(tracing.trace)
         tracing.tell_gram = iterations.see
         for i, tensor in enumerate(twin.tensors):
             tracing.see((-1, i), tensor)
