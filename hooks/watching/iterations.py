@@ -141,7 +141,7 @@ def _of_handed(m: Tensor, v: Tensor, handed: Collection[float], most: float, bef
         return None
     as_good = [triples[i] for i in (left <= min(most, _AS_GOOD * least + _ROUNDING * float(v.norm()))).nonzero().flatten().tolist()]
     usual = [triple for triple in as_good if triple[0] > 0 > triple[1] and triple[2] >= 0]
-    if before in as_good:
+    if before is not None and before in as_good:
         return list(before)
     best = min(usual or as_good, key=lambda triple: float(left[triples.index(triple)]))
     return list(best)

@@ -10,7 +10,7 @@ from .iterations import Chain
 from .trace import Seen
 
 _LOOKED_AT = 96  # matrices of X₀'s shape before the iteration that are looked at
-_SAME_SIZE = 6e-3  # of norms that are one: rounding to bfloat16, and a norm taken in it
+_SAME_SIZE, _SAME_SIZE_FINE = 6e-3, 1e-5  # of norms that are one: rounding to bfloat16, and a norm taken in it; and to float32
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def given_to(chain: Chain, row: int, seen: Sequence[Seen]) -> Given | None:
             if rows is None:
                 continue
             norm = float(one.sample[rows].norm())
-            found = Given(one.at, rows, transposed, abs(norm - size) > _SAME_SIZE * size)
+            found = Given(one.at, rows, transposed, abs(norm - size) > _same_size(one.dtype, chain.dtype) * size)
             if not found.exact and best is None:
                 normalised = found if normalised is None else normalised
                 continue
@@ -62,6 +62,10 @@ def given_to(chain: Chain, row: int, seen: Sequence[Seen]) -> Given | None:
                 best = (torch.finfo(one.dtype).eps, found, norm)
             break
     return best[1] if best is not None else normalised
+
+
+def _same_size(*formats: torch.dtype) -> float:
+    return _SAME_SIZE if max(torch.finfo(dtype).eps for dtype in formats) > 1e-4 else _SAME_SIZE_FINE
 
 
 def _alike(one: Seen, chain: Chain, row: int, start: Tensor) -> int | None:

@@ -86,7 +86,7 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 
     Args:
         own: tensors that may be written into.
-        capture: which results to copy whole.
+        capture: which results to copy whole, nothing else being noted; none: all are seen.
 
     Attributes:
         tell_gram: is told (number of the operation, X, short side first) for every product X·Xᵀ.
@@ -102,12 +102,14 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._capture = capture
 
     def see(self, at: tuple[int, int], tensor: Tensor) -> None:
-        """Note a matrix, and copy it if that was asked for."""
+        """Note a matrix; or copy it, if that was asked for."""
+        if self._capture:
+            if at in self._capture:
+                self.trace.captured[at] = tensor.detach().clone()
+            return
         is_matrix = tensor.ndim >= 2 and tensor.is_floating_point() and tensor.layout is torch.strided and min(tensor.shape[-2:]) > 1
         if is_matrix and tensor.shape[:-2].numel() <= _STACKED:
             self.trace.seen.append(Seen(at, tuple(tensor.shape), tensor.dtype, sample(tensor)))
-        if at in self._capture:
-            self.trace.captured[at] = tensor.detach().clone()
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         kwargs = kwargs or {}
@@ -120,7 +122,7 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         name = op.overloadpacket.__name__.strip("_").removeprefix("foreach_")
         self.trace.scalars.append(tuple(_numbers(leaves)) if name in _SCALED_BY else ())
         factors = _PRODUCTS.get(op.overloadpacket)
-        if factors is not None and (x := _twice(*(args[i] for i in factors))) is not None:
+        if factors is not None and not self._capture and (x := _twice(*(args[i] for i in factors))) is not None:
             self.tell_gram(number, x)
         result = op(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]

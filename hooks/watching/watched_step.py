@@ -10,7 +10,7 @@ from torch import Tensor
 from .iterations import Chain, Iterations, find_output
 from .matching import Match, match
 from .ns_input import Given, given_to
-from .trace import Trace, Tracing
+from .trace import Trace, Tracing, sample
 from .twin import Twin, nothing_drawn_or_compiled
 
 
@@ -56,27 +56,28 @@ def watch_step(
     Raises:
         Exception: whatever keeps the optimizer from being copied or the copy from being stepped.
     """
-    wanted: frozenset[tuple[int, int]] = frozenset()
-    while True:
-        twin, iterations, trace = _run(optimizer, group, parameters, args, kwargs, wanted)
-        for chain in iterations.chains:
-            find_output(chain, trace)
-        before = {id(p): p.detach() for p in parameters}
-        after = {key: p.detach() for key, p in twin.parameters.items()}
-        matches = match(iterations.chains, before, after)
-        given = [given_to(found.chain, found.row, trace.seen) for found in matches]
-        asked = frozenset(one.at for one in given if one is not None)
-        if asked <= trace.captured.keys():
-            return WatchedStep(tuple(matches), tuple(given), tuple(iterations.chains), trace, twin)
-        if wanted:
+    twin, tracing, iterations = _run(optimizer, group, parameters, args, kwargs)
+    trace = tracing.trace
+    for chain in iterations.chains:
+        find_output(chain, trace)
+    before = {id(p): p.detach() for p in parameters}
+    after = {key: p.detach() for key, p in twin.parameters.items()}
+    matches = match(iterations.chains, before, after)
+    given = [given_to(found.chain, found.row, trace.seen) for found in matches]
+    asked = frozenset(one.at for one in given if one is not None)
+    if asked:
+        trace.captured = _run(optimizer, group, parameters, args, kwargs, asked)[1].trace.captured
+        seen = {one.at: one.sample for one in trace.seen if one.at in asked}
+        if trace.captured.keys() != asked or any(not torch.equal(sample(trace.captured[at]), seen[at]) for at in asked):
             raise RuntimeError("two runs of the same step of a copy differ")
-        wanted = asked
+    return WatchedStep(tuple(matches), tuple(given), tuple(iterations.chains), trace, twin)
 
 
 def _run(
     optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None,
-    capture: frozenset[tuple[int, int]],
-) -> tuple[Twin, Iterations, Trace]:  # fmt: skip
+    capture: frozenset[tuple[int, int]] = frozenset(),
+) -> tuple[Twin, Tracing, Iterations]:  # fmt: skip
+    """One step of a copy: seen, or with `capture` only what was asked for copied."""
     with nothing_drawn_or_compiled([p.device for p in parameters]), torch.no_grad():
         twin = Twin(optimizer, group, parameters)
         tracing = Tracing(twin.tensors, capture)
@@ -86,4 +87,4 @@ def _run(
             tracing.see((-1, i), tensor)
         with tracing:
             twin.step(args, kwargs)
-    return twin, iterations, tracing.trace
+    return twin, tracing, iterations
