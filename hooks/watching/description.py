@@ -5,7 +5,7 @@ from math import isnan
 from typing import Any
 
 from .iterated import Iterated
-from .watching import OfGroup
+from .watching import SAME_STEP, OfGroup
 
 _PARTS = {"whole": "", "slice": ", slice by slice", "rows": ", in {} blocks of rows", "columns": ", in {} blocks of columns"}
 _THEN = {
@@ -61,6 +61,8 @@ def spectrum_of(found: OfGroup, otherwise: str) -> str:
     )
     if len(whole) < found.matrices:
         texts.append(f"of the other {found.matrices - len(whole)}: {otherwise}")
+    if found.difference > SAME_STEP:
+        texts.append(f"the copy's step differed from the optimizer's by {found.difference:.2g} of it, and where it did: {otherwise}")
     return "; ".join(texts)
 
 

@@ -19,7 +19,7 @@ from .watched_step import WatchedStep, watch_step
 
 _SETTLED = 3  # recorded steps on which a rule gives every input to the bit, so that no further one is watched
 _TRIES = 2  # steps of which a copy could not be made, after which none is made any more
-_SAME = 0.5  # relative difference of the copy's step from the optimizer's own: compiled code rounds otherwise (0.2 where a momentum has few directions), another step is 1 away
+SAME_STEP = 0.5  # relative difference of the copy's step from the optimizer's own: compiled code rounds otherwise (0.2 where a momentum has few directions), another step is 1 away
 _SAME_DECAY, _SAME_SCALE = 0.05, 0.02  # relative distance of what was measured from what is one with it
 _LARGEST = 1 << 26  # entries of the parameters that are copied at once, where they can be copied apart
 _VARY = (
@@ -190,7 +190,7 @@ class Watching:
                 size = float((own - before).norm())
                 difference = float((own - twin).norm()) / size if size else float(not torch.equal(own, twin))
                 found.difference = max(difference, 0.0 if isnan(found.difference) else found.difference)
-                if difference > _SAME:
+                if difference > SAME_STEP:
                     others.add(id(p))
         self._samples = {}
         return others
