@@ -218,18 +218,21 @@ _SCHEDULE_FREE = Adapter(
     decoupled_decay=_schedule_free_decay,
 )
 
+_sophia_g = Adapter(
+    _MOMENT,
+    momentum=entry("exp_avg"),
+    second_moment=second_moment("hessian", "hessian"),
+    averages=uncorrected,
+    clipped=_sophia_clipped,
+    decoupled_decay=_DECAY,
+)
+
 ROWS: dict[str, Row] = {
     "lion_pytorch.lion_pytorch.Lion": Adapter(
         f"{_MOMENT}; the sign is taken of another average of it and the gradient", momentum=entry("exp_avg"), decoupled_decay=_lion_decay
     ),
-    "sophia_opt.SophiaG": Adapter(
-        _MOMENT,
-        momentum=entry("exp_avg"),
-        second_moment=second_moment("hessian", "hessian"),
-        averages=uncorrected,
-        clipped=_sophia_clipped,
-        decoupled_decay=_DECAY,
-    ),
+    "sophia_opt.SophiaG": _sophia_g,
+    "sophia.SophiaG": _sophia_g,  # the authors' file, which a script imports from beside it
     "adam_mini.adam_mini.Adam_mini": Adapter(
         f"first moment m after the step; {NOT_ORTHOGONAL}",
         momentum=_mini_momentum,

@@ -163,7 +163,10 @@ class Watched:
 
     def compare_watched(self) -> None:
         """After the step: read those parameters as if nothing had been found of which the copy took another step."""
-        if self.watching is not None and len(self.layers) == 1:  # a wrapper does more than the step that was watched
+        if self.watching is None:
+            return
+        self.watching.note_own_settings()
+        if len(self.layers) == 1:  # a wrapper does more than the step that was watched
             others = self.watching.compare()
             group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]} if others else {}
             for snapshot in self.snapshots:

@@ -7,7 +7,7 @@ from typing import Any
 from ..adapters import Group
 from ..adapters.own_coefficients import own_coefficients
 from .iterated import Iterated
-from .watching import OfGroup
+from .watching import SAME_STEP, OfGroup
 
 _PARTS = {
     "whole": "",
@@ -74,6 +74,8 @@ def spectrum_of(found: OfGroup, otherwise: str) -> str:
     )
     if len(whole) < found.matrices:
         texts.append(f"of the other {found.matrices - len(whole)}: {otherwise}")
+    if found.difference > SAME_STEP:
+        texts.append(f"the copy's step differed from the optimizer's by {found.difference:.2g} of it, and where it did: {otherwise}")
     return "; ".join(texts)
 
 

@@ -34,6 +34,10 @@ class Rule:
         weight = None if self.weight is None else _number(group, *self.weight)
         if (self.momentum is not None and momentum is None) or (self.weight is not None and weight is None):
             return None
+        if momentum is not None and gradient is not None and momentum.shape != gradient.shape:
+            if momentum.numel() != gradient.numel():
+                return None
+            momentum = momentum.reshape(gradient.shape)  # that of a kernel may be kept as the matrix that it is flattened to
         made = _FORMULAS[self.formula](gradient, momentum, weight)
         return made.sign() if made is not None and self.signed else made
 
@@ -42,6 +46,12 @@ class Rule:
         """Less for what is likelier meant, of several that give the same."""
         named = -1 if self.weight is None else _WEIGHTS.index(self.weight[0]) if self.weight[0] in _WEIGHTS else len(_WEIGHTS)
         return self.momentum is not None, named, self.signed, str(self)
+
+    @property
+    def kind(self) -> tuple[Any, ...]:
+        """The same for rules that differ in rounding alone; of signs, which different numbers share for long, everything else counts."""
+        mixed = "g + μM" if self.formula in _SUMS else "(1 − μ)g + μM" if "μ" in self.formula else self.formula
+        return mixed, self.momentum, self.signed, self.weight if self.signed else None
 
     def __str__(self) -> str:
         """In words."""
@@ -59,6 +69,7 @@ _FORMULAS: dict[str, Formula] = {
     "momentum after Nesterov mixing, μM + (1 − μ)g": lambda g, m, mu: None if g is None else m * mu + g * (1 - mu),
     "gradient": lambda g, m, mu: g,
 }
+_SUMS = ("momentum after Nesterov mixing, g + μM", "momentum after Nesterov mixing, μM + g")
 
 
 def rules(given: Tensor, gradient: Tensor | None, state: Mapping[str, Any], group: Mapping[str, Any]) -> set[Rule]:

@@ -10,7 +10,7 @@ from .iterations import Chain
 from .trace import Seen
 
 _LOOKED_AT = 96  # matrices of X₀'s shape before the iteration that are looked at
-_SAME_SIZE = 6e-3  # of norms that are one: rounding to bfloat16, and a norm taken in it
+_SAME_SIZE, _SAME_SIZE_FINE = 6e-3, 1e-5  # of norms that are one: rounding to bfloat16, and a norm taken in it; and to float32
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,7 @@ def given_to(chain: Chain, row: int, seen: Sequence[Seen]) -> Given | None:
     start = chain.start[row]
     size = float(start.norm())
     normalised: Given | None = None
+    finest = 1.0
     best: tuple[float, Given, float] | None = None  # precision, what it is, its norm
     looked_at = 0
     for one in reversed(seen):
@@ -50,9 +51,10 @@ def given_to(chain: Chain, row: int, seen: Sequence[Seen]) -> Given | None:
             if rows is None:
                 continue
             norm = float(one.sample[rows].norm())
-            found = Given(one.at, rows, transposed, abs(norm - size) > _SAME_SIZE * size)
+            found = Given(one.at, rows, transposed, abs(norm - size) > _same_size(one.dtype, chain.dtype) * size)
             if not found.exact and best is None:
-                normalised = found if normalised is None else normalised
+                if torch.finfo(one.dtype).eps < finest:  # of X₀ in several formats the best
+                    finest, normalised = torch.finfo(one.dtype).eps, found
                 continue
             if best is None:
                 best = (torch.finfo(one.dtype).eps, found, norm)
@@ -64,9 +66,14 @@ def given_to(chain: Chain, row: int, seen: Sequence[Seen]) -> Given | None:
     return best[1] if best is not None else normalised
 
 
+def _same_size(*formats: torch.dtype) -> float:
+    return _SAME_SIZE if max(torch.finfo(dtype).eps for dtype in formats) > 1e-4 else _SAME_SIZE_FINE
+
+
 def _alike(one: Seen, chain: Chain, row: int, start: Tensor) -> int | None:
     """Which matrix of a stack is proportional to X₀ of a row, within rounding of either format; of as many as the chain has the same one."""
-    unlike = 2e-5 if max(torch.finfo(dtype).eps for dtype in (one.dtype, chain.dtype)) > 1e-4 else 1e-6
+    # Two roundings to bfloat16 leave 1.3e-6 of a cosine, three 2e-6.
+    unlike = 6e-6 if max(torch.finfo(dtype).eps for dtype in (one.dtype, chain.dtype)) > 1e-4 else 1e-6
     count = one.sample.shape[0]
     candidates = [row] if count == chain.shape[0] else range(count) if count <= 64 else ()
     for i in candidates:

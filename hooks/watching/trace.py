@@ -86,15 +86,15 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 
     Args:
         own: tensors that may be written into.
-        capture: which results to copy whole; None to sample all that are matrices, and to look for products X·Xᵀ.
+        capture: which results to copy whole, nothing else being noted; none: all are seen.
 
     Attributes:
-        tell_gram: is told (number of the operation, X, short side first) for every such product.
+        tell_gram: is told (number of the operation, X, short side first) for every product X·Xᵀ.
     """
 
     tell_gram: Callable[[int, Tensor], None]
 
-    def __init__(self, own: Sequence[Tensor], capture: frozenset[tuple[int, int]] | None = None) -> None:
+    def __init__(self, own: Sequence[Tensor], capture: frozenset[tuple[int, int]] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         # Storages. One that is freed within may give its place to another that is made within; the original's lie where they lie.
@@ -102,12 +102,13 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         self._capture = capture
 
     def see(self, at: tuple[int, int], tensor: Tensor) -> None:
-        """Note a matrix, and copy it if that was asked for."""
-        is_matrix = tensor.ndim >= 2 and tensor.is_floating_point() and tensor.layout is torch.strided and min(tensor.shape[-2:]) > 1
-        if self._capture is not None:
+        """Note a matrix; or copy it, if that was asked for."""
+        if self._capture:
             if at in self._capture:
                 self.trace.captured[at] = tensor.detach().clone()
-        elif is_matrix and tensor.shape[:-2].numel() <= _STACKED:
+            return
+        is_matrix = tensor.ndim >= 2 and tensor.is_floating_point() and tensor.layout is torch.strided and min(tensor.shape[-2:]) > 1
+        if is_matrix and tensor.shape[:-2].numel() <= _STACKED:
             self.trace.seen.append(Seen(at, tuple(tensor.shape), tensor.dtype, sample(tensor)))
 
     def __torch_dispatch__(self, op: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -119,9 +120,9 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
                 raise WouldTouch(f"{op} would write into a tensor that is not the copy's")
         number, leaves = self.trace.operations, tree_leaves((args, kwargs))
         name = op.overloadpacket.__name__.strip("_").removeprefix("foreach_")
-        self.trace.scalars.append(tuple(leaf for leaf in leaves if type(leaf) is float) if name in _SCALED_BY else ())
+        self.trace.scalars.append(tuple(_numbers(leaves)) if name in _SCALED_BY else ())
         factors = _PRODUCTS.get(op.overloadpacket)
-        if self._capture is None and factors is not None and (x := _twice(*(args[i] for i in factors))) is not None:
+        if factors is not None and not self._capture and (x := _twice(*(args[i] for i in factors))) is not None:
             self.tell_gram(number, x)
         result = op(*args, **kwargs)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
@@ -133,6 +134,16 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         for slot, tensor in enumerate(made):
             self.see((number, slot), tensor)
         return result
+
+
+def _numbers(leaves: Sequence[Any]) -> Iterator[float]:
+    """Numbers among arguments: floats, and tensors of one, as compiled code takes what may change; on some devices rounded to the other's format."""
+    formats = {leaf.dtype for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim and leaf.is_floating_point()}
+    for leaf in leaves:
+        if type(leaf) is float:
+            yield leaf
+        elif isinstance(leaf, Tensor) and not leaf.ndim and leaf.is_floating_point():
+            yield from {float(leaf), *(float(leaf.to(dtype)) for dtype in formats)}
 
 
 def _storage(tensor: Tensor) -> int:

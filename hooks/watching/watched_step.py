@@ -1,9 +1,7 @@
 """One step of an optimizer, watched on a copy: which of its parameters an iteration orthogonalises, what that is given and what follows it."""
 
-from bisect import bisect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import islice
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor
 from .iterations import Chain, Iterations, find_output
 from .matching import Match, match
 from .ns_input import Given, given_to
-from .trace import Seen, Trace, Tracing, sample
+from .trace import Trace, Tracing, sample
 from .twin import Twin, nothing_drawn_or_compiled
 
 
@@ -56,37 +54,35 @@ def watch_step(
     Raises:
         Exception: whatever keeps the optimizer from being copied or the copy from being stepped.
     """
-    iterations = Iterations([])
-    trace, after = _run(optimizer, group, parameters, args, kwargs, gradients, iterations)[:2]
+    twin, trace, iterations = _run(optimizer, group, parameters, args, kwargs, gradients)
     for chain in iterations.chains:
-        find_output(chain, islice(trace.seen, bisect(trace.seen, chain.ended, key=_number), None), trace.scalars)
-    matches = match(iterations.chains, {id(p): p.detach() for p in parameters}, after)
+        find_output(chain, trace)
+    before = {id(p): p.detach() for p in parameters}
+    matches = match(iterations.chains, before, {key: p.detach() for key, p in twin.parameters.items()})
     given = [given_to(found.chain, found.row, trace.seen) for found in matches]
-    del after  # one copy at a time
-    captured, _, twin = _run(optimizer, group, parameters, args, kwargs, gradients, frozenset(one.at for one in given if one is not None))
-    samples = {seen.at: seen.sample for seen in trace.seen if seen.at in captured.captured}
-    if any(not torch.equal(sample(tensor), samples[at]) for at, tensor in captured.captured.items()):
-        raise RuntimeError("two runs of the same step of a copy differ")
-    return WatchedStep(tuple(matches), tuple(given), tuple(iterations.chains), replace(trace, captured=captured.captured), twin)
-
-
-def _number(seen: Seen) -> int:
-    return seen.at[0]
+    asked = frozenset(one.at for one in given if one is not None)
+    if asked:
+        del twin  # one copy at a time
+        twin, again, _ = _run(optimizer, group, parameters, args, kwargs, gradients, asked)
+        trace.captured = again.captured
+        seen = {one.at: one.sample for one in trace.seen if one.at in asked}
+        if trace.captured.keys() != asked or any(not torch.equal(sample(trace.captured[at]), seen[at]) for at in asked):
+            raise RuntimeError("two runs of the same step of a copy differ")
+    return WatchedStep(tuple(matches), tuple(given), tuple(iterations.chains), trace, twin)
 
 
 def _run(
     optimizer: Any, group: Mapping[str, Any], parameters: Sequence[Tensor], args: Sequence[Any], kwargs: Mapping[str, Any] | None,
-    gradients: Mapping[int, Tensor] | None, looking_for: Iterations | frozenset[tuple[int, int]],
-) -> tuple[Trace, dict[int, Tensor], Twin]:  # fmt: skip
-    """Step a copy, looking for iterations or for some results; what was seen, the copies' weights after it by the `id` of the originals, and the copy."""
+    gradients: Mapping[int, Tensor] | None, capture: frozenset[tuple[int, int]] = frozenset(),
+) -> tuple[Twin, Trace, Iterations]:  # fmt: skip
+    """One step of a copy: seen, or with `capture` only what was asked for copied."""
     with nothing_drawn_or_compiled([p.device for p in parameters]), torch.no_grad():
         twin = Twin(optimizer, group, parameters, gradients)
-        tracing = Tracing(twin.tensors, looking_for if isinstance(looking_for, frozenset) else None)
-        if isinstance(looking_for, Iterations):
-            looking_for.scalars = tracing.trace.scalars
-            tracing.tell_gram = looking_for.see
+        tracing = Tracing(twin.tensors, capture)
+        iterations = Iterations(tracing.trace)
+        tracing.tell_gram = iterations.see
         for i, tensor in enumerate(twin.tensors):
             tracing.see((-1, i), tensor)
         with tracing:
             twin.step(args, kwargs)
-    return tracing.trace, {key: p.detach() for key, p in twin.parameters.items()}, twin
+    return twin, tracing.trace, iterations

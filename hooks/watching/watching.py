@@ -20,7 +20,7 @@ from .watched_step import WatchedStep, watch_step
 
 _SETTLED = 3  # recorded steps on which a rule gives every input to the bit, so that no further one is watched
 _TRIES = 2  # steps of which a copy could not be made, after which none is made any more
-_SAME = 0.5  # relative difference of the copy's step from the optimizer's own: compiled code rounds otherwise (0.2 where a momentum has few directions), another step is 1 away
+SAME_STEP = 0.5  # relative difference of the copy's step from the optimizer's own: compiled code rounds otherwise (0.2 where a momentum has few directions), another step is 1 away
 _SAME_DECAY, _SAME_SCALE = 0.05, 0.02  # relative distance of what was measured from what is one with it
 _LARGEST = 1 << 26  # entries of the parameters that are copied at once, where they can be copied apart
 _VARY = (
@@ -70,8 +70,10 @@ class OfGroup:
 
     @property
     def rule(self) -> Rule | None:
-        """The rule that gives every input from now on; None where the recorded steps have to be watched."""
-        return min(self.rules, key=_LIKELIEST) if self.rules and self.agreed >= _SETTLED else None
+        """The rule that gives every input from now on; None where the recorded steps have to be watched, as long as several kinds of rule give the same."""
+        if self.agreed < _SETTLED or len({rule.kind for rule in self.rules}) != 1:
+            return None
+        return min(self.rules, key=_LIKELIEST)
 
     @property
     def settled(self) -> bool:
@@ -86,19 +88,26 @@ class Watching:
         self._optimizer = optimizer
         self._groups: dict[int, OfGroup] = {}
         self._told: list[tuple[int, int, int, bool]] = []
+        self._before: dict[int, dict[str, Any]] = {}  # settings of every group before the step under way
+        self._own: dict[int, set[str]] = {}  # those that the steps themselves change: counts, Prodigy's distance
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}  # of weights after the copy's step, and of those before it
 
     def of(self, group: Group) -> OfGroup:
         """What has been found of a group; anew where its settings have changed."""
-        settings = repr({key: value for key, value in group.items() if key not in _VARY and _is_plain(value)})
+        settings = self._settings(group)
         found = self._groups.get(id(group))
         if found is None or found.settings != settings:
             found = self._groups[id(group)] = OfGroup(settings)
         return found
 
+    def _settings(self, group: Group) -> str:
+        left_out = {*_VARY, *self._own.get(id(group), ())}
+        return repr({key: value for key, value in group.items() if key not in left_out and _is_plain(value)})
+
     def watch(self, groups: Sequence[Group], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         """Watch the coming step of every one of these groups that is not settled. Gradients are there, and weights as they were."""
         self._samples = {}
+        self._before = {id(group): {key: value for key, value in group.items() if _is_plain(value)} for group in groups}
         for group in groups:
             found = self.of(group)
             if not found.settled:
@@ -170,6 +179,17 @@ class Watching:
                 moved = moved or not torch.equal(after, before)
         return moved
 
+    def note_own_settings(self) -> None:
+        """After the step: settings that it has changed itself say nothing of the iteration."""
+        for group in self._optimizer.param_groups:
+            before = self._before.get(id(group))
+            if before is None:
+                continue
+            changed = {key for key, value in group.items() if _is_plain(value) and (key not in before or before[key] != value)}
+            if changed - self._own.get(id(group), set()):
+                self._own.setdefault(id(group), set()).update(changed)
+                self._groups[id(group)].settings = self._settings(group)
+
     def compare(self) -> set[int]:
         """After the step: the parameters, by their `id`, of which the copy took another step than the optimizer."""
         others: set[int] = set()
@@ -183,7 +203,7 @@ class Watching:
                 size = float((own - before).norm())
                 difference = float((own - twin).norm()) / size if size else float(not torch.equal(own, twin))
                 found.difference = max(difference, 0.0 if isnan(found.difference) else found.difference)
-                if difference > _SAME:
+                if difference > SAME_STEP:
                     others.add(id(p))
         self._samples = {}
         return others

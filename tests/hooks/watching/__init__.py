@@ -1,0 +1,1 @@
+"""Optimizers that the adapter table does not hold, read by watching their steps."""
