@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check coverage clean
+.PHONY: demo test check coverage names clean
 
 # One thread per operation: on few or shared cores, thread pools that wait for each other cost more than they give (a demo beside
 # another busy process took ten minutes with two threads).
@@ -26,6 +26,10 @@ check: .venv/installed
 # Writes docs/coverage.md from what the contract suite measures; the tests fail when it is stale.
 coverage: .venv/installed
 	PYTHONPATH=tests/hooks $(BIN)/python -m contract.document
+
+# Writes docs/names.md from what published architectures are called; a test fails when it is stale.
+names: .venv/installed
+	$(BIN)/python tests/diagnostics/architectures.py
 
 clean:
 	rm -rf .venv build demo.zarr demo-analysis demo-schedule.json

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...diagnostics.escape import storable
-from ...diagnostics.operators import OperatorRule, classify, clean_name, layer_index
+from ...diagnostics.operators import OperatorRule, classify, clean_name, layer_indices
 from ...diagnostics.quantities.adam_mini import UNKNOWN_HEADS, Heads
 from ...diagnostics.spectra.spectrum_sketch import sketch_levels
 from .heads import find_heads, heads_of
@@ -52,6 +52,7 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
     """
     name_of, kernels = names.look_up()
     heads = names.heads()
+    layer_of = layer_indices(name_of.values())
     found: dict[int, list[Matrix]] = {}
     for one in watched:
         others: dict[str, list[str]] = {}
@@ -63,7 +64,7 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
                 if p.ndim < 2 or not p.numel() or id(p) in found:
                     continue
                 name = name_of.get(id(p), f"{one.label}.group{g}.param{i}")
-                if (kind := left_out(p)) is not None:
+                if (kind := left_out(p, name)) is not None:
                     others.setdefault(kind, []).append(name)
                     continue
                 if hasattr(p, "full_tensor"):
@@ -73,7 +74,7 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
                 operator = storable(classify(name, names.rule))
                 geometry = (ns is not None or operator not in NO_GEOMETRY) and id(p) not in stacked_ids
                 whole = Matrix(
-                    p, one.label, name, operator, layer_index(name), p.shape[0], p.numel() // p.shape[0], geometry,
+                    p, one.label, name, operator, layer_of.get(name, -1), p.shape[0], p.numel() // p.shape[0], geometry,
                     heads=heads_of(operator, heads(p)),
                 )  # fmt: skip
                 is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)

@@ -106,7 +106,7 @@ def selected(chain: Chain, row: int, before: Mapping[int, Tensor], after: Mappin
     """The parameter of which an output moved some rows or columns alone, whichever they are and in whatever order."""
     output = chain.whole_output(row)
     for key, weight in before.items():
-        if weight.ndim != 2:
+        if weight.ndim != 2 or not weight.is_floating_point():
             continue
         for part, turn in (("selected rows", False), ("selected columns", True)):
             w, w_after = (t.detach().float().mT if turn else t.detach().float() for t in (weight, after[key]))
@@ -129,7 +129,7 @@ def selected(chain: Chain, row: int, before: Mapping[int, Tensor], after: Mappin
 def _pieces(key: int, before: Tensor, after: Tensor, shape: frozenset[int]) -> Iterator[Piece]:
     """What of a parameter has an iteration's shape: all of it, the slices of a stack, or its blocks of rows or columns."""
     before, after = before.detach(), after.detach()
-    if before.ndim < 2 or before.shape != after.shape or not before.numel():
+    if before.ndim < 2 or not before.is_floating_point() or before.shape != after.shape or not before.numel():
         return
     roundoff = torch.finfo(before.dtype).eps / 2
     wide = torch.float64 if before.dtype == torch.float64 else torch.float32

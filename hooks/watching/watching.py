@@ -125,7 +125,7 @@ class Watching:
 
     def _watch_group(self, group: Group, found: OfGroup, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
-        matrices = [p for p in parameters if p.ndim >= 2]
+        matrices = [p for p in parameters if p.ndim >= 2 and p.is_floating_point()]
         if not matrices:
             return
         before, found.found, found.inputs, moved = found.found, {}, Counter(), False
@@ -173,7 +173,7 @@ class Watching:
         """Keep samples of the weights before and after the copy's step; whether any moved."""
         moved = False
         for p in parameters:
-            if p.ndim >= 2:
+            if p.ndim >= 2 and p.is_floating_point():
                 after, before = (sample(w.detach().reshape(len(w), -1)) for w in (seen.twin.parameters[id(p)], p))
                 self._samples[id(p)] = after, before
                 moved = moved or not torch.equal(after, before)

@@ -118,7 +118,7 @@ NAMES = {
         model.embeddings.tok_embeddings.weight                  embed     -1
         model.layers.9.attn.Wqkv.weight                         attn_qkv   9
         model.layers.9.attn.Wo.weight                           attn_o     9
-        model.layers.9.mlp.Wi.weight                            mlp_fc     9
+        model.layers.9.mlp.Wi.weight                            mlp_gate_up     9
         model.layers.9.mlp.Wo.weight                            mlp_down   9
     """,
     "t5": """
@@ -202,22 +202,22 @@ NAMES = {
         layer2.0.bn1.weight                                     norm       2
     """,
     "mixture of experts": """
-        model.layers.1.block_sparse_moe.gate.weight             other      1
+        model.layers.1.block_sparse_moe.gate.weight             router      1
         model.layers.1.block_sparse_moe.experts.3.w1.weight     mlp_gate   1
         model.layers.1.block_sparse_moe.experts.3.w2.weight     mlp_down   1
         model.layers.1.block_sparse_moe.experts.3.w3.weight     mlp_up     1
-        model.layers.1.mlp.gate.weight                          other      1
+        model.layers.1.mlp.gate.weight                          router      1
         model.layers.1.mlp.experts.0.gate_proj.weight           mlp_gate   1
         model.layers.1.mlp.experts.0.down_proj.weight           mlp_down   1
         model.layers.1.mlp.shared_expert.up_proj.weight         mlp_up     1
-        model.layers.1.mlp.shared_expert_gate.weight            other      1
-        layers.1.ffn.gate.weight                                other      1
-        layers.1.moe.router.gate.weight                         other      1
+        model.layers.1.mlp.shared_expert_gate.weight            router      1
+        layers.1.ffn.gate.weight                                router      1
+        layers.1.moe.router.gate.weight                         router      1
     """,
     "mamba": """
         backbone.embedding.weight                               embed     -1
-        backbone.layers.0.mixer.in_proj.weight                  other      0
-        backbone.layers.0.mixer.out_proj.weight                 other      0
+        backbone.layers.0.mixer.in_proj.weight                  ssm_in      0
+        backbone.layers.0.mixer.out_proj.weight                 ssm_out      0
         backbone.layers.0.mixer.conv1d.weight                   conv       0
         backbone.norm_f.weight                                  norm      -1
     """,
@@ -274,7 +274,7 @@ def test_wrappers_change_nothing(prefix):
 
 def test_a_mapping_wins_over_the_table():
     rule = {r"\.mlp\.gate\.weight$": "mlp_gate", r"experts": "expert"}
-    assert classify("layers.0.mlp.gate.weight") == "other"
+    assert classify("layers.0.mlp.gate.weight") == "router"
     assert classify("layers.0.mlp.gate.weight", rule) == "mlp_gate"
     assert classify("layers.0.mlp.experts.1.up_proj.weight", rule) == "expert"
     # What it does not name still comes from the table, and of two matches the first wins.
