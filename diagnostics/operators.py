@@ -113,7 +113,9 @@ def classify(name: str, rule: OperatorRule | None = None) -> str:
             if re.search(pattern, name):
                 return operator
     # torch.nn.MultiheadAttention spells in_proj_weight what every other module spells in_proj.weight.
-    stem = clean_name(name).lower().removesuffix("weight").rstrip("._").removesuffix(".base_layer")  # peft's name for the layer that it adapts
+    stem = (
+        clean_name(name).lower().removesuffix("weight").rstrip("._").removesuffix(".base_layer")
+    )  # peft's name for the layer that it adapts
     adapter = _ADAPTER.search(stem)
     if adapter is None:
         return _of_table(stem)
