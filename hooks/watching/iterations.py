@@ -154,7 +154,10 @@ def _of_handed(m: Tensor, v: Tensor, handed: Collection[float], most: float, bef
     usual = [triple for triple in as_good if triple[0] > 0 > triple[1] and triple[2] >= 0]
     if before is not None and before in as_good:
         return list(before)
-    best = min(usual or as_good, key=lambda triple: float(left[triples.index(triple)]))
+    # A number that was handed in once is one coefficient.
+    best = min(
+        usual or as_good, key=lambda triple: (triple.count(0.0) + len({*map(abs, triple)} - {0.0}) < 3, float(left[triples.index(triple)]))
+    )
     return list(best)
 
 
