@@ -24,6 +24,7 @@ class StepTaken:
         weight_decay: of the parameter group.
         decoupled_decay: the λ of W(1 − ηλ); 0 where decay is coupled or absent.
         output_scale: s in ΔW = −η·s·O, decay aside; NaN where more than a scale follows the iteration, or there is none.
+        row_divisors: d, shape (rows,), in ΔW = −η·s·c·O/d, where c gives O/d the Frobenius norm of O (NorMuon); None where no rows are divided.
         target_rms: RMS of ΔW/η if O were the exact polar factor, under the optimizer's own scaling.
         intended_rms: RMS of the update per learning rate before it was rounded into the weights, decay aside; NaN where not known.
         trust_ratio: the factor by which the optimizer scaled this matrix's step; NaN where it has none.
@@ -41,6 +42,7 @@ class StepTaken:
     target_rms: float = float("nan")
     intended_rms: float = float("nan")
     trust_ratio: float = float("nan")
+    row_divisors: NDArray[np.floating] | None = None
 
     @property
     def applied(self) -> NDArray[np.float64]:
@@ -64,21 +66,28 @@ class StepTaken:
 
     @cached_property
     def output(self) -> NDArray[np.floating] | None:
-        """O, read back from the applied update where nothing but a scale followed the iteration; None where it is not known so.
+        """O, read back from the applied update where nothing but a scale, or known divisors of rows, followed the iteration; None where it is not known so.
 
         In float32 unless the weights are float64: rounding it is less than what rounding the weights has left.
         """
         if not self.update_noise <= READABLE_NOISE or not np.isfinite(self.output_scale):
             return None
         dtype = np.float64 if self.weight_before.dtype == np.float64 else np.float32
-        return update_without_decay(
+        output = update_without_decay(
             self.weight_before, self.weight_after, self.lr, self.decoupled_decay, divided_by=self.output_scale, dtype=dtype
         )
+        if self.row_divisors is None:
+            return output
+        divisors: NDArray[np.floating] = self.row_divisors.astype(output.dtype)
+        undivided: NDArray[np.floating] = output * divisors[:, None]
+        norm = float(np.linalg.norm(undivided))
+        return undivided * (float(np.linalg.norm(output)) / norm) if norm > 0 else None
 
     def part(self, axis: int, indices: NDArray[np.int64]) -> "StepTaken":
         """That of some rows (axis 0) or columns (axis 1); what was said of the whole matrix alone stays that of the whole."""
         before, after = (np.asarray(weight.take(indices, axis)) for weight in (self.weight_before, self.weight_after))
-        return replace(self, weight_before=before, weight_after=after)
+        divisors = self.row_divisors.take(indices) if self.row_divisors is not None and axis == 0 else self.row_divisors
+        return replace(self, weight_before=before, weight_after=after, row_divisors=divisors)
 
 
 def joined_step(steps: Sequence[StepTaken]) -> StepTaken:

@@ -143,6 +143,7 @@ class Orthogonalisation:
         settings: coefficients of every step and eps; None where the iteration is none that coefficients describe.
         output_scale: s(reading, rows, cols) in ΔW = −η·s·O; NaN where more than a scale follows the iteration.
         target_rms: RMS of ΔW/η if O were the exact polar factor; by default that of s·O.
+        row_divisors: d, one for every row, where ΔW = −η·s·c·O/d and c gives O/d the Frobenius norm of O (NorMuon); None where nothing but s follows.
         batched: three-dimensional parameters are orthogonalised slice by slice, not flattened to one matrix.
     """
 
@@ -150,6 +151,7 @@ class Orthogonalisation:
     settings: Callable[[Reading], NewtonSchulz | None]
     output_scale: Callable[[Reading, int, int], float]
     target_rms: Callable[[Reading, int, int], float] | None = None
+    row_divisors: Reader | None = None
     batched: bool = False
 
     def target(self, reading: Reading, rows: int, cols: int) -> float:

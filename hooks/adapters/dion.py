@@ -95,6 +95,12 @@ def _muon(group: Group) -> Adapter:
     return Adapter(_EXACT, momentum=_MOMENTUM, decoupled_decay=_decay, orthogonalisation=orthogonalisation)
 
 
+def _row_divisors(reading: Reading) -> Tensor | None:
+    """√v + 1e-8 of every row, v being the average of their mean squares that this step has left."""
+    v = reading.state.get("variance_neuron")
+    return None if v is None else v.sqrt() + 1e-8
+
+
 def _normuon(group: Group) -> Adapter:
     """Rows are divided by the root of their second moment, and the norm of O restored: more than a scale, of the same size."""
     of_rows = second_moment("variance_neuron", "of_orthogonalised")
@@ -108,8 +114,9 @@ def _normuon(group: Group) -> Adapter:
         orthogonalisation=Orthogonalisation(
             _ns_input,
             _settings,
-            output_scale=lambda reading, rows, cols: nan,
-            target_rms=lambda reading, rows, cols: _scale(reading, rows, cols) / sqrt(max(rows, cols)),
+            _scale,
+            lambda reading, rows, cols: _scale(reading, rows, cols) / sqrt(max(rows, cols)),
+            _row_divisors,
             batched=not group.get("flatten"),
         ),
     )

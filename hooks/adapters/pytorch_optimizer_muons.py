@@ -125,6 +125,17 @@ def _normuon_target(reading: Reading, rows: int, cols: int) -> float:
     return 0.2 if reading.group["update_scale"] == "match_rms" else _target(reading, rows, cols)
 
 
+def _normuon_scale(reading: Reading, rows: int, cols: int) -> float:
+    """That of Muon; missing where O is brought to another norm, which its own is not told from."""
+    return nan if reading.group["update_scale"] == "match_rms" else _output_scale(reading, rows, cols)
+
+
+def _normuon_divisors(reading: Reading) -> Tensor | None:
+    """√v + ε of every row, v being the average of their mean squares that this step has left."""
+    v = reading.state.get("second_momentum_buffer")
+    return None if v is None else v.sqrt() + number(reading.group["eps"])
+
+
 def _no_scale(reading: Reading, rows: int, cols: int) -> float:
     return nan
 
@@ -209,7 +220,7 @@ _MUONS: dict[str, Adapter] = {
         momentum=_MOMENTUM,
         second_moment=second_moment("second_momentum_buffer", "of_orthogonalised"),
         decoupled_decay=decay_of,
-        orthogonalisation=Orthogonalisation(_mixed, _settings, _no_scale, _normuon_target),
+        orthogonalisation=Orthogonalisation(_mixed, _settings, _normuon_scale, _normuon_target, _normuon_divisors),
     ),
     "adago.AdaGO": Adapter(
         "exact NS input: momentum after the step, or after Nesterov mixing, before the cast to bfloat16",

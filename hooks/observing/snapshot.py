@@ -130,6 +130,7 @@ class Snapshot:
             grad_rms=dict(zip(self.matrices, self.grad_rms, strict=True)),
             output_scale=of_matrices(None if ns is None else ns.output_scale),
             target_rms=of_matrices(None if ns is None else ns.target),
+            row_divisors=None if ns is None or ns.row_divisors is None else self._read(ns.row_divisors),
         )
 
     def _state(self, momentum: Tensor | None, step: StepTensors) -> OptimizerState | None:

@@ -21,6 +21,7 @@ class StepTensors:
         momentum, intended: None where there is none, or it is not known (see :class:`StepTaken` for these and the numbers).
         grad_rms: of every matrix, when asked: an accelerator is not waited for before.
         output_scale, target_rms: of every matrix.
+        row_divisors: of all rows, shape (…, rows, 1); None where none are divided.
     """
 
     before: Tensor
@@ -34,11 +35,14 @@ class StepTensors:
     grad_rms: Mapping[Matrix, Callable[[], float]]
     output_scale: Mapping[Matrix, float]
     target_rms: Mapping[Matrix, float]
+    row_divisors: Tensor | None = None
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> "StepTensors":
         """The same of copies; the weights before the step are one already."""
-        momentum, intended = (None if tensor is None else copy(tensor) for tensor in (self.momentum, self.intended))
-        return replace(self, after=copy(self.after), momentum=momentum, intended=intended)
+        momentum, intended, divisors = (
+            None if tensor is None else copy(tensor) for tensor in (self.momentum, self.intended, self.row_divisors)
+        )
+        return replace(self, after=copy(self.after), momentum=momentum, intended=intended, row_divisors=divisors)
 
     def of(self, matrix: Matrix) -> StepTaken:
         """That of one matrix."""
@@ -56,4 +60,5 @@ class StepTensors:
             target_rms=self.target_rms[matrix],
             intended_rms=intended,
             trust_ratio=self.trust_ratio,
+            row_divisors=None if self.row_divisors is None else to_host(matrix.of(self.row_divisors).reshape(-1)),
         )

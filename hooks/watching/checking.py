@@ -1,19 +1,20 @@
 """Whether a class does what its row in the adapter table says: one of its steps, watched on a copy of one matrix."""
 
 from collections.abc import Mapping, Sequence
-from math import isclose
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 
-from ...diagnostics.newton_schulz.families import Coefficients
+from ...diagnostics.newton_schulz.spectral_map import ns_map
 from ..adapters import Adapter, Group, Reading, parameter_state
-from .iterated import from_norm
 from .trace import sample
 from .watched_step import WatchedStep, watch_step
 
 _SMALLEST = 5  # side of a matrix whose iteration is told
-_WITHIN = 0.03  # relative distance of coefficients that are the same, c of a first step aside
+_READABLE = 0.02  # of ‖M‖_F: what is smaller bfloat16 moves too far
+_WITHIN = 0.15  # distance of singular values of the output from the expected: bfloat16 moves them by a few hundredths
 _UNLIKE = 1e-3  # 1 − cosine of inputs that are not the same
 
 
@@ -37,18 +38,36 @@ def differs(optimizer: Any, group: Group, adapter: Adapter, args: Sequence[Any],
     settings, given = ns.settings(reading), ns.ns_input(reading)
     if settings is None or given is None or settings.scaling != "frobenius":
         return None
-    match = seen.matches[0]
-    found = from_norm(tuple(match.chain.triples), float(match.chain.start_norms[match.row]))
-    if len(found) != len(settings.coefficients):
-        return f"it runs {len(found)} Newton–Schulz steps, not {len(settings.coefficients)}"
-    if not _same(found, settings.coefficients):
-        return f"it runs other coefficients than are expected of it (the first: {', '.join(f'{value:.4g}' for value in match.chain.triples[0])})"
-    own = seen.input_of(0)
+    match, own = seen.matches[0], seen.input_of(0)
     if own is None:
-        return ""
-    x, y = sample(own)[0].double(), sample(given.reshape(own.shape))[0].double()
-    unlike = 1 - abs(float((x * y).sum() / (x.norm() * y.norm()).clamp_min(1e-300)))
+        return None
+    output = match.chain.whole_output(match.row)
+    x, o = _singular_values(own, output.mT if match.transposed else output)
+    if not np.allclose(o, ns_map(x, settings.coefficients), atol=_WITHIN):
+        found = match.chain.triples
+        return (
+            f"of singular values {_listed(x)} of ‖M‖_F its iteration makes {_listed(o)}, where {_listed(ns_map(x, settings.coefficients))} is expected "
+            f"({len(found)} steps were seen, {len(settings.coefficients)} are expected; the first: {', '.join(f'{value:.4g}' for value in found[0])})"
+        )
+    one, other = sample(own)[0].double(), sample(given.reshape(own.shape))[0].double()
+    unlike = 1 - abs(float((one * other).sum() / (one.norm() * other.norm()).clamp_min(1e-300)))
     return f"its iteration is given another matrix than is expected of it (cosine {1 - unlike:.3f})" if unlike > _UNLIKE else ""
+
+
+def _singular_values(given: Tensor, output: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Singular values of M/‖M‖_F, those that rounding to bfloat16 leaves something of, and what the iteration made of each: uᵀOv.
+
+    What is compared is what an iteration does, not how its steps were told apart: on a spectrum of one value many lists do the same.
+    """
+    u, sigma, vt = np.linalg.svd(given.detach().double().cpu().numpy(), full_matrices=False)
+    x = sigma / max(float(np.linalg.norm(sigma)), 1e-300)
+    o = np.einsum("ri,rc,ic->i", u, output.detach().double().cpu().numpy(), vt)
+    kept = x > _READABLE
+    return x[kept], o[kept]
+
+
+def _listed(values: NDArray[np.float64]) -> str:
+    return ", ".join(f"{value:.3g}" for value in (values if len(values) <= 3 else values[[0, len(values) // 2, -1]]))
 
 
 def _after(seen: WatchedStep, before: Reading, early: Any) -> Reading:
@@ -58,13 +77,3 @@ def _after(seen: WatchedStep, before: Reading, early: Any) -> Reading:
     return Reading(
         optimizer, twin, before.weight, dict(optimizer.param_groups[0]), parameter_state(optimizer, twin), before.gradient, early
     )
-
-
-def _same(found: Coefficients, expected: Coefficients) -> bool:
-    """Within what bfloat16 tells; of the first step c is hardly told."""
-    pairs = [
-        (x, y)
-        for step, (one, other) in enumerate(zip(found, expected, strict=True))
-        for x, y in zip(one[: 2 if step == 0 else 3], other, strict=False)
-    ]
-    return all(isclose(x, y, rel_tol=_WITHIN, abs_tol=0.02) for x, y in pairs)

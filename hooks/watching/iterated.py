@@ -109,10 +109,10 @@ def _newton_schulz(coefficients: Coefficients, start: float, ns_input: Tensor | 
     if start < _UNDER_EPS and ns_input is not None:
         norm = float((ns_input[0] if first_slice else ns_input).float().norm())
         return NewtonSchulz(coefficients, float(f"{norm / start:.2g}"))
-    return NewtonSchulz(from_norm(coefficients, start), 0.0)
+    return NewtonSchulz(_from_norm(coefficients, start), 0.0)
 
 
-def from_norm(coefficients: Coefficients, start: float) -> Coefficients:
+def _from_norm(coefficients: Coefficients, start: float) -> Coefficients:
     """The triples from an X₀ of norm 1, where that of the optimizer has norm `start`: p(f·x) in the place of the first p(x)."""
     if not coefficients or abs(start - 1) <= _NORMALISED:
         return coefficients
