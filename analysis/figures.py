@@ -34,9 +34,9 @@ def axes(panels: int = 1, *, width: float = 6.0, height: float = 4.2) -> tuple[F
 
 def operator_palette(operators: Sequence[str]) -> dict[str, Any]:
     """One colour per operator, the same in every figure; markers and order carry the difference too where it matters."""
-    colours = sns.color_palette("tab20", len(OPERATORS))
-    # Neighbours in the table (q, k, v, …) get the distinct dark colours of the paired palette first.
-    order = [*range(0, len(OPERATORS), 2), *range(1, len(OPERATORS), 2)]
+    # Of paired palettes, light beside dark: neighbours in the table (q, k, v, …) get distinct dark colours first.
+    colours = [*sns.color_palette("tab20"), *sns.color_palette("tab20b"), *sns.color_palette("tab20c")]
+    order = [*range(0, len(colours), 2), *range(1, len(colours), 2)]
     palette = {operator: colours[order[i]] for i, operator in enumerate(OPERATORS)}
     own = [operator for operator in operators if operator not in palette]
     return palette | dict(zip(own, sns.color_palette("Set2", max(len(own), 1)), strict=False))

@@ -16,7 +16,7 @@ from .adapter import (
     second_moment,
     state_of,
 )
-from .table import UNKNOWN, adapter_for, class_name, is_registered, register_adapter, row_of
+from .table import UNKNOWN, adapter_for, class_name, register_adapter, row_of
 
 __all__ = [
     "UNKNOWN",
@@ -32,7 +32,6 @@ __all__ = [
     "class_name",
     "entry",
     "group_setting",
-    "is_registered",
     "number",
     "parameter_state",
     "register_adapter",

@@ -77,12 +77,6 @@ def row_of(optimizer: object) -> Row | None:
     return None
 
 
-def is_registered(optimizer: object) -> bool:
-    """Whether its row is one that the user registered."""
-    row = row_of(optimizer)
-    return row is not None and any(row is own for own in _registered.values())
-
-
 def adapter_for(optimizer: object, group: Group) -> Adapter | None:
     """The adapter for one parameter group of an optimizer, None where its class is not in the table."""
     row = row_of(optimizer)

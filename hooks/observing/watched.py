@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..adapters import Adapter, Group, Reading, adapter_for, is_registered, parameter_state, row_of
+from ..adapters import Adapter, Group, Reading, adapter_for, parameter_state, row_of
 from ..adapters.identification import BY_NAMES, Identification
 from ..guard import KeptOut
 from ..watching.description import facts, read_by, spectrum_of
@@ -82,7 +82,7 @@ class Watched:
         self.matrices: list[Matrix] = []
         self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
         self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
-        self.watching: Watching | None = Watching(self.optimizer)
+        self.watching = None if self.in_table else Watching(self.optimizer)
         self.steps = 0
         self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
         self.longest_pause = 0  # in steps of the whole training, between two of its own
@@ -133,33 +133,14 @@ class Watched:
         return found is not None
 
     def watch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Watch the coming step on a copy where the class is not known, or does otherwise than the table says; read what was snapshotted as that shows it."""
+        """Watch the coming step of an unknown class on a copy, and read what was snapshotted as that shows it."""
         if self.watching is None:
             return
-        groups = [group for group in self.optimizer.param_groups if self._is_to_be_watched(group, args[1:], kwargs)]
-        self.watching.watch(groups, args[1:], kwargs)
-        group_of = {id(p): group for group in groups for p in group["params"]}
+        self.watching.watch(args[1:], kwargs)
+        group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         for snapshot in self.snapshots:
             parameter = snapshot.reading.parameter
-            if id(parameter) in group_of:
-                snapshot.adapter = self.watching.adapter(snapshot.adapter, group_of[id(parameter)], parameter)
-
-    def _is_to_be_watched(self, group: Group, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        assert self.watching is not None
-        adapter = adapter_for(self.optimizer, group)
-        if adapter is None:
-            return True
-        if adapter.orthogonalisation is None or is_registered(self.optimizer):  # which says what a class is meant to do
-            return False
-        looked_at = self.watching.of(group).otherwise is not None
-        otherwise = self.watching.check(group, adapter, args, kwargs)
-        if otherwise and not looked_at:
-            log.warning(
-                "optiscope: %s does not do what its class is known for: %s. It is read by what a step of a copy shows.",
-                self.label,
-                otherwise,
-            )
-        return bool(otherwise)
+            snapshot.adapter = self.watching.adapter(snapshot.adapter, group_of[id(parameter)], parameter)
 
     def compare_watched(self) -> None:
         """After the step: read those parameters as if nothing had been found of which the copy took another step."""

@@ -30,10 +30,8 @@ def facts(found: OfGroup, optimizer: object, group: Group) -> dict[str, Any]:
 
     `iterations`: every kind that was seen, with how many matrices it is run on. `unexplained`: the most that a polynomial step leaves of an iterate,
     relative. `difference`: of the copy's step from the optimizer's own. `failed`: why no copy could be stepped; `holds_coefficients`: whether the class
-    refers to such coefficients all the same. `confirmed`: a class of the adapter table was seen to do what its row says.
+    refers to such coefficients all the same.
     """
-    if found.confirmed:
-        return {"confirmed": True}
     if found.failed:
         own = own_coefficients(optimizer, group)
         return {"failed": found.failed[-1], "holds_coefficients": own.one_triple or bool(own.lists)}

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ..adapters import Adapter, Group, Orthogonalisation, Reading, number, parameter_state
 from ..guard import KeptOut
-from .checking import differs
 from .input_rule import Rule, described, rules
 from .iterated import Iterated, iterated
 from .trace import sample
@@ -52,8 +51,6 @@ class OfGroup:
         inputs: what the inputs are, in words, and of how many.
         difference: of the copy's step from the optimizer's own, the largest, relative; NaN before any.
         failed: why copies could not be stepped, one after the other.
-        otherwise: what it does otherwise than the table says; None before that was looked at.
-        confirmed: whether it was seen to do what the table says.
     """
 
     settings: str
@@ -65,8 +62,6 @@ class OfGroup:
     inputs: Counter[str] = field(default_factory=Counter)
     difference: float = nan
     failed: list[str] = field(default_factory=list)
-    otherwise: str | None = None
-    confirmed: bool = False
 
     @property
     def rule(self) -> Rule | None:
@@ -104,24 +99,15 @@ class Watching:
         left_out = {*_VARY, *self._own.get(id(group), ())}
         return repr({key: value for key, value in group.items() if key not in left_out and _is_plain(value)})
 
-    def watch(self, groups: Sequence[Group], args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
-        """Watch the coming step of every one of these groups that is not settled. Gradients are there, and weights as they were."""
+    def watch(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+        """Watch the coming step of every group that is not settled. Gradients are there, and weights as they were."""
+        groups = self._optimizer.param_groups
         self._samples = {}
         self._before = {id(group): {key: value for key, value in group.items() if _is_plain(value)} for group in groups}
         for group in groups:
             found = self.of(group)
             if not found.settled:
                 self._watch_group(group, found, args, kwargs)
-
-    def check(self, group: Group, adapter: Adapter, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
-        """Once, whether a group of a class in the table does what its adapter says: what it does otherwise, in words; empty where it does not, or nothing tells."""
-        found = self.of(group)
-        if found.otherwise is None and any(p.grad is not None for p in group["params"]):
-            found.otherwise = ""
-            with KeptOut():  # nothing is lost where a copy cannot be made: the table is read as it is
-                otherwise = differs(self._optimizer, group, adapter, args, kwargs)
-                found.otherwise, found.confirmed = otherwise or "", otherwise == ""
-        return found.otherwise or ""
 
     def _watch_group(self, group: Group, found: OfGroup, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         parameters = [p for p in group["params"] if p.grad is not None and p.numel()]
@@ -212,7 +198,7 @@ class Watching:
         """Once a record is read: drop the copies of what iterations were given; whether something has been found since this was last asked."""
         for found in self._groups.values():
             found.found = {key: replace(one, ns_input=None) for key, one in found.found.items()}
-        before, self._told = self._told, [(len(f.found), len(f.failed), f.without, f.settled or f.confirmed) for f in self._groups.values()]
+        before, self._told = self._told, [(len(f.found), len(f.failed), f.without, f.settled) for f in self._groups.values()]
         return before != self._told
 
     def adapter(self, base: Adapter, group: Group, parameter: Tensor) -> Adapter:

@@ -80,7 +80,9 @@ def test_no_iteration_is_seen(name: str, tmp_path: Path, caplog: pytest.LogCaptu
     assert not caplog.messages
     run = open_run(tmp_path / "run.zarr")
     entry = run.attrs["optimizers"][0]
-    assert [told.get("iterations") for told in entry["watched"]] == [[]] * len(entry["spectrum_of"]), entry
-    assert all("no Newton–Schulz iteration in a step that was watched" in text for text in entry["spectrum_of"])
+    assert [told.get("iterations", []) for told in entry["watched"]] == [[]] * len(entry["spectrum_of"]), entry["watched"]
+    # SophiaH differentiates its gradients once more on some steps, which the gradients of a copy do not allow.
+    said = ("no Newton–Schulz iteration in a step that was watched", *(["could not be watched"] if name == "SophiaH" else []))
+    assert all(any(part in text for part in said) for text in entry["spectrum_of"]), entry["watched"]
     assert (run["geometry"]["ns_schedule"].values == -1).all()
     assert all(torch.equal(a, b) for a, b in zip(recorded, train(None), strict=True))
