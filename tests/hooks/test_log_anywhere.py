@@ -8,6 +8,16 @@ import torch
 from torch import nn
 
 from optiscope.hooks import attach, log
+from optiscope.hooks.recording.lifetime import still_open
+
+
+@pytest.fixture(autouse=True)
+def _only_recorders_of_the_test():
+    """Recorders that tests before left open in this process are told nothing: which those are depends on the order of the tests."""
+    others = set(still_open)
+    still_open.difference_update(others)
+    yield
+    still_open.update(others)
 
 
 def scalars(run):
