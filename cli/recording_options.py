@@ -21,6 +21,14 @@ class Measure(StrEnum):
     PRECISION = "precision"
 
 
+class Together(StrEnum):
+    """How several processes record, as `ranks` of `attach`."""
+
+    AUTO = "auto"
+    SHARE = "share"
+    ALONE = "alone"
+
+
 def options_of(
     every: int | None,
     overhead: float | None,
@@ -29,6 +37,8 @@ def options_of(
     heads: str | None,
     about: Iterable[str],
     background: bool,
+    ranks: str | None = None,
+    rank_timeout: float | None = None,
 ) -> dict[str, Any]:
     """The options that were given, checked, as plain values; those that were not are left out.
 
@@ -43,6 +53,8 @@ def options_of(
         "heads": None if heads is None else parse_heads(heads),
         "operators": parse_operators(operators) or None,
         "background": background or None,
+        "ranks": ranks,
+        "rank_timeout": rank_timeout,
     }
     given: dict[str, Any] = {name: value for name, value in typed.items() if value is not None}
     if not (given or measure or about):

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from .app import command
-from .recording_options import Measure, options_of
+from .recording_options import Measure, Together, options_of
 
 STARTUP = Path(__file__).with_name("startup")
 
@@ -56,6 +56,18 @@ def run(
         ),
     ] = None,
     background: Annotated[bool, typer.Option("--background", help="Measure and write in a thread beside the training.")] = False,
+    ranks: Annotated[
+        Together | None,
+        typer.Option(
+            help="Of several processes: auto, all take part and rank 0 writes, copies being measured by the first that has them; share: copies are dealt out; "
+            "alone: rank 0 records what it has whole, and knows of no other. By default alone.",
+            metavar="HOW",
+            show_default=False,
+        ),
+    ] = None,
+    rank_timeout: Annotated[
+        float | None, typer.Option(help="Seconds that a rank waits for another at most; by default 10.", metavar="S", show_default=False)
+    ] = None,
     about: Annotated[
         list[str] | None,
         typer.Option(
@@ -71,26 +83,28 @@ def run(
     """Run a training script as python would, and record it.
 
     Every optimizer it makes is recorded, but for those of a few steps beside others; so are the numbers that it logs with wandb, TensorBoard or MLflow. Its arguments, output, signals and exit code are its own; when it ends, one line on standard error tells what was recorded. Under
-    a launcher of several processes (torchrun --no-python diag run SCRIPT) the one of rank 0 records.
+    a launcher of several processes (torchrun --no-python diag run SCRIPT) the one of rank 0 records; with --ranks auto all take part.
     """
     if not script:
         raise ValueError("script: expected a Python script to run, for example diag run train.py, or diag run -m package.train")
     if not module and not Path(script).exists():
         raise FileNotFoundError(f"script: {script} does not exist")
-    options = options_of(every, overhead, measure or (), operators or (), heads, about or (), background)
+    options = options_of(every, overhead, measure or (), operators or (), heads, about or (), background, ranks, rank_timeout)
     if not sys.executable:
         raise RuntimeError("sys.executable: expected the path of the Python interpreter to run the script with, got none")
     environment = dict(os.environ)
-    if _records():
-        if output.exists():
-            _make_way(output, overwrite)
+    if _is_first() and output.exists():
+        _make_way(output, overwrite)
+    if ranks is None and os.environ.get("WORLD_SIZE", "1") != "1":
+        options["ranks"] = ranks = Together.ALONE
+    if _is_first() or ranks not in (None, Together.ALONE):
         environment |= _settings(output, options)
     # In place of this process: signals, exit code and streams need nobody to pass them on.
     os.execve(sys.executable, [sys.executable, *(["-m"] if module else []), script, *(arguments or [])], environment)
 
 
-def _records() -> bool:
-    """Whether this is the process that records, of those that a launcher started."""
+def _is_first() -> bool:
+    """Whether this is the process that writes the run, of those that a launcher started."""
     return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) in ("", "0")
 
 

@@ -13,6 +13,7 @@ from .quantities.adam_mini import Heads
 
 HeadsGiven: TypeAlias = int | tuple[int, int] | None
 OnError: TypeAlias = Literal["warn", "raise"]
+Together: TypeAlias = Literal["auto", "share", "alone"]
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Options:
     heads: HeadsGiven = None
     background: bool = False
     about: Mapping[str, Value] | None = None
+    ranks: Together = "auto"
+    rank_timeout: float = 10.0
     on_error: OnError = "warn"
 
     def __post_init__(self) -> None:
@@ -46,6 +49,10 @@ class Options:
             raise ValueError(f"measure: expected one or more of {', '.join(MEASURES)}; got {self.measure!r}")
         if not isinstance(self.background, bool):
             raise TypeError(f"background: expected True or False, got {self.background!r}")
+        if self.ranks not in ("auto", "share", "alone"):
+            raise ValueError(f"ranks: expected 'auto', 'share' or 'alone', got {self.ranks!r}")
+        if not (_is_number(self.rank_timeout) and 0 < self.rank_timeout < float("inf")):
+            raise ValueError(f"rank_timeout: expected a number of seconds above 0, got {self.rank_timeout!r}")
         if self.on_error not in ("warn", "raise"):
             raise ValueError(f"on_error: expected 'warn' or 'raise', got {self.on_error!r}")
         _check_operators(self.operators)

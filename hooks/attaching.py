@@ -4,7 +4,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.optim import Optimizer
@@ -12,15 +12,19 @@ from torch.optim import Optimizer
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS, MEASURES
 from ..diagnostics.operators import OperatorRule
-from ..diagnostics.options import HeadsGiven, OnError, Options, head_counts
+from ..diagnostics.options import HeadsGiven, OnError, Options, Together, head_counts
 from ..diagnostics.store.continuing import nothing_or_a_run
 from ..diagnostics.store.forking import fork
 from ..diagnostics.store.lock import RunLock
 from ..diagnostics.store.writer import Writer
 from .observing.composites import compose
 from .observing.matrices import Names, find_matrices
-from .observing.watched import watch
+from .observing.matrix import Matrix
+from .observing.watched import Watched, watch
+from .ranks.joining import Joined, Unable, join
+from .ranks.no_store import NoStore, RunWriter
 from .recorder import Recorder
+from .recording.agreed_cadence import AgreedCadence
 from .recording.cadence import Cadence
 from .recording.layout import Layout, belongs
 from .recording.provenance import describe_optimizer, describe_software
@@ -47,9 +51,14 @@ def attach(
     first_step: int | None = None,
     background: bool = False,
     about: Mapping[str, Value] | None = None,
+    ranks: Together = "auto",
+    rank_timeout: float = 10.0,
     on_error: OnError = "warn",
 ) -> "Recorder":
     """Record what `optimizers` do to the matrices of `model`, into the run at `store`.
+
+    Where several processes train one model, call it on every rank, with the same store: rank 0 writes one run of all matrices, and what lies in pieces
+    (a DTensor, as FSDP2 and tensor parallel make them) is put together on one rank and measured as if it had never been cut (docs/distributed.md).
 
     Training is bitwise what it would be without: nothing is changed, no random number is drawn, and no exception of the
     recorder leaves a hook. Curvature is recorded when you call the result's `curvature`. Use the result as a context manager, or call its `close()`; the run can be read meanwhile.
@@ -77,6 +86,9 @@ def attach(
             the CPU: on an accelerator it has not been made safe yet.
         about: what you state about this training, kept with the run: texts, numbers and truth values. `data`, `tokens_per_step`, `seed`
             and `budget` are read by `diag compare`.
+        ranks: with several processes, "auto": matrices that are whole on several ranks, as under DDP, are measured by the first; "share": they are dealt out, as
+            those in pieces always are; "alone": this process records what it has whole, and knows of no other.
+        rank_timeout: seconds that a rank waits for another at most, once: then recording ends, and training goes on.
         on_error: "warn": one log message when recording fails, and training goes on; "raise": for tests.
 
     Raises:
@@ -103,56 +115,116 @@ def attach(
         heads=heads,
         background=background,
         about=about,
+        ranks=ranks,
+        rank_timeout=rank_timeout,
         on_error=on_error,
     )
     if model is not None and not isinstance(model, nn.Module):
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     if first_step is not None and (isinstance(first_step, bool) or not isinstance(first_step, Integral) or first_step < 0):
         raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
-    cadence = Cadence(options.every, options.overhead)
-    stated: dict[str, Any] = {"about": options.about} if options.about else {}
     store = Path(store).absolute()  # training may change its working folder
     watched = watch(as_list(optimizers))
     names = Names(model, operators, head_counts(heads))
-    matrices = find_matrices(watched, names)
-    matrices += compose(watched, matrices, options.measure)
-    if not any(belongs(m, group) for m in matrices for group in options.measure):
-        raise ValueError(
-            f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a dense floating-point parameter with two or more dimensions) to record "
-            f"{' and '.join(options.measure)} of, so nothing can be recorded"
-        )
-    if background and (elsewhere := {m.parameter.device.type for m in matrices} - {"cpu"}):
+    own = find_matrices(watched, names)
+    if background and (elsewhere := {m.parameter.device.type for m in own} - {"cpu"}):
         raise ValueError(
             f"background: expected parameters on the CPU, got some on {' and '.join(sorted(elsewhere))}; leave background out there"
         )
-    nothing_or_a_run(store)  # before a lock is left in somebody's folder
-    close(left_behind(store, watched, matrices))
-    lock = _locked(store)
-    recording: Session | None = None
     try:
+        joined = join(own, options)
+        matrices = own if joined is None else joined.matrices
+        matrices = matrices + compose(watched, matrices, options.measure)
+        if not any(belongs(m, group) for m in matrices for group in options.measure):
+            raise ValueError(
+                f"optimizers: {', '.join(w.label for w in watched)} hold no weight matrix (a dense floating-point parameter with two or more dimensions) to record "
+                f"{' and '.join(options.measure)} of, so nothing can be recorded"
+            )
+        given = None if first_step is None else int(first_step)
+        if joined is None or joined.writes:
+            return _record(store, watched, names, matrices, options, given, joined)
+        return _take_part(store, watched, names, matrices, options, joined)
+    except Unable as why:
+        log.warning("optiscope: nothing is recorded here: %s. Training goes on.", why)
+        writer = NoStore(store, {})
+        return Recorder(Session(names, Layout(writer, ()), writer, Cadence(options.every, options.overhead), 0, raise_errors=False))
+
+
+def _record(
+    store: Path, watched: list[Watched], names: Names, matrices: list[Matrix], options: Options, given: int | None, joined: Joined | None
+) -> Recorder:
+    """Begin or continue the run at `store`, and record into it."""
+    try:
+        nothing_or_a_run(store)  # before a lock is left in somebody's folder
+        close(left_behind(store, watched, matrices))
+        lock = _locked(store)
+    except BaseException as error:
+        if joined is not None:
+            joined.say_refused(str(error))
+        raise
+    begun: list[Session] = []
+    try:
+        stated: dict[str, Any] = {"about": options.about} if options.about else {}
+        if joined is not None:
+            stated["ranks"] = joined.describe()
         session = {**describe_software(), "optimizers": [{**describe_optimizer(w), "own_steps": own_steps(w)} for w in watched], **stated}
-        writer = Writer(store, {"first_step": int(first_step or 0), **session}, lock)
+        writer = Writer(store, {"first_step": given or 0, **session}, lock)
         layout = Layout(writer, [group for group in MEASURES if group in options.measure])
         if not layout.describes(matrices):
             raise ValueError(f"store: {writer.path} holds a run of other matrices; record to another path")
-        given = None if first_step is None else int(first_step)
         first_step = (given or 0) if writer.is_new else _continue(writer, given, session)
         layout.include(matrices)
-        cadence.start(first_step)
-        for one in watched:
-            one.steps = first_step
-            one.matrices = [m for m in matrices if m.optimizer == one.label]
-        recording = Session(names, layout, writer, cadence, first_step, raise_errors=on_error == "raise", background=background)
-        recorder = Recorder(recording)
-        for one in watched:
-            watch_steps(recording, one)
-        recording.begin()
-        return recorder  # within: an exception of a signal handler that comes now undoes all
-    except BaseException:
-        if recording is not None:
+        return _begin(layout, writer, watched, names, matrices, options, first_step, joined, begun)
+    except BaseException as error:
+        if joined is not None:
+            joined.say_refused(str(error))
+        for recording in begun:
             recording.abandon()
         lock.release()
         raise
+
+
+def _take_part(store: Path, watched: list[Watched], names: Names, matrices: list[Matrix], options: Options, joined: Joined) -> Recorder:
+    """Measure what is this rank's to measure; rank 0 writes it."""
+    close(left_behind(store, watched, matrices))
+    first_step = joined.hear_begun()
+    writer = NoStore(store, {"optimizers": [describe_optimizer(w) for w in watched]})
+    layout = Layout(writer, [group for group in MEASURES if group in options.measure])
+    layout.include(matrices)
+    begun: list[Session] = []
+    try:
+        return _begin(layout, writer, watched, names, matrices, options, first_step, joined, begun)
+    except BaseException:
+        for recording in begun:
+            recording.abandon()
+        raise
+
+
+def _begin(
+    layout: Layout, writer: RunWriter, watched: list[Watched], names: Names, matrices: list[Matrix], options: Options, first_step: int,
+    joined: Joined | None, begun: list[Session],
+) -> Recorder:  # fmt: skip
+    """Set a recorder on the optimizers; its session is put into `begun` first, for whoever is to undo it."""
+    own = Cadence(options.every, options.overhead)
+    ranks, cadence = None, cast(Cadence | AgreedCadence, own)
+    if joined is not None:
+        if joined.writes:
+            joined.say_begun(first_step)
+        ranks, cadence = joined.meet(matrices), AgreedCadence(own)
+    cadence.start(first_step)
+    here = {id(p) for one in watched for group in one.optimizer.param_groups for p in group["params"]}
+    for one in watched:
+        one.steps = first_step
+        one.matrices = [m for m in matrices if m.optimizer == one.label and all(id(part.parameter) in here for part in m.members or (m,))]
+    recording = Session(
+        names, layout, writer, cadence, first_step, raise_errors=options.on_error == "raise", background=options.background, ranks=ranks
+    )
+    begun.append(recording)
+    recorder = Recorder(recording)
+    for one in watched:
+        watch_steps(recording, one)
+    recording.begin()
+    return recorder  # within: an exception of a signal handler that comes now undoes all
 
 
 def _continue(writer: Writer, given: int | None, session: dict[str, Any]) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..diagnostics.about import Value
 from ..diagnostics.catalogue import DEFAULT_GROUPS
 from ..diagnostics.operators import OperatorRule
-from ..diagnostics.options import HeadsGiven, OnError, Options
+from ..diagnostics.options import HeadsGiven, OnError, Options, Together
 from .trainers.callback_session import CallbackSession
 
 # The one library goes by two names, and a Trainer of either takes callbacks of its own name only.
@@ -31,7 +31,7 @@ class OptiscopeCallback(*_callback_classes()):  # type: ignore[misc]
     """Attaches to the trainer's optimizers while it fits, and logs every number that the module logs.
 
     Numbers of a training step are logged every `log_every_n_steps` steps of the trainer, those of validation and of epochs when
-    they are there. The main process records. A training resumed from a checkpoint counts on from the checkpoint's step; where
+    they are there. Of several processes all take part, and the main process writes. A training resumed from a checkpoint counts on from the checkpoint's step; where
     the run holds records after it already, as after a crash, they are kept as a lineage of their own, which `diag info` lists.
     Fitting again goes on after the last step. A run of another model, or one that another process is writing, is left alone, and
     `run-2.zarr` beside it is recorded to. If recording cannot begin, a warning says why and the training goes on without.
@@ -50,20 +50,22 @@ class OptiscopeCallback(*_callback_classes()):  # type: ignore[misc]
         heads: HeadsGiven = None,
         background: bool = False,
         about: Mapping[str, Value] | None = None,
+        ranks: Together = "auto",
+        rank_timeout: float = 10.0,
         on_error: OnError = "warn",
     ) -> None:
         """`store` and the options are those of :func:`optiscope.hooks.attach`."""
         super().__init__()
         options = Options(
             every=every, overhead=overhead, measure=measure, operators=operators, heads=heads, background=background, about=about,
-            on_error=on_error,
+            ranks=ranks, rank_timeout=rank_timeout, on_error=on_error,
         )  # fmt: skip
         self._session = CallbackSession(store, options)
         self._logged: dict[str, Tensor] = {}
         self._logged_step = 0
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.is_global_zero:
+        if self._session.takes_part(trainer.is_global_zero):
             # Lightning counts the steps of all optimizers together.
             self._session.begin(trainer.optimizers, pl_module, trainer.global_step // max(len(trainer.optimizers), 1))
 

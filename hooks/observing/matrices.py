@@ -46,9 +46,6 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
     """The matrices of every dense floating-point parameter with two or more dimensions, in the optimizers' order; each parameter once.
 
     What else has two or more dimensions is told of, once per optimizer and kind.
-
-    Raises:
-        ValueError: a parameter is sharded.
     """
     name_of, kernels = names.look_up()
     heads = names.heads()
@@ -67,10 +64,6 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
                 if (kind := left_out(p, name)) is not None:
                     others.setdefault(kind, []).append(name)
                     continue
-                if hasattr(p, "full_tensor"):
-                    raise ValueError(
-                        f"optimizers: {name} is a sharded DTensor, which cannot be recorded yet; attach before sharding is applied, or without it"
-                    )
                 operator = storable(classify(name, names.rule))
                 geometry = (ns is not None or operator not in NO_GEOMETRY) and id(p) not in stacked_ids
                 whole = Matrix(

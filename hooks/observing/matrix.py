@@ -37,6 +37,11 @@ class Matrix:
     block: Block | None = None  # which part of its one member
     heads: Heads = UNKNOWN_HEADS  # of its attention layer, where it is a projection of one: of queries, of keys and values
 
+    @property
+    def parameter_name(self) -> str:
+        """Of the parameter that it is, or is a slice of."""
+        return self.name if self.index is None else self.name.removesuffix(f"[{self.index}]")
+
     def fits(self, parameter: Tensor) -> bool:
         """Whether the parameter still has the shape it had when recording began."""
         if self.index is not None:

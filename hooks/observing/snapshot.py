@@ -63,10 +63,13 @@ class Snapshot:
         if gradient.layout is not torch.strided:
             self.tell_sparse(self.matrices[0].name)
             return
-        gradient = gradient.detach() if grad_scale is None else gradient.detach() / grad_scale
+        self.take_gradient(gradient.detach() if grad_scale is None else gradient.detach() / grad_scale, is_own=grad_scale is not None)
+
+    def take_gradient(self, gradient: Tensor, *, is_own: bool) -> None:
+        """Copy this gradient, unless nobody else has it (`is_own`), and what the adapter reads before the step."""
         self.gradient_seen = True
         if self.copies is not None:
-            if grad_scale is None:
+            if not is_own:
                 gradient = self.gradient_copy = self.copies.of(gradient, self.gradient_copy)
             else:
                 self.copies.own(gradient)
@@ -79,7 +82,7 @@ class Snapshot:
         ns, before = self.adapter.orthogonalisation, self.adapter.before
         if self.keeps_gradient or ns is not None or before is not None or self._has_no_momentum():
             # A copy: some optimizers write into the gradient, or throw it away.
-            self.reading.gradient = gradient.clone() if grad_scale is None and self.copies is None else gradient
+            self.reading.gradient = gradient.clone() if not is_own and self.copies is None else gradient
         if before is not None:
             self.reading.before = found = self._read(before)
             if self.copies is not None and isinstance(found, Tensor):
@@ -87,10 +90,14 @@ class Snapshot:
 
     def read(self) -> list[tuple[Matrix, Callable[[], Observation]]]:
         """Read what an observation of every matrix after the step is made of; none where it had no gradient for the parameter or its shape changed."""
+        self.reading.state = parameter_state(self.reading.optimizer, self.reading.parameter)
+        return self.observations()
+
+    def observations(self) -> list[tuple[Matrix, Callable[[], Observation]]]:
+        """The same of a reading that is complete."""
         reading, parameter = self.reading, self.reading.parameter.detach()
         if not self.gradient_seen or parameter.shape != reading.weight.shape or any(not m.fits(parameter) for m in self.matrices):
             return []
-        reading.state = parameter_state(reading.optimizer, reading.parameter)
         momentum = self._read_matrix("momentum", self.adapter.momentum)
         step = self._step(momentum)
         tensors = _Tensors(

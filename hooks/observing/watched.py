@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -18,6 +18,8 @@ from ..watching.watching import Watching
 from .copies import Copies, Memory
 from .left_out import LEFT_OUT
 from .matrix import Matrix
+from .piece_snapshot import PieceSnapshot
+from .placement import is_cut, local
 from .snapshot import Snapshot
 
 log = logging.getLogger("optiscope")
@@ -81,8 +83,10 @@ class Watched:
         self.optimizer = layers[-1]
         self.matrices: list[Matrix] = []
         self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
-        self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
-        self.watching = None if self.in_table else Watching(self.optimizer)
+        # Neither looks at pieces: what they compare are a parameter's own numbers, and sums of them that would need other ranks.
+        known = self.in_table or any(is_cut(p) for group in self.optimizer.param_groups for p in group["params"])
+        self.identification = None if known else Identification(self.optimizer)  # while it goes on
+        self.watching = None if known else Watching(self.optimizer)
         self.steps = 0
         self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
         self.longest_pause = 0  # in steps of the whole training, between two of its own
@@ -90,7 +94,7 @@ class Watched:
         self.captured = False  # whether a step was captured into a CUDA graph, and that has been told
         self._entered = 0  # the steps under way, one within the other
         self.skipped: Tensor | None = None  # steps that a GradScaler told a fused optimizer to skip, not yet taken off `steps`
-        self.snapshots: list[Snapshot] = []
+        self.snapshots: list[Snapshot | PieceSnapshot] = []
         self.snapshot_steps = -1  # `steps` when the snapshots were taken; they are of this step only if it still is
         self.changed: dict[Matrix, int] = {}  # what `changed_since` found before this step
         self._told: dict[str, int] = {}  # kinds of matrices of which it was told that they are not recorded, and of how many
@@ -192,22 +196,32 @@ class Watched:
             self.longest_pause = step - self.last_seen
         self.last_seen = step
 
-    def take_snapshots(self, groups: Collection[str], memory: Memory | None = None) -> None:
+    def take_snapshots(
+        self, groups: Collection[str], memory: Memory | None = None, is_elsewhere: Callable[[Matrix], bool] = lambda matrix: False
+    ) -> None:
         """Copy what the coming step will overwrite and `groups` of quantities need; with `memory` all that they need, to be measured later.
 
+        Of a matrix that `is_elsewhere` nothing is read: another rank does.
         Parameter groups are looked up anew: settings and groups change during a training.
         """
         self.snapshots, self.snapshot_steps = [], self.steps
         group_of = {id(p): group for group in self.optimizer.param_groups for p in group["params"]}
         of_parameter: dict[int, list[Matrix]] = {}
         for matrix in self.matrices:
-            if not matrix.members and id(matrix.parameter) in group_of:
+            if not matrix.members and id(matrix.parameter) in group_of and (is_cut(matrix.parameter) or not is_elsewhere(matrix)):
                 of_parameter.setdefault(id(matrix.parameter), []).append(matrix)
         adapters = {id(group): self.adapter(group) for group in self.optimizer.param_groups}
         for matrices in of_parameter.values():
             parameter = matrices[0].parameter
             group = group_of[id(parameter)]
             copies = None if memory is None else Copies(memory)
+            if is_cut(parameter):
+                assert copies is not None  # ranks that record together always copy
+                reading = Reading(self.optimizer, parameter, parameter, dict(group), {})
+                self.snapshots.append(
+                    PieceSnapshot(matrices, adapters[id(group)], reading, "gradient" in groups, "geometry" in groups, copies)
+                )
+                continue
             weight = parameter.detach().clone() if copies is None else copies.of(parameter)
             reading = Reading(self.optimizer, parameter, weight, dict(group), parameter_state(self.optimizer, parameter))
             self.snapshots.append(
@@ -216,6 +230,11 @@ class Watched:
                     tell_sparse=self.tell_sparse_gradient,
                 )
             )  # fmt: skip
+
+    def has_state(self) -> dict[str, bool]:
+        """Whether the optimizer keeps state of each parameter that is whole here, by name."""
+        whole = (m for m in self.matrices if not m.members and not is_cut(m.parameter))
+        return {m.parameter_name: bool(parameter_state(self.optimizer, m.parameter)) for m in whole}
 
     def tell_left_out(self, names: Mapping[str, Sequence[str]]) -> None:
         """Say which matrices are not recorded, and why: names by kind (`LEFT_OUT`). Again only where there are more of a kind."""
@@ -261,7 +280,7 @@ class Watched:
 
     def _norms(self) -> dict[int, list[float]]:
         """ΣW and ‖W‖_2 of every parameter, fetched at once per device and format: less than half the time of ‖W‖_1 and ‖W‖_2."""
-        parameters = {id(m.parameter): m.parameter.detach() for m in self.matrices if not m.members}
+        parameters = {id(m.parameter): local(m.parameter.detach()) for m in self.matrices if not m.members}
         kinds: dict[Any, dict[int, Tensor]] = {}
         for key, weight in parameters.items():
             kinds.setdefault((weight.device, weight.dtype), {})[key] = weight

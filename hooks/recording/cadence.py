@@ -43,7 +43,7 @@ class Cadence:
 
     def __init__(self, every: int | None, overhead: float) -> None:
         """Of options that were checked."""
-        self._every = every
+        self.every = every
         self._overhead = overhead
         self._costs: list[float] = []  # seconds of the last two records
         self._in_records = 0.0  # seconds of all
@@ -56,11 +56,11 @@ class Cadence:
         """Set the first due step, `step` steps having been taken before."""
         self._first = step
         self._looks = [Look(step + 1, 0.0, 0.0)]
-        self.due = self.expected = step + 1 if self._every is None else self._next_multiple(step)
+        self.due = self.expected = step + 1 if self.every is None else self._next_multiple(step)
 
     def begun(self, step: int) -> None:
         """Set the next due step while the record of `step` is being measured: with `every` its next multiple, else none before its cost is known."""
-        self.due = self.expected = self._next_multiple(step) if self._every is not None else sys.maxsize
+        self.due = self.expected = self._next_multiple(step) if self.every is not None else sys.maxsize
 
     def recorded(self, step: int, cost: float, spent: float, elapsed: float, commit: float = 0.0) -> None:
         """Set the next due step after a record, where that was waiting for its cost.
@@ -72,7 +72,7 @@ class Cadence:
             elapsed: seconds since the recorder was attached, `spent` included.
             commit: seconds of the last commit; 0 where there was none, and one like a record is to be expected.
         """
-        if self._every is not None:
+        if self.every is not None:
             return
         self._look(Look(step, spent - cost, elapsed - cost))
         self._costs = [*self._costs[-1:], cost]
@@ -82,17 +82,17 @@ class Cadence:
 
     def missed(self, step: int) -> bool:
         """Whether a record that is due and cannot be made is left out, with `every`; else it is made as soon as it can be."""
-        if self._every is not None:
+        if self.every is not None:
             self.due = self.expected = self._next_multiple(step)
-        return self._every is not None
+        return self.every is not None
 
     def may_fall_within(self, first: int, last: int) -> bool:
         """Whether a step of this range could become due."""
-        return self._every is None or self._next_multiple(first - 1) <= last
+        return self.every is None or self._next_multiple(first - 1) <= last
 
     def affords(self, step: int, spent: float, elapsed: float, commit: float = 0.0) -> bool:
         """Whether a record at `step`, which is due, is paid for; where it is not, a later step becomes due."""
-        if self._every is not None or not self._costs:
+        if self.every is not None or not self._costs:
             return True
         now = Look(step, spent, elapsed)
         self._look(now)
@@ -101,7 +101,7 @@ class Cadence:
 
     def expects(self, step: int, spent: float, elapsed: float, commit: float = 0.0) -> bool:
         """Whether after `step` a record at the next one, which is due, is to be expected; where it is not, a later step becomes due."""
-        if self._every is not None or not self._costs:
+        if self.every is not None or not self._costs:
             return True
         self._set_due(Look(step, spent, elapsed), commit, least=1)
         return self.expected == step + 1
@@ -150,5 +150,5 @@ class Cadence:
         return min(median(paces), paces[-1]) if paces else 1e-9
 
     def _next_multiple(self, step: int) -> int:
-        assert self._every is not None
-        return step + self._every - step % self._every
+        assert self.every is not None
+        return step + self.every - step % self.every

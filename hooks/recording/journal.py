@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from ...diagnostics.store.writer import Row, TakenOver, Writer
+from ...diagnostics.store.writer import Row, TakenOver
 from ..guard import KeptOut, raised_by_signal_handler
+from ..ranks.no_store import RunWriter
 from .cadence import FLUSH_SECONDS
 from .guarded_work import GuardedWork
 from .scalars import ScalarRow
@@ -45,13 +46,14 @@ class Journal:
         taken_over: another recorder now writes to the run, and this one is to end.
     """
 
-    def __init__(self, writer: Writer, step: int, raise_errors: bool, worker: Worker | None = None) -> None:
+    def __init__(self, writer: RunWriter, step: int, raise_errors: bool, worker: Worker | None = None) -> None:
         self.worker = worker
         # The CPU time of the process is that of both threads, and of the training.
         self.clock = Stopwatch(None if worker is None else time.thread_time)
         self.worker_clock = Stopwatch(time.thread_time)
         self.errors = self.missed = 0
         self._counted_before = {name: writer.attributes[""].get(name, 0) for name in _COUNTERS}
+        self._errors_elsewhere: dict[int, int] = {}  # as other ranks have counted
         self._write_failures = 0
         self._lost: set[int] = set()  # steps of records that were dropped
         self._lost_logs: set[int] = set()  # steps whose scalars were, a worker being busy
@@ -304,6 +306,11 @@ class Journal:
                 "optiscope: recording failed at step %d (%s: %s). Training goes on; what failed is missing from this record, the next one "
                 "is tried as usual, further failures are counted without a message.", step, type(error).__name__, error,
             )  # fmt: skip
+
+    def failed_elsewhere(self, rank: int, errors: int, step: int) -> None:
+        """Count what has failed at another rank, which has told of it itself, since that rank counted last."""
+        self.errors += errors - self._errors_elsewhere.get(rank, 0)
+        self._errors_elsewhere[rank] = errors
 
     def _cannot_write(self, error: Exception) -> None:
         if self.raise_errors:

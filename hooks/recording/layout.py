@@ -19,10 +19,10 @@ from ...diagnostics.catalogue import (
     Quantity,
     in_group,
 )
-from ...diagnostics.store.writer import Writer
 from ..observing.composites import compose
 from ..observing.matrices import Names, coordinates, find_matrices, quantile_levels
 from ..observing.matrix import Kind, Matrix
+from ..ranks.no_store import RunWriter
 
 if TYPE_CHECKING:
     from ..observing.watched import Watched
@@ -49,7 +49,7 @@ class Layout:
         row_of: matrix → row, by group.
     """
 
-    def __init__(self, writer: Writer, groups: Iterable[str]) -> None:
+    def __init__(self, writer: RunWriter, groups: Iterable[str]) -> None:
         self._writer = writer
         self.row_of: dict[str, dict[Matrix, int]] = {group: {} for group in groups}
         self._keys = {group: _stored_keys(writer, group) for group in self.row_of if writer.has(group)}
@@ -161,7 +161,7 @@ def _key(matrix: Matrix) -> Key:
     return matrix.name, matrix.rows, matrix.cols, matrix.optimizer
 
 
-def _stored_keys(writer: Writer, group: str) -> list[Key]:
+def _stored_keys(writer: RunWriter, group: str) -> list[Key]:
     names, rows, cols, optimizers = (writer.coordinate(group, name) for name in ("name", "rows", "cols", "optimizer"))
     return [(str(n), int(r), int(c), str(o)) for n, r, c, o in zip(names, rows, cols, optimizers, strict=True)]
 

@@ -18,6 +18,7 @@ from ...diagnostics.quantities.step_taken import measure_update
 from ...diagnostics.spectra.spectrum_sketch import rounded
 from ..observing.copies import Copies
 from ..observing.matrix import Matrix
+from ..observing.piece_snapshot import PieceSnapshot
 from ..observing.snapshot import Snapshot
 from .fork_safe import fork_safe
 from .journal import Journal
@@ -90,10 +91,14 @@ class Record:
                 self.rows[group][name][row] = rounded(value) if name in ROUNDED else value
 
     def _ns_schedule(self, newton_schulz: NewtonSchulz) -> int:
-        """Index of the schedule in the run's list, added when new."""
+        """Index of the schedule in the run's list."""
         entry: dict[str, Any] = {"coefficients": [list(triple) for triple in newton_schulz.coefficients], "eps": newton_schulz.eps}
         if newton_schulz.scaling != "frobenius":  # what an entry without it means
             entry["scaling"] = newton_schulz.scaling
+        return self.schedule_index(entry)
+
+    def schedule_index(self, entry: dict[str, Any]) -> int:
+        """Index of an entry of the run's list, added when new."""
         if entry not in self.ns_schedules:
             self.ns_schedules.append(entry)
         return self.ns_schedules.index(entry)
@@ -107,6 +112,8 @@ class Readings:
         matrices: all of the optimizer's.
         known: what of the group `update` is known already.
         observations: what each matrix's is made by.
+        pieces: what is here of parameters that lie in pieces on several ranks.
+        has_state: where ranks record together, whether the optimizer keeps state here of those that are whole, by name.
         copies: what these look at, where the training goes on meanwhile.
     """
 
@@ -114,12 +121,17 @@ class Readings:
     known: dict[Matrix, Measured] = field(default_factory=dict)
     observations: list[tuple[Matrix, Callable[[], Observation]]] = field(default_factory=list)
     copies: list[Copies] = field(default_factory=list)
+    pieces: list[PieceSnapshot] = field(default_factory=list)
+    has_state: dict[str, bool] = field(default_factory=dict)
 
-    def read(self, snapshots: list[Snapshot], journal: Journal, step: int) -> None:
+    def read(self, snapshots: list[Snapshot | PieceSnapshot], journal: Journal, step: int) -> None:
         """Take what was copied before the step, and what there is to read after it."""
         while snapshots:
             snapshot = snapshots.pop()
             with journal.guard(step):
+                if isinstance(snapshot, PieceSnapshot):
+                    self.pieces += [snapshot] if snapshot.read() else []
+                    continue
                 self.observations.extend(snapshot.read())
                 if snapshot.copies is not None:
                     self.copies.append(snapshot.copies)

@@ -3,8 +3,8 @@
 import numpy as np
 
 from ...diagnostics.escape import storable
-from ...diagnostics.store.writer import Writer
 from ..guard import raised_by_signal_handler
+from ..ranks.no_store import RunWriter
 
 # The recorder's own scalars.
 OWN_TEXTS = {
@@ -22,7 +22,7 @@ class ScalarRow:
         step: that step.
     """
 
-    def __init__(self, writer: Writer, step: int) -> None:
+    def __init__(self, writer: RunWriter, step: int) -> None:
         self._writer = writer
         self.step = step
         self._values: dict[str, float] = {}
@@ -98,7 +98,7 @@ def stored_name(name: str) -> str:
     return stored
 
 
-def _create_array(writer: Writer, name: str) -> None:
+def _create_array(writer: RunWriter, name: str) -> None:
     """Add a variable of the group `scalars`: one of the recorder's own, or one the user logs."""
     if name in OWN_TEXTS:
         text = OWN_TEXTS[name]

@@ -16,10 +16,12 @@ from torch._C import _set_grad_enabled
 from torch.utils.hooks import RemovableHandle
 
 from ...diagnostics.operators import OperatorRule
-from ...diagnostics.store.writer import Writer
 from ..observing.matrices import Names
 from ..observing.matrix import Matrix
 from ..observing.watched import Watched, hookable_layers
+from ..ranks.no_store import RunWriter
+from ..ranks.ranks import Ranks
+from .agreed_cadence import AgreedCadence
 from .cadence import Cadence
 from .journal import Journal
 from .layout import Layout, include_new_parameters
@@ -27,7 +29,7 @@ from .lifetime import still_open
 from .provenance import describe_optimizer
 from .record import Record
 from .steps_seen import StepsSeen
-from .under_way import UnderWay
+from .under_way_together import under_way
 from .worker import Worker
 
 log = logging.getLogger("optiscope")
@@ -47,18 +49,20 @@ class Session:
         cadence: when the next record is due.
         journal: what becomes of records, scalars and troubles.
         under_way: the record being filled.
+        ranks: where several record together, this one's place among them.
     """
 
     def __init__(
         self,
         names: Names,
         layout: Layout,
-        writer: Writer,
-        cadence: Cadence,
+        writer: RunWriter,
+        cadence: Cadence | AgreedCadence,
         first_step: int,
         *,
         raise_errors: bool,
         background: bool = False,
+        ranks: Ranks | None = None,
     ) -> None:
         self.step = self.first_step = first_step
         self.store = writer.path.resolve()
@@ -66,7 +70,8 @@ class Session:
         self.layout = layout
         self.cadence = cadence
         self.journal = Journal(writer, first_step, raise_errors, Worker() if background else None)
-        self.under_way = UnderWay(layout, cadence, self.journal)
+        self.ranks = ranks
+        self.under_way = under_way(layout, cadence, self.journal, ranks)
         self._writer = writer
         self._names = names
         self._process = os.getpid()
@@ -178,7 +183,8 @@ class Session:
         while self._later:
             self._later.popleft()()
         worker = self.journal.worker
-        if self.journal.taken_over and self in still_open and not (worker is not None and worker.busy):
+        is_over = self.journal.taken_over or (self.ranks is not None and self.ranks.over is not None)
+        if is_over and self in still_open and not (worker is not None and worker.busy):
             self.close(compact=False)
 
     def guard(self) -> AbstractContextManager[None]:
@@ -295,7 +301,9 @@ class Session:
             )  # fmt: skip
 
     def include_new_parameters(self) -> None:
-        """Give parameters that came since their rows in the run."""
+        """Give parameters that came since their rows in the run; where ranks record together, those stay that were there at the roll call."""
+        if self.ranks is not None:
+            return
         with self.journal.writing(OSError):
             include_new_parameters(self.layout, self.watched, self._names, lambda: self.under_way.wait(self.step))
 
@@ -320,10 +328,12 @@ class Session:
 
     def _end(self, compact: bool) -> None:
         try:
-            self.under_way.end(self.step)
+            self.under_way.close(self.step)
             if self.journal.worker is not None:
                 self.under_way.end_worker(self.journal.worker, self.step)
         finally:
+            if self.ranks is not None:
+                self.ranks.leave()
             self.journal.end(compact)
 
     def _let_go(self) -> None:

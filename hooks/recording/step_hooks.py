@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..observing.capturing import REFUSED, capturing
 from ..observing.closures import observed
+from ..observing.piece_snapshot import PieceSnapshot
 from ..observing.snapshot import Snapshot
 from ..observing.watched import Watched
 from .record import Readings
@@ -96,11 +97,11 @@ class _StepHooks:
         if under_way.record is None and step >= session.cadence.due and under_way.may_begin(step):
             session.look_for_steps()
             session.include_new_parameters()
-            under_way.begin(step, {one.label for one in session.watched if one.matrices})
+            under_way.begin(step, {one.label for one in session.watched if one.matrices} or {one.label for one in session.watched})
         if under_way.record is None or watched.label not in under_way.record.waits_for:
             return
         session.see_changes(watched)
-        watched.take_snapshots(session.layout.row_of, under_way.memory)
+        watched.take_snapshots(session.layout.row_of, under_way.memory, under_way.is_elsewhere)
 
     def _await_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """See the gradients now, or when the closure that the step was given has made them."""
@@ -120,7 +121,7 @@ class _StepHooks:
             watched.identify(after_step=False)
 
     @staticmethod
-    def _see_gradient(snapshot: Snapshot, grad_scale: Tensor | None) -> None:
+    def _see_gradient(snapshot: Snapshot | PieceSnapshot, grad_scale: Tensor | None) -> None:
         snapshot.see_gradient(grad_scale)
 
     def _observe(self) -> None:
@@ -131,6 +132,8 @@ class _StepHooks:
             return  # the scaler skipped this step; the record waits for the next
         readings = Readings(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
         readings.read(snapshots, session.journal, session.step)
+        if session.ranks is not None:
+            readings.has_state = watched.has_state()
         if watched.watching is not None and watched.watching.learned():
             session.describe(watched)
         session.under_way.add(watched.label, readings, session.step)

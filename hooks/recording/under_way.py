@@ -7,6 +7,8 @@ from collections.abc import Callable
 from torch.utils.hooks import RemovableHandle
 
 from ..observing.copies import Memory
+from ..observing.matrix import Matrix
+from .agreed_cadence import AgreedCadence
 from .cadence import Cadence
 from .journal import Journal
 from .layout import Layout
@@ -23,7 +25,7 @@ class UnderWay:
         memory: of copies, in the background.
     """
 
-    def __init__(self, layout: Layout, cadence: Cadence, journal: Journal) -> None:
+    def __init__(self, layout: Layout, cadence: Cadence | AgreedCadence, journal: Journal) -> None:
         self.record: Record | None = None
         self._is_empty = True  # it, up to the first optimizer's step
         self.ended: Record | None = None
@@ -60,10 +62,17 @@ class UnderWay:
         if self.record is None:
             return
         self._is_empty = False
-        self._do(part.measure, self.record)
+        self._take(part, self.record)
         self.record.waits_for.discard(label)
         if not self.record.waits_for:
             self.end(step)
+
+    def _take(self, part: Readings, record: Record) -> None:
+        self._do(part.measure, record)
+
+    def _completing(self) -> Callable[[Record, Journal], None]:
+        """What is done with a record that is filled."""
+        return write
 
     def end(self, step: int) -> None:
         """Hand it to the writer; what an optimizer that did not step would have filled stays missing. Where none did, there is no record."""
@@ -72,7 +81,7 @@ class UnderWay:
             return
         self._journal.log_own_time(step)
         self._cadence.begun(self.record.step)
-        self._do(_write, self.record)
+        self._do(self._completing(), self.record)
         # Last: where an exception of a signal handler cuts this off, the record is handed over again; rows that are given twice are merged.
         self.ended, self.record = self.record, None
         if self._journal.worker is None:
@@ -95,6 +104,14 @@ class UnderWay:
         for listener in list(self._listeners.values()):
             with self._journal.guard(step), self._journal.asked_for():
                 listener(record)
+
+    def is_elsewhere(self, matrix: Matrix) -> bool:
+        """Whether nothing of a matrix is to be read here, another rank measuring it."""
+        return False
+
+    def close(self, step: int) -> None:
+        """There will be no further step: end what is under way."""
+        self.end(step)
 
     def _do(self, action: Callable[[Record, Journal], None], record: Record) -> None:
         """Work on the record, which fails on its own: at once, or by the worker in its turn."""
@@ -122,7 +139,7 @@ class UnderWay:
             raise worker.error
 
 
-def _write(record: Record, journal: Journal) -> None:
+def write(record: Record, journal: Journal) -> None:
     """Hand a filled record to the writer."""
     journal.append(record.rows, record.step)
 

@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 from ...diagnostics.options import Options
 from ..attaching import as_list, attach
 from ..guard import KeptOut
+from ..ranks.joining import as_rank_0_says
+from ..ranks.roll_call import processes
 from ..recorder import Recorder
 from ..recording.second_session import records_any_of
 
@@ -62,11 +64,18 @@ class CallbackSession:
                 if other.recorder is not None and other.store == self.store and records_any_of(other.recorder.session, optimizers):
                     other.end()
             _begun.add(self)
-            self.recorder = recorder = self._attach(optimizers, model, places or self._places(steps_taken))
+            places = places or self._places(steps_taken)
+            if self._options.ranks != "alone":
+                places = as_rank_0_says(places, self._options.rank_timeout)  # which alone knows what is at these paths
+            self.recorder = recorder = self._attach(optimizers, model, places)
             # An open recorder holds the model, for ever if a training failed and its trainer was thrown away: it is closed
             # with the callback. The interpreter's end is looked after by the recorder itself.
             self._close = weakref.finalize(self, recorder.close)
             self._close.atexit = False
+
+    def takes_part(self, is_main: bool) -> bool:
+        """Whether a process is to begin: the main one, and where several train together and are to record together, all of them."""
+        return is_main or (self._options.ranks != "alone" and processes()[1] > 1)
 
     def _places(self, steps_taken: int) -> list[Place]:
         """The last run that there is, and a path beside it."""

@@ -94,6 +94,8 @@ WRONG = {
     "heads": [0, "four", (4, 3), [4, 2, 1], 4.0],
     "background": [None, 1, "yes"],
     "about": [["a"], {"data": None}],
+    "ranks": ["all", None, 2],
+    "rank_timeout": [0, -1, "10", None, float("inf"), float("nan")],
     "on_error": ["ignore", None],
 }
 

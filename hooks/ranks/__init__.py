@@ -1,0 +1,1 @@
+"""Several processes that train one model: roll call, who measures what, and how pieces come together."""
