@@ -15,6 +15,8 @@ _LISTS: dict[str, dict[str, type | UnionType]] = {
     "continued": {"first_step": int, "optimizers": list},
     "decisions": {"step": int, "optimizer": str, "kind": str, "why": str, "steps": dict | None},
     "alignment_events": {"step": int, "optimizer": str, "group": int, "event": str, "alignment": float | int, "factor": float | int},
+    "parted": {"step": int, "name": str, "what": str, "ranks": list},
+    "by_shard": {"step": int, "name": str, "optimizer": str, "whole": float | int, "pieces": float | int},
     LINEAGES: dict.fromkeys(OF_LINEAGE, int),
 }
 

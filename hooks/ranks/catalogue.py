@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..observing.fingerprints import fingerprint
 from ..observing.matrix import Matrix
-from ..observing.placement import is_cut, local
+from ..observing.placement import is_cut
 
 _OF_A_PROCESS = ("parameter", "kind", "members", "block")
-
-# What is looked at as numbers of one size, to compare replicas to the bit.
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,10 @@ def held(matrices: Iterable[Matrix]) -> list[Held]:
     for m in matrices:
         cut = is_cut(m.parameter)
         if not cut and id(m.parameter) not in digests:
-            digests[id(m.parameter)] = digest(m.parameter)
+            digests[id(m.parameter)] = fingerprint(m.parameter)
         of = {name: getattr(m, name) for name in names}
         found.append(Held(of, tuple(m.parameter.shape), cut, 0 if cut else digests[id(m.parameter)]))
     return found
-
-
-def digest(tensor: Tensor) -> int:
-    """A number of 64 bits that changes with any single bit of the tensor: the sum of its numbers, read as integers."""
-    here = local(tensor.detach()).contiguous()
-    return int(here.view(-1).view(_INTEGERS.get(here.element_size(), torch.uint8)).sum(dtype=torch.int64))
 
 
 def together(own: Sequence[Matrix], told: Mapping[int, Sequence[Held]]) -> list[Matrix]:

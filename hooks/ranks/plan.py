@@ -83,6 +83,10 @@ class Plan:
                     if part.box.size:
                         first.setdefault((name, part.key, part.box), rank)
         self._first = first
+        self._copied = {
+            name for rank, layout in enumerate(layouts) for name, share_of in layout.items()
+            if (share_of.is_whole and len(self._ranks(name)) > 1) or any(first.get((name, part.key, part.box), rank) != rank for part in share_of.parts)
+        }  # fmt: skip
         present = {held: value for names, value in units.items() if (held := tuple(name for name in names if self._ranks(name)))}
         dealt = list(self._parted(present))
         holders = {i: self._holders(names) for i, (names, _) in enumerate(dealt)}
@@ -93,6 +97,14 @@ class Plan:
         cut = [pieces for i in sorted(given) if (pieces := [name for name in dealt[i][0] if not self._is_whole(name)])]
         moved = [[sum(self._moved(rank, name) for name in names) for rank in range(len(layouts))] for names in cut]
         self.rounds = [[name for i in group for name in cut[i]] for group in rounds(moved, bound)]
+
+    def has_copies(self, name: str) -> bool:
+        """Whether several ranks hold the same of a parameter: the whole, or a piece."""
+        return name in self._copied
+
+    def boxes(self, name: str) -> list[Box]:
+        """The pieces that a parameter lies in."""
+        return [box for of, key, box in self._first if of == name and key == ("after",)]
 
     def sent(self, rank: int, name: str) -> list[Part]:
         """The pieces of a parameter that a rank sends to its owner, in order."""

@@ -91,7 +91,16 @@ class Ranks:
         """Whether another rank is known to measure a parameter that is whole here, so that nothing of it needs to be read."""
         return self._plan is not None and self._plan.owner.get(matrix.parameter_name, self.rank) != self.rank
 
+    def has_copies(self, name: str) -> bool:
+        """Whether several ranks hold the same of a parameter; where that is not known yet, they may."""
+        return self._plan is None or self._plan.has_copies(name)
+
     # In whichever thread measures.
+
+    @property
+    def made(self) -> int:
+        """How many records they have made, or begun to make."""
+        return self._made
 
     def meet(self, step: int, pieces: Mapping[str, PieceSnapshot], has_state: Mapping[str, bool]) -> Plan:
         """Begin to make a record together: every rank knows what all hold, and from that who measures what.

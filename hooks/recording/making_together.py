@@ -7,11 +7,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ..observing.fingerprints import Fingerprints, of_pieces
 from ..observing.matrix import Matrix
+from ..ranks.by_shard import told as told_by_shard
+from ..ranks.copies_compared import parted
 from ..ranks.plan import Plan
 from ..ranks.ranks import Ranks
 from .journal import Journal
 from .record import Readings, Record
+
+# In so many records it is looked whether pieces are orthogonalised one by one: an optimizer does not change that.
+_LOOKS = 3
+# So many entries of a kind a run says.
+MAX_TOLD = 200
 
 
 class Measured(NamedTuple):
@@ -22,12 +30,16 @@ class Measured(NamedTuple):
         changed: of the matrices that this rank holds, or pieces of them, whether something else than the optimizer changed them.
         ns_schedules: which the values of `ns_schedule` are indices into.
         errors: how many measurements have failed so far.
+        fingerprints: of what other ranks may have copies of.
+        by_shard: of parameters whose pieces are orthogonalised one by one.
     """
 
     rows: dict[str, tuple[list[int], dict[str, NDArray[Any]]]]
     changed: dict[int, int]
     ns_schedules: list[dict[str, Any]]
     errors: int
+    fingerprints: Fingerprints
+    by_shard: list[dict[str, Any]]
 
 
 def make_together(ranks: Ranks, readings: Sequence[Readings], record: Record, journal: Journal) -> bool:
@@ -42,6 +54,11 @@ def make_together(ranks: Ranks, readings: Sequence[Readings], record: Record, jo
     for of in readings:
         of.observations = [(m, made) for m, made in of.observations if plan.owner.get(m.parameter_name) == ranks.rank]
         of.measure(record, journal)
+    fingerprints = {key: number for of in readings for key, number in of.fingerprints.items()}
+    for name, snapshot_of_pieces in pieces.items():
+        if plan.has_copies(name):
+            fingerprints.update(of_pieces(name, snapshot_of_pieces))
+    by_shard: list[dict[str, Any]] = []
     for arrays in ranks.wholes(record.step, plan, pieces):
         own = Readings([m for of in readings for m in of.matrices])
         for name, tensors in arrays.items():
@@ -50,18 +67,31 @@ def make_together(ranks: Ranks, readings: Sequence[Readings], record: Record, jo
                 own.observations += snapshot.observations()
                 for error in snapshot.errors:
                     journal.failed(error, record.step)
+                if ranks.made <= _LOOKS:
+                    by_shard += told_by_shard(snapshot, plan.boxes(name), record.step)
         arrays.clear()
         own.measure(record, journal)
     for snapshot_of_pieces in pieces.values():
         snapshot_of_pieces.copies.give_back()
-    told = ranks.deliver(record.step, pickle.dumps(_measured(ranks, plan, readings, record, journal)))
-    others = {rank: pickle.loads(data) for rank, data in enumerate(told) if rank}
+    own_part = _measured(ranks, plan, readings, record, journal)._replace(fingerprints=fingerprints, by_shard=by_shard)
+    told: dict[int, Measured] = {rank: pickle.loads(data) for rank, data in enumerate(ranks.deliver(record.step, pickle.dumps(own_part)))}
+    others = {rank: measured for rank, measured in told.items() if rank}
     for rank, measured in others.items():
         _fill_in(measured, ranks.matrices, record)
         journal.failed_elsewhere(rank, measured.errors, record.step)
     for measured in others.values():
         _mark_changed(measured, ranks.matrices, record)
+    _tell(journal, "by_shard", [entry for measured in told.values() for entry in measured.by_shard], ("name",))
+    _tell(journal, "parted", parted(record.step, {rank: measured.fingerprints for rank, measured in told.items()}), ("name", "what"))
     return bool(told)
+
+
+def _tell(journal: Journal, attribute: str, entries: Sequence[dict[str, Any]], by: tuple[str, ...]) -> None:
+    """Add entries to a list of the run's, the first of each kind alone."""
+    if entries:
+        known = journal.attributes.setdefault(attribute, [])
+        kinds = {tuple(one[key] for key in by) for one in known}
+        known += [one for one in entries if tuple(one[key] for key in by) not in kinds][: MAX_TOLD - len(known)]
 
 
 def _measured(ranks: Ranks, plan: Plan, readings: Sequence[Readings], record: Record, journal: Journal) -> Measured:
@@ -75,7 +105,7 @@ def _measured(ranks: Ranks, plan: Plan, readings: Sequence[Readings], record: Re
         rows[group] = there, {name: array[at] for name, array in values.items()}
     place = {m: i for i, m in enumerate(ranks.matrices)}
     changed = {place[m]: int(known["changed_outside"]) for of in readings for m, known in of.known.items() if m in place}
-    return Measured(rows, changed, record.ns_schedules, journal.errors)
+    return Measured(rows, changed, record.ns_schedules, journal.errors, {}, [])
 
 
 def _fill_in(measured: Measured, matrices: Sequence[Matrix], record: Record) -> None:

@@ -17,6 +17,7 @@ from ...diagnostics.quantities.problem import NewtonSchulz
 from ...diagnostics.quantities.step_taken import measure_update
 from ...diagnostics.spectra.spectrum_sketch import rounded
 from ..observing.copies import Copies
+from ..observing.fingerprints import Fingerprints
 from ..observing.matrix import Matrix
 from ..observing.piece_snapshot import PieceSnapshot
 from ..observing.snapshot import Snapshot
@@ -114,6 +115,7 @@ class Readings:
         observations: what each matrix's is made by.
         pieces: what is here of parameters that lie in pieces on several ranks.
         has_state: where ranks record together, whether the optimizer keeps state here of those that are whole, by name.
+        fingerprints: where they do, of what may be copied on other ranks.
         copies: what these look at, where the training goes on meanwhile.
     """
 
@@ -123,6 +125,7 @@ class Readings:
     copies: list[Copies] = field(default_factory=list)
     pieces: list[PieceSnapshot] = field(default_factory=list)
     has_state: dict[str, bool] = field(default_factory=dict)
+    fingerprints: Fingerprints = field(default_factory=dict)
 
     def read(self, snapshots: list[Snapshot | PieceSnapshot], journal: Journal, step: int) -> None:
         """Take what was copied before the step, and what there is to read after it."""

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from ..observing.capturing import REFUSED, capturing
 from ..observing.closures import observed
+from ..observing.fingerprints import Fingerprints, of_gradients, of_results
 from ..observing.piece_snapshot import PieceSnapshot
 from ..observing.snapshot import Snapshot
 from ..observing.watched import Watched
@@ -34,6 +35,7 @@ class _StepHooks:
 
     def __init__(self, session: Session, watched: Watched) -> None:
         self._session, self._watched = session, watched
+        self._gradients: Fingerprints = {}  # where ranks record together, of this step
 
     # At every step.
 
@@ -47,7 +49,7 @@ class _StepHooks:
             watched.snapshots = []  # of a step that an exception left
             if max(session.step, watched.steps + 1) >= session.cadence.due:
                 session.guarded(self._take_snapshots)
-        recorded = watched.snapshots and watched.snapshot_steps == watched.steps
+        recorded = (watched.snapshots or session.ranks is not None) and watched.snapshot_steps == watched.steps
         if (recorded or watched.identification is not None) and optimizer is watched.optimizer:
             return session.guarded(self._await_gradients, args, kwargs)
         return None
@@ -117,6 +119,8 @@ class _StepHooks:
             self._session.guarded(watched.watch_step, args, kwargs)
         for snapshot in watched.snapshots:
             self._session.guarded(self._see_gradient, snapshot, getattr(watched.optimizer, "grad_scale", None))
+        if self._session.ranks is not None:
+            self._gradients = of_gradients(watched, self._session.ranks.has_copies)
         if watched.identification is not None:
             watched.identify(after_step=False)
 
@@ -134,6 +138,7 @@ class _StepHooks:
         readings.read(snapshots, session.journal, session.step)
         if session.ranks is not None:
             readings.has_state = watched.has_state()
+            readings.fingerprints = {**self._gradients, **of_results(watched, session.ranks.has_copies)}
         if watched.watching is not None and watched.watching.learned():
             session.describe(watched)
         session.under_way.add(watched.label, readings, session.step)
