@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from contract.harness import hidden, others
 from torch import nn
 
@@ -42,6 +43,15 @@ def nanochat(model: nn.Module) -> Any:
     return standins.NanochatMuonAdamW([*groups, {"params": others(model), "kind": "adamw", "lr": 0.01, "weight_decay": 0.1}])
 
 
+def muon_clip(model: nn.Module) -> Any:
+    """Of whose two heads in each attention one is clipped at every step."""
+    matrices = dict(model.named_parameters())
+    attention = [(p, matrices[name.replace("q_proj", "k_proj")]) for name, p in matrices.items() if "q_proj" in name]
+    optimizer = standins.ClippingMuon(hidden(model), attention, "heads", **KELLER_JORDAN)
+    optimizer.logits = [torch.tensor([60.0, 121.0])] * len(attention)
+    return optimizer
+
+
 def of_hidden(cls: Any, **settings: Any) -> Callable[[nn.Module], Any]:
     return lambda model: cls(hidden(model), **settings)
 
@@ -60,7 +70,8 @@ STAND_INS = {
         of_hidden(standins.LionsScion, **SCION), "momentum after the step (momentum_buffer)", scale=lambda m, n: 5 * math.sqrt(m / n)
     ),
     "ScionLight": StandIn(of_hidden(standins.LionsScionLight, **SCION), "gradient", scale=lambda m, n: 5 * math.sqrt(m / n), keeps_grad=True),
-    "hyperball": StandIn(of_hidden(standins.HyperballMuon, **KELLER_JORDAN), MIXED, decays=("none seen", "decoupled", "cautious")),
+    "MuonClip": StandIn(muon_clip, MIXED, scale=lambda m, n: max(1, m / n) ** 0.5),
+    "hyperball": StandIn(of_hidden(standins.HyperballMuon, **KELLER_JORDAN), MIXED, decays=("none seen",)),
     "Muown": StandIn(
         of_hidden(standins.MuownLike, **KELLER_JORDAN), "momentum after the step (momentum_buffer)", then=("rows", "elements"),
         decays=("none seen", "decoupled", "cautious"),

@@ -20,6 +20,7 @@ Each is a stand-in with the state layout and the arithmetic of a published file,
   iteration was given, on every step. *By a formula*: three watched steps settled it, and no copy of a step is made any more; *watched*: every
   recorded step is.
 - **then**: what follows the iteration on its way to the weights, and the weight decay that was seen; where more than a factor follows, decay is not told apart.
+  *Then the weights*: multiplied once the update was in them (a clip, a norm that is kept), and the update recorded without that.
 - **unexplained**: the most that a polynomial step leaves of an iterate, relative (its rounding to bfloat16); **copy**: the relative difference of the
   watched copy's step from the optimizer's own.
 
@@ -42,6 +43,8 @@ def _row(name: str, standin: StandIn, result: Measured) -> list[str]:
     follows = dict.fromkeys(
         _THEN[kind["then"]] + (_DECAY[kind["decay"]] if kind["then"] != "elements" else "") for kind in result.iterations
     )
+    multiplied = sum(one.get("weights_multiplied", {}).get("matrices", 0) for one in result.watched)
+    moved = sum(kind["count"] for kind in result.iterations)
     return [
         name,
         f"`{type(result.optimizer).__name__}`",
@@ -49,7 +52,7 @@ def _row(name: str, standin: StandIn, result: Measured) -> list[str]:
         ", ".join(sorted({str(len(kind["coefficients"])) for kind in result.iterations})),
         _bounded(result.coefficients_error(standin.triples), "exact"),
         "; ".join(f"{text}: {count}" for text, count in inputs.most_common()) + f"; {exact}, {by_rule}",
-        "; ".join(follows),
+        "; ".join([*follows, *([f"then the weights of {multiplied} of {moved} matrices, by factors"] if multiplied else [])]),
         _bounded(max(one["unexplained"] for one in result.watched), "0"),
         _bounded(max(inf if one["difference"] is None else one["difference"] for one in result.watched), "the same"),
         (getdoc(type(result.optimizer)) or "").partition("\n")[0],
