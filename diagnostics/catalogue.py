@@ -100,8 +100,8 @@ QUANTITIES: tuple[Quantity, ...] = (
         "rotation_gain", "geometry", "1", "gain of the rotation",
         "⟨M, R f(RᵀM)⟩/⟨M, f(M)⟩ with the optimizer's own f, f(M) scaled to the same Frobenius norm: above 1 where the rotated rule follows M better; missing without one",
     ),
-    Quantity("update_rms", "update", "parameter units", "RMS of the applied update", "RMS(W_t − W_{t+1}), learning rate and weight decay included", dtype="float64"),
-    Quantity("update_norm", "update", "parameter units", "Frobenius norm of the applied update", "‖W_t − W_{t+1}‖_F, learning rate and weight decay included", dtype="float64"),
+    Quantity("update_rms", "update", "parameter units", "RMS of the applied update", "RMS(W_t − W_{t+1}), learning rate and weight decay included, weight_factor taken out", dtype="float64"),
+    Quantity("update_norm", "update", "parameter units", "Frobenius norm of the applied update", "‖W_t − W_{t+1}‖_F, learning rate and weight decay included, weight_factor taken out", dtype="float64"),
     Quantity("update_rms_per_lr", "update", "1", "RMS of the update per learning rate", "RMS(W_t(1 − ηλ) − W_{t+1})/η, decoupled decay taken out; coupled decay cannot be", dtype="float64"),
     Quantity(
         "update_rms_target", "update", "1", "target of the update RMS per learning rate",
@@ -129,6 +129,11 @@ QUANTITIES: tuple[Quantity, ...] = (
         "trust_ratio", "update", "1", "trust ratio in force",
         "the factor by which the optimizer scales this matrix's step (LAMB: φ(‖W‖)/‖U + λW‖; LARS: coefficient·‖W‖/(‖G‖ + λ‖W‖)); missing for optimizers without one",
         dtype="float64",
+    ),
+    Quantity(
+        "weight_factor", "update", "1", "least factor on weights after the update",
+        "the least factor by which the optimizer's step multiplied rows or columns of the weights once the update was in them (QK-Clip, a norm that is kept; "
+        "weight decay is none): updates and O are read from the weights before that; 1 where by none, missing where that is not known", dtype="float64",
     ),
     Quantity(
         "correction_variance_ratio", "update", "1", "variance of the corrected gradient over that of the gradient",

@@ -17,7 +17,8 @@ class StepTaken:
     """One step on one matrix, shape (rows, cols).
 
     Attributes:
-        weight_before, weight_after: W_t and W_{t+1}, in their own format; arithmetic on them is in float64.
+        weight_before, weight_after: W_t and W_{t+1}, in their own format; arithmetic on them is in float64. Where the step multiplied the weights
+            once the update was in them (`weight_factor`), W_{t+1} is what they were before that.
         weight_roundoff: unit roundoff of the format the weights are stored in.
         grad_rms, momentum_rms: RMS of gradient and first moment; NaN where there is none.
         lr: η that scales the update; of the parameter group, or what the optimizer makes of it.
@@ -28,6 +29,7 @@ class StepTaken:
         target_rms: RMS of ΔW/η if O were the exact polar factor, under the optimizer's own scaling.
         intended_rms: RMS of the update per learning rate before it was rounded into the weights, decay aside; NaN where not known.
         trust_ratio: the factor by which the optimizer scaled this matrix's step; NaN where it has none.
+        weight_factor: the least factor by which the step multiplied weights once the update was in them; 1 where by none, NaN where that is not known.
     """
 
     weight_before: NDArray[np.floating]
@@ -42,6 +44,7 @@ class StepTaken:
     target_rms: float = float("nan")
     intended_rms: float = float("nan")
     trust_ratio: float = float("nan")
+    weight_factor: float = float("nan")
     row_divisors: NDArray[np.floating] | None = None
 
     @property
@@ -114,4 +117,5 @@ def measure_update(step: StepTaken) -> Measured:
         "lr": step.lr,
         "weight_decay": step.weight_decay,
         "trust_ratio": step.trust_ratio,
+        "weight_factor": step.weight_factor,
     }

@@ -1,7 +1,7 @@
 """How one optimizer is read: what its row in the adapter table says, and what the row is given to read from."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import nan, sqrt
 from typing import Any, TypeAlias
 
@@ -28,6 +28,7 @@ class Reading:
         state: the optimizer's live state of the parameter: before the step in `Adapter.before`, else after it.
         gradient: copy of the gradient that the optimizer was handed, unscaled.
         before: what `Adapter.before` returned.
+        arguments: what the step was called with, by name; no closure.
     """
 
     optimizer: Any
@@ -37,6 +38,7 @@ class Reading:
     state: State
     gradient: Tensor | None = None
     before: Any = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def state_of(optimizer: Any, parameter: Tensor) -> State:
@@ -183,6 +185,8 @@ class Adapter:
         rotation: R before and after the step, M, f(M) and R f(RᵀM) of an optimizer that works in rotated coordinates, as
             :class:`...diagnostics.quantities.rotation.Rotation` describes them.
         trust_ratio: the factor by which this parameter's step was scaled; NaN where there is none.
+        weight_factor: the factor, broadcastable with the parameter, by which the step multiplied the weights once the update was in them, and which
+            is no part of that (QK-Clip); 1 where it multiplied them by nothing, None where that is not known.
         read_by: how this adapter was chosen: "table", "names in the state", "numbers", one for each moment, or "nothing".
     """
 
@@ -201,6 +205,7 @@ class Adapter:
     correction: Reader = lambda reading: None
     rotation: Callable[[Reading], Sequence[Tensor] | None] = lambda reading: None
     trust_ratio: Callable[[Reading], float] = lambda reading: nan
+    weight_factor: Reader = lambda reading: None
     read_by: str = "table"
 
 

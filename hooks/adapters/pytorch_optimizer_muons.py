@@ -5,6 +5,7 @@ into p.grad; here they are repeated on the copied gradient, bit for bit.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from math import nan, prod, sqrt
 from typing import Any
 
@@ -202,12 +203,32 @@ def _scion(what: str, momentum: Reader) -> Callable[[Group], Adapter]:
 
 
 _MOMENTUM = entry("momentum_buffer")
+
+
+def _qk_clip(reading: Reading) -> Tensor:
+    """QK-Clip's factor of every row, (τ/max(logit, τ))ᵉ of its head; 1 where this step clips nothing of the matrix. Kimi K2, arXiv 2507.20534, Algorithm 1."""
+    group, role, of_attentions = reading.group, reading.group.get("qk_clip"), reading.arguments.get("attention_max_logits")
+    if role in (None, "key_rotary") or of_attentions is None or group["attention_name"] not in of_attentions:
+        return torch.ones(())
+    alpha, tau, weight = group["qk_clip_alpha"], group["qk_clip_threshold"], reading.weight
+    logits = of_attentions[group["attention_name"]].detach().to(weight.device, torch.float32)
+    of_heads: Tensor = (tau / logits.clamp_min(tau)) ** {"query": alpha, "key": 1 - alpha, "query_rotary": 1.0}[role]
+    of_rows = of_heads.to(weight.dtype).repeat_interleave(len(weight) // len(of_heads))
+    return of_rows.reshape(-1, *[1] * (weight.ndim - 1))
+
+
+_MUON_CLIP = replace(_scaled("momentum after the step, a sum", _MOMENTUM), weight_factor=_qk_clip)
+_CLIPPED_ADAMW = replace(_ADAMW, weight_factor=_qk_clip)
+
+
+def _muon_clip(group: Group) -> Adapter:
+    return _MUON_CLIP if group["use_muon"] else _CLIPPED_ADAMW
+
+
 _ADAGO = Orthogonalisation(_mixed, _settings, _adago_scale)
 
 _MUONS: dict[str, Adapter] = {
     "muon.Muon": _scaled("momentum after Nesterov mixing", _mixed),
-    # QK-clip, which shrinks the weights when its logits are handed to `step`, is a part of the applied update.
-    "muon_clip.MuonClip": _scaled("momentum after the step, a sum", _MOMENTUM),
     "adamuon.AdaMuon": Adapter(
         "exact NS input: momentum after the step, before the cast to bfloat16",
         momentum=entry("m"),
@@ -234,6 +255,7 @@ _MUONS: dict[str, Adapter] = {
 
 ROWS: dict[str, Row] = {
     **{f"pytorch_optimizer.optimizer.muon.{name}": _or_adamw(adapter) for name, adapter in _MUONS.items()},
+    "pytorch_optimizer.optimizer.muon.muon_clip.MuonClip": _muon_clip,
     "pytorch_optimizer.optimizer.scion.SCION": _scion("momentum d after the step", entry("d")),
     # Its momentum is p.grad itself, which is not to be zeroed: Σ(1 − μ)ᵏg, complete at the beginning of the step.
     "pytorch_optimizer.optimizer.scion.SCIONLight": _scion("momentum that p.grad sums up, before the step", _gradient),

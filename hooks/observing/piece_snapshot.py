@@ -5,6 +5,7 @@ around the step, put together by one rank, and read there by the same row as a p
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -94,7 +95,8 @@ class PieceSnapshot:
         """
         if missing := [key[0] for key in (_WEIGHT, _AFTER, _GRADIENT) if key not in tensors]:
             raise ValueError(f"what the ranks hold of {self.matrices[0].name} is not the whole of its {' and '.join(missing)}")
-        reading = Reading(self.reading.optimizer, tensors[_WEIGHT], tensors[_WEIGHT], self.reading.group, self._state("before", tensors))
+        weight, before = tensors[_WEIGHT], self._state("before", tensors)
+        reading = replace(self.reading, parameter=weight, weight=weight, state=before, gradient=None, before=None)
         found = Snapshot(self.matrices, self.adapter, reading, self._keeps_gradient, self._has_spectra)
         found.take_gradient(tensors[_GRADIENT], is_own=True)
         reading.parameter, reading.state = tensors[_AFTER], self._state("state", tensors)

@@ -37,6 +37,7 @@ class Snapshot:
         has_spectra: whether those of the NS inputs are measured.
         copies: None where observations are made as soon as they are read; else what they are made of is copied.
         errors: what the adapter's readers raised; what they would have read is missing from the observation.
+        wrapped: whether a wrapper may change the weights after the optimizer's step, so that no factor of that is the last thing done to them.
         tell_sparse: is told the name of a matrix whose gradient is sparse: it has no observation.
     """
 
@@ -50,6 +51,7 @@ class Snapshot:
     gradient_copy: Tensor | None = None  # for a closure that is called again
     grad_rms: tuple[Callable[[], float], ...] = ()  # of every matrix
     errors: list[Exception] = field(default_factory=list)
+    wrapped: bool = False
     tell_sparse: Callable[[str], None] = lambda name: None
 
     def see_gradient(self, grad_scale: Tensor | None = None) -> None:
@@ -125,9 +127,17 @@ class Snapshot:
         def of_matrices(of: Callable[[Reading, int, int], float] | None) -> dict[Matrix, float]:
             return {m: math.nan if of is None else or_nan(self._read(partial(_of_shape, of, m))) for m in self.matrices}
 
+        factor = None if self.wrapped else self._read(adapter.weight_factor)
+        multiplied = factor is not None and bool((factor != 1).any())
+
+        def least(matrix: Matrix) -> float:
+            if factor is None or not multiplied:
+                return math.nan if factor is None else 1.0
+            return float(matrix.of(factor.expand_as(parameter)).min())
+
         return StepTensors(
             before=reading.weight,
-            after=parameter,
+            after=parameter / factor if factor is not None and multiplied else parameter,
             momentum=momentum,
             intended=self._read_matrix("intended", adapter.intended) if is_coarse else None,
             lr=or_nan(self._read(adapter.learning_rate)),
@@ -137,6 +147,7 @@ class Snapshot:
             grad_rms=dict(zip(self.matrices, self.grad_rms, strict=True)),
             output_scale=of_matrices(None if ns is None else ns.output_scale),
             target_rms=of_matrices(None if ns is None else ns.target),
+            weight_factor={m: least(m) for m in self.matrices},
             row_divisors=None if ns is None or ns.row_divisors is None else self._read(ns.row_divisors),
         )
 

@@ -17,10 +17,11 @@ class StepTensors:
     """Weights around a step, and what the optimizer made the step of.
 
     Attributes:
-        before, after: the weights.
+        before: the weights.
+        after: what the update left of them; the weights after the step have been multiplied by `weight_factor` since.
         momentum, intended: None where there is none, or it is not known (see :class:`StepTaken` for these and the numbers).
         grad_rms: of every matrix, when asked: an accelerator is not waited for before.
-        output_scale, target_rms: of every matrix.
+        output_scale, target_rms, weight_factor: of every matrix.
         row_divisors: of all rows, shape (…, rows, 1); None where none are divided.
     """
 
@@ -35,6 +36,7 @@ class StepTensors:
     grad_rms: Mapping[Matrix, Callable[[], float]]
     output_scale: Mapping[Matrix, float]
     target_rms: Mapping[Matrix, float]
+    weight_factor: Mapping[Matrix, float]
     row_divisors: Tensor | None = None
 
     def copied(self, copy: Callable[[Tensor], Tensor]) -> "StepTensors":
@@ -50,7 +52,7 @@ class StepTensors:
         return StepTaken(
             weight_before=to_host(matrix.of(self.before)),
             weight_after=to_host(matrix.of(self.after)),
-            weight_roundoff=unit_roundoff(self.after),
+            weight_roundoff=unit_roundoff(self.before),
             grad_rms=self.grad_rms[matrix](),
             momentum_rms=momentum,
             lr=self.lr,
@@ -60,5 +62,6 @@ class StepTensors:
             target_rms=self.target_rms[matrix],
             intended_rms=intended,
             trust_ratio=self.trust_ratio,
+            weight_factor=self.weight_factor[matrix],
             row_divisors=None if self.row_divisors is None else to_host(matrix.of(self.row_divisors).reshape(-1)),
         )

@@ -1,5 +1,6 @@
 """One watched optimizer: its matrices, its step count, and what was copied before the step under way."""
 
+import inspect
 import logging
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -136,6 +137,14 @@ class Watched:
             self.found = found
         return found is not None
 
+    def note_arguments(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Let adapters read what the coming step is called with; of a step that calls that of its base, what the outer one was."""
+        names = inspect.signature(type(self.optimizer).step).parameters
+        given = {name: value for name, value in ({**dict(zip(names, args, strict=False)), **kwargs}).items() if value is not self.optimizer}
+        given = {name: value for name, value in given.items() if not callable(value)}
+        for snapshot in self.snapshots:
+            snapshot.reading.arguments = snapshot.reading.arguments or given
+
     def watch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Watch the coming step of an unknown class on a copy, and read what was snapshotted as that shows it."""
         if self.watching is None:
@@ -227,7 +236,7 @@ class Watched:
             self.snapshots.append(
                 Snapshot(
                     matrices, adapters[id(group)], reading, "gradient" in groups, "geometry" in groups, copies,
-                    tell_sparse=self.tell_sparse_gradient,
+                    wrapped=len(self.layers) > 1, tell_sparse=self.tell_sparse_gradient,
                 )
             )  # fmt: skip
 

@@ -116,6 +116,7 @@ class _StepHooks:
     def _see_gradients(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         watched = self._watched
         if watched.snapshots:
+            self._session.guarded(watched.note_arguments, args, kwargs)
             self._session.guarded(watched.watch_step, args, kwargs)
         for snapshot in watched.snapshots:
             self._session.guarded(self._see_gradient, snapshot, getattr(watched.optimizer, "grad_scale", None))

@@ -45,8 +45,17 @@ def facts(found: OfGroup, optimizer: object, group: Group) -> dict[str, Any]:
         "inputs": dict(found.inputs),
         "by_rule": found.rule is not None,
         "unexplained": max(one.unexplained for one in found.found.values()),
+        **_rescaled(found),
         "difference": None if isnan(found.difference) else found.difference,
     }
+
+
+def _rescaled(found: OfGroup) -> dict[str, Any]:
+    """`weights_multiplied`: of how many matrices the weights were multiplied once the update was in them, and the `least` and `most` of those factors."""
+    if not found.rescaled:
+        return {}
+    least, most = min(least for least, _ in found.rescaled.values()), max(most for _, most in found.rescaled.values())
+    return {"weights_multiplied": {"matrices": len(found.rescaled), "least": least, "most": most}}
 
 
 def _kind(one: Iterated) -> tuple[Any, ...]:
@@ -72,9 +81,20 @@ def spectrum_of(found: OfGroup, otherwise: str) -> str:
     )
     if len(whole) < found.matrices:
         texts.append(f"of the other {found.matrices - len(whole)}: {otherwise}")
+    if rescaled := _rescaled(found):
+        told = rescaled["weights_multiplied"]
+        texts.append(
+            f"once the update was in them, the weights of {told['matrices']} were multiplied by {_between(told['least'], told['most'])} (a clip, "
+            "or a norm that is kept), and updates are recorded without that"
+        )
     if found.difference > SAME_STEP:
         texts.append(f"the copy's step differed from the optimizer's by {found.difference:.2g} of it, and where it did: {otherwise}")
     return "; ".join(texts)
+
+
+def _between(least: float, most: float) -> str:
+    one, other = f"{least:.4g}", f"{most:.4g}"
+    return one if one == other else f"{one} to {other}"
 
 
 def read_by(found: OfGroup, otherwise: str) -> str:

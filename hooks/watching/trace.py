@@ -90,15 +90,17 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
 
     Attributes:
         tell_gram: is told (number of the operation, X, short side first) for every product X·Xᵀ.
+        around_write: is told what an operation is about to write into; what it returns is called after it with the operation's name.
     """
 
     tell_gram: Callable[[int, Tensor], None]
+    around_write: Callable[[Sequence[Tensor]], Callable[[str], None]] | None = None
 
     def __init__(self, own: Sequence[Tensor], capture: frozenset[tuple[int, int]] = frozenset()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.trace = Trace()
         # Storages. One that is freed within may give its place to another that is made within; the original's lie where they lie.
-        self._own = {_storage(tensor) for tensor in own}
+        self._own = {storage_of(tensor) for tensor in own}
         self._capture = capture
 
     def see(self, at: tuple[int, int], tensor: Tensor) -> None:
@@ -115,8 +117,9 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         kwargs = kwargs or {}
         if op.namespace in ("c10d", "_c10d_functional") and torch.distributed.get_world_size() > 1:
             raise WouldTouch(f"{op} would make the other processes wait for one that they do not know of")
-        for tensor in _written(op, args, kwargs):
-            if _storage(tensor) not in self._own:
+        written = list(_written(op, args, kwargs))
+        for tensor in written:
+            if storage_of(tensor) not in self._own:
                 raise WouldTouch(f"{op} would write into a tensor that is not the copy's")
         number, leaves = self.trace.operations, tree_leaves((args, kwargs))
         name = op.overloadpacket.__name__.strip("_").removeprefix("foreach_")
@@ -124,13 +127,16 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         factors = _PRODUCTS.get(op.overloadpacket)
         if factors is not None and not self._capture and (x := _twice(*(args[i] for i in factors))) is not None:
             self.tell_gram(number, x)
+        tell = self.around_write(written) if written and self.around_write is not None else None
         result = op(*args, **kwargs)
+        if tell is not None:
+            tell(name)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         # A view is made of what it is a view of; `torch.tensor` hands in what nobody else has.
-        given = set() if op in _FRESH else {_storage(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
-        self._own |= {_storage(tensor) for tensor in made} - given
+        given = set() if op in _FRESH else {storage_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+        self._own |= {storage_of(tensor) for tensor in made} - given
         if not made:  # foreach operations in place return nothing
-            made = list(_written(op, args, kwargs))
+            made = written
         for slot, tensor in enumerate(made):
             self.see((number, slot), tensor)
         return result
@@ -146,7 +152,8 @@ def _numbers(leaves: Sequence[Any]) -> Iterator[float]:
             yield from {float(leaf), *(float(leaf.to(dtype)) for dtype in formats)}
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """What tells the memory of a tensor and all its views from that of others."""
     return int(tensor.untyped_storage()._cdata)
 
 

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isclose, isnan, nan
+from math import inf, isclose, isnan, nan
 from operator import attrgetter
 from typing import Any
 
@@ -49,6 +49,9 @@ class OfGroup:
         without: on how many steps weights moved and no iteration was found.
         matrices: how many were watched.
         inputs: what the inputs are, in words, and of how many.
+        factors: by which the last watched step multiplied weights once their update was in them, by the `id` of the parameter.
+        rescaled: of parameters that were ever multiplied so the least and the largest factor, those of 1 aside.
+        rescales: whether steps may do so: later ones are watched however well a rule agrees, as no formula of the state tells when.
         difference: of the copy's step from the optimizer's own, the largest, relative; NaN before any.
         failed: why copies could not be stepped, one after the other.
     """
@@ -60,13 +63,16 @@ class OfGroup:
     without: int = 0
     matrices: int = 0
     inputs: Counter[str] = field(default_factory=Counter)
+    factors: dict[int, Tensor] = field(default_factory=dict)
+    rescaled: dict[int, tuple[float, float]] = field(default_factory=dict)
+    rescales: bool = False
     difference: float = nan
     failed: list[str] = field(default_factory=list)
 
     @property
     def rule(self) -> Rule | None:
         """The rule that gives every input from now on; None where the recorded steps have to be watched, as long as several kinds of rule give the same."""
-        if self.agreed < _SETTLED or len({rule.kind for rule in self.rules}) != 1:
+        if self.rescales or self.agreed < _SETTLED or len({rule.kind for rule in self.rules}) != 1:
             return None
         return min(self.rules, key=_LIKELIEST)
 
@@ -75,6 +81,15 @@ class OfGroup:
         """Whether a copy's step would tell nothing more."""
         return len(self.failed) >= _TRIES or self.without >= _TRIES or self.rule is not None
 
+    def note_factors(self, factors: Mapping[int, Tensor]) -> None:
+        """Those of a watched step."""
+        self.factors.update(factors)
+        for key, factor in factors.items():
+            if (seen := factor[factor != 1]).numel():
+                least, most = self.rescaled.get(key, (inf, -inf))
+                self.rescaled[key] = min(least, float(seen.min())), max(most, float(seen.max()))
+        self.rescales = self.rescales or bool(self.rescaled)
+
 
 class Watching:
     """Of one optimizer."""
@@ -82,7 +97,7 @@ class Watching:
     def __init__(self, optimizer: Any) -> None:
         self._optimizer = optimizer
         self._groups: dict[int, OfGroup] = {}
-        self._told: list[tuple[int, int, int, bool]] = []
+        self._told: list[tuple[Any, ...]] = []
         self._before: dict[int, dict[str, Any]] = {}  # settings of every group before the step under way
         self._own: dict[int, set[str]] = {}  # those that the steps themselves change: counts, Prodigy's distance
         self._samples: dict[int, tuple[Tensor, Tensor]] = {}  # of weights after the copy's step, and of those before it
@@ -92,7 +107,7 @@ class Watching:
         settings = self._settings(group)
         found = self._groups.get(id(group))
         if found is None or found.settings != settings:
-            found = self._groups[id(group)] = OfGroup(settings)
+            found = self._groups[id(group)] = OfGroup(settings, rescales=_names_a_clip(self._optimizer, group))
         return found
 
     def _settings(self, group: Group) -> str:
@@ -106,6 +121,7 @@ class Watching:
         self._before = {id(group): {key: value for key, value in group.items() if _is_plain(value)} for group in groups}
         for group in groups:
             found = self.of(group)
+            found.factors = {}
             if not found.settled:
                 self._watch_group(group, found, args, kwargs)
 
@@ -124,6 +140,7 @@ class Watching:
                 found.found = {}
                 return
             moved = self._sample(seen, some) or moved
+            found.note_factors(seen.factors)
             of_some = iterated(seen, some, number(group.get("lr")))
             found.found.update(of_some)
             for p in some:
@@ -198,13 +215,19 @@ class Watching:
         """Once a record is read: drop the copies of what iterations were given; whether something has been found since this was last asked."""
         for found in self._groups.values():
             found.found = {key: replace(one, ns_input=None) for key, one in found.found.items()}
-        before, self._told = self._told, [(len(f.found), len(f.failed), f.without, f.settled) for f in self._groups.values()]
+        before, self._told = (
+            self._told,
+            [(len(f.found), len(f.failed), f.without, f.settled, tuple(f.rescaled.values())) for f in self._groups.values()],
+        )
         return before != self._told
 
     def adapter(self, base: Adapter, group: Group, parameter: Tensor) -> Adapter:
         """How a parameter is read on the step that was just watched, or as a rule settles it: by `base`, and by what was found."""
         found = self.of(group)
         one, rule = found.found.get(id(parameter)), found.rule
+        if id(parameter) in found.factors:
+            factor = found.factors[id(parameter)]
+            base = replace(base, weight_factor=lambda reading: factor)
         if one is None or one.part not in ("whole", "slice"):
             return base
         lr = number(group.get("lr"))
@@ -231,6 +254,12 @@ def _is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
     return isinstance(value, (bool, int, float, str, type(None)))
+
+
+def _names_a_clip(optimizer: Any, group: Group) -> bool:
+    """Whether a class or a setting is called after a clip, and not one of gradients: weights may be clipped on any later step."""
+    names = [type(optimizer).__name__, *vars(optimizer), *map(str, group)]
+    return any("clip" in name.lower() and not any(of in name.lower() for of in ("grad", "norm")) for name in names)
 
 
 def _same_scale(before: Iterated | None, now: Iterated) -> bool:

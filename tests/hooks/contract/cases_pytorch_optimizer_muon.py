@@ -117,7 +117,7 @@ CASES = [
         po_muon("MuonClip"),
         or_adam(lambda: muon(averaged=False), beta2=0.95, eps=1e-10),
         newton_schulz=_stacked.name,
-        note="The momentum is a sum; QK-clip, where its logits are given, is a part of the applied update.",
+        note="The momentum is a sum; QK-Clip, where its logits are given, is taken out of the update.",
     ),
     Case(
         "AdaMuon",

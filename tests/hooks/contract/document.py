@@ -1,4 +1,4 @@
-"""The coverage document, printed from the contract suite's results: `make coverage`."""
+"""The coverage document, printed from the results of the contract suite and of the watched stand-ins: `make coverage`."""
 
 import sys
 from collections.abc import Mapping
@@ -6,12 +6,13 @@ from pathlib import Path
 
 from contract.harness import EXACT, Case, Result, installed_version
 
+HEADING = "## Watched: classes that are in no table"  # of the part of watched classes
 DOCUMENT = Path(__file__).parents[3] / "docs" / "coverage.md"
 
 _HEAD = """# Coverage
 
-What Optiscope records of each optimizer, as the contract suite measured it (`make coverage` writes this table; the tests fail
-when it is stale). Every row was trained twice, with and without a recorder, and was the same to the bit.
+What Optiscope records of each optimizer, as the contract suite measured it (`make coverage` writes these tables; the tests fail
+when they are stale). Every row was trained twice, with and without a recorder, and was the same to the bit.
 
 - **NS input**: *exact*: bitwise what an intercepted Newton–Schulz function was given, and, where only a scale follows the iteration, its
   output is the applied update.
@@ -21,7 +22,9 @@ when it is stale). Every row was trained twice, with and without a recorder, and
 - **update**: *exact*: the applied update per learning rate, decoupled decay taken out, is that of the transcription, or the scaled output of the
   intercepted Newton–Schulz function, within 1e-3 (weights are float32); *read*: recorded, but not compared with a formula;
   *applied only*: there is no one learning rate to divide by.
-- **read by**: how the state was found: a row of the adapter table, names in the state, or numbers.
+- **read by**: how the optimizer's state and update were found, one of four ways. *table*: a row of the adapter table. *watching a step*: a copy's step showed
+  the Newton–Schulz iteration ([below](#watched-classes-that-are-in-no-table)); moments are then read by names or numbers. *names in the state*: what
+  classes call their moments. *numbers*: which tensor of the state follows the gradients as a moment does, over the first eight steps.
 - A *stand-in* is a small optimizer with the state layout of a library that cannot be installed on CPython 3.11 from the package
   registry: the row was tested on it, not on the library.
 
@@ -30,8 +33,14 @@ when it is stale). Every row was trained twice, with and without a recorder, and
 """
 
 
+def parts() -> tuple[str, str]:
+    """The document's part of the contract suite, and that of watched classes; each is held by the tests that measure it."""
+    contract, heading, watched = DOCUMENT.read_text(encoding="utf-8").partition(HEADING)
+    return contract.removesuffix("\n"), heading + watched
+
+
 def written_out(results: Mapping[Case, Result]) -> str:
-    """The whole document."""
+    """The contract suite's part."""
     return _HEAD.format(exact=EXACT) + "".join(f"| {' | '.join(_row(case, result))} |\n" for case, result in results.items())
 
 
@@ -62,7 +71,11 @@ def _quality(error: float | None, bound: float, was_read: bool, exact: float = E
 
 
 def main() -> None:
-    """Measure every case and write the document."""
+    """Measure every case and every stand-in, and write the document."""
+    from watching import document
+    from watching.cases import STAND_INS
+    from watching.measuring import measured
+
     from contract.cases import CASES
     from contract.harness import run_case
 
@@ -70,7 +83,8 @@ def main() -> None:
     for case in CASES:
         print(case.system, file=sys.stderr)
         results[case] = run_case(case)
-    DOCUMENT.write_text(written_out(results), encoding="utf-8")
+    watched = {name: measured(name) for name in STAND_INS}
+    DOCUMENT.write_text(f"{written_out(results)}\n{document.written_out(watched)}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -184,6 +184,42 @@ class MuonPlus(KellerJordanMuon):
         p.sub_(output * (sqrt(min(p.shape)) / output.norm()), alpha=group["lr"])
 
 
+class ClippingMuon(KellerJordanMuon):
+    """Kimi K2's MuonClip: once all is updated, heads of q and k whose largest logit is over τ are multiplied by √(τ/logit).
+
+    `logits` are set before a step, one for every head; `how` they are multiplied differs from file to file.
+    """
+
+    def __init__(self, params: Iterable[Any], attention: list[tuple[Tensor, Tensor]], how: str, **defaults: Any) -> None:
+        self.attention, self.how = attention, how
+        self.logits: list[Tensor | None] = [None] * len(attention)
+        super().__init__(params, qk_clip_threshold=100.0, **defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        super().step()
+        for pair, logits in zip(self.attention, self.logits, strict=True):
+            if logits is not None:
+                for weight in pair:
+                    self.clip(weight, (100 / logits.clamp_min(100)).sqrt())
+
+    def clip(self, weight: Tensor, of_heads: Tensor) -> None:
+        size, cols = len(weight) // len(of_heads), weight.shape[1]
+        if self.how == "heads":
+            weight.view(len(of_heads), size, cols).mul_(of_heads[:, None, None])
+        elif self.how == "copied":
+            turned = weight.data.T.reshape(cols, len(of_heads), size) * of_heads[:, None]
+            weight.data.copy_(turned.reshape(cols, -1).T.clone())
+        elif self.how == "slices of columns":
+            for i, factor in enumerate(of_heads.tolist()):
+                if factor < 1:
+                    weight.data[:, i * cols // len(of_heads) : (i + 1) * cols // len(of_heads)] *= factor
+        elif self.how == "whole":
+            weight.mul_(float(of_heads.min()))
+        elif self.how == "elsewhere":
+            weight.data = (weight.view(len(of_heads), size, cols) * of_heads[:, None, None]).reshape(weight.shape)
+
+
 @torch.compile(dynamic=False, fullgraph=True, backend="eager")
 def muon_step_fused(
     g: Tensor, w: Tensor, m: Tensor, second: Tensor, mu: Tensor, lr: Tensor, wd: Tensor, beta2: Tensor, steps: int, axis: int
