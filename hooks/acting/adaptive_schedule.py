@@ -15,21 +15,22 @@ from ...diagnostics.schedules.schedule_file import Schedule
 from ..guard import KeptOut
 from ..recorder import Recorder
 from ..recording.record import Record
-from .applying import apply_schedule, layers_that_take_a_schedule
+from .applying import apply_schedule, check_takes_a_schedule, layers_of
 from .decisions import Decision, Kind, decision
 from .group_splitting import schedulers_of
 from .live_checks import (
     check_geometry,
     check_in_step,
     check_model,
-    check_orthogonalises,
     check_single_process,
     checked_window,
+    known_to_orthogonalise,
     session_of,
     watching,
     whole_steps,
 )
 from .observed_spectra import Key, ObservedSpectra
+from .unlisted_class import shown_by_now, shown_when_built
 
 log = logging.getLogger("optiscope")
 
@@ -72,7 +73,8 @@ class AdaptiveSchedule:
         lr_schedulers: see above.
 
     Raises:
-        TypeError: no recorder, no module, or an optimizer that takes no schedule or is not known to orthogonalise.
+        TypeError: no recorder, no module, or an optimizer that takes no schedule or orthogonalises nothing, as its row in the adapter table says, or a
+            step of a copy with made-up gradients; where no copy can be stepped yet, the first recorded steps tell, and what they refuse ends it as an error does.
         ValueError: a recorder that is closed, lacks the geometry or does not watch the optimizer; a model of other parameters; a
             choice that is not on offer; a window or refresh that no record can fall into; a learning-rate scheduler that was not passed; several processes;
             to apply, a recorder in the background, whose records come when they are measured, so that the training would depend on chance.
@@ -116,10 +118,12 @@ class AdaptiveSchedule:
         check_geometry(session)
         if apply:
             check_in_step(session, "apply")
-            layers = layers_that_take_a_schedule(optimizer)
+            layers = layers_of(optimizer)
+            if watched.in_table:
+                check_takes_a_schedule(layers[-1])
             schedulers_of((optimizer, *layers), self.lr_schedulers)
             check_single_process(INSTEAD)
-        check_orthogonalises(watched)
+        self._shown = known_to_orthogonalise(watched) or shown_when_built(watched, apply=apply)
         check_model(watched, model)
         check_choices(budget, rule, family, split)
         self._total_steps = whole_steps("total_steps", [total_steps])[0] if total_steps is not None else None
@@ -130,7 +134,7 @@ class AdaptiveSchedule:
         self.schedule: Schedule | None = None
         self.decisions: list[Decision] = []
         self._session, self._optimizer, self._model, self._apply = session, optimizer, model, apply
-        self._label = watched.label
+        self._watched, self._label = watched, watched.label
         self._choices: dict[str, Any] = {
             "budget": budget, "rule": rule, "family": family, "recoverable": recoverable, "split": split, "keep_uniform": keep_uniform,
         }  # fmt: skip
@@ -230,6 +234,7 @@ class AdaptiveSchedule:
                 record.step,
             )
             return
+        self._shown = self._shown or shown_by_now(self._watched, apply=self._apply)
         self._spectra.add(record)
         self._unseen += 1
         if not self._session.is_open:

@@ -77,7 +77,8 @@ def apply_schedule(
             does not follow the schedule.
         RuntimeError: this version of torch does not run the function that would be replaced.
     """
-    layers = layers_that_take_a_schedule(optimizer)
+    layers = layers_of(optimizer)
+    check_takes_a_schedule(layers[-1])
     outer, inner = (optimizer, *layers[:-1]), layers[-1]
     if empty := [name for name, entry in schedule.operators.items() if not entry.coefficients]:
         raise ValueError(f"schedule: {', '.join(empty)}: expected at least one Newton–Schulz step, got none")
@@ -130,17 +131,15 @@ def apply_schedule(
     return counts
 
 
-def layers_that_take_a_schedule(optimizer: Any) -> list[Optimizer]:
+def layers_of(optimizer: Any) -> list[Optimizer]:
     """The optimizer and those it wraps, outermost first; the last one gets the schedule.
 
     Raises:
-        TypeError: no group of it holds `ns_steps`, or a wrapper keeps parameter groups of its own.
+        TypeError: it is no optimizer, or a wrapper keeps parameter groups of its own.
     """
     if not (layers := hookable_layers(optimizer)):
         raise TypeError(f"optimizer: expected a torch.optim.Optimizer, got {type(optimizer).__name__}")
     inner = layers[-1]
-    if not any(_fields(inner, group) for group in inner.param_groups):
-        raise TypeError(why_not(inner))
     for wrapper in (optimizer, *layers[:-1]):
         if wrapper.param_groups is not inner.param_groups:
             raise TypeError(
@@ -150,11 +149,18 @@ def layers_that_take_a_schedule(optimizer: Any) -> list[Optimizer]:
     return layers
 
 
+def check_takes_a_schedule(optimizer: Optimizer) -> None:
+    """Raise TypeError where no group holds `ns_steps`, or another field that steers its iteration."""
+    if not any(_fields(optimizer, group) for group in optimizer.param_groups):
+        raise TypeError(why_not(optimizer))
+
+
 def _fields(optimizer: Optimizer, group: Group) -> ScheduleFields | None:
-    """How a group takes a schedule: by the fields that are known, or, of a class that is in no table, by those that steer a copy of it."""
-    if runs_newton_schulz(group):
-        return fields_of(optimizer, group)
-    return fields_by_watching(optimizer, group) if row_of(optimizer) is None and "ns_steps" not in group else None
+    """How a group takes a schedule: by the fields that are known; of a class that is in no table, where they take no coefficients, by those that steer a copy of it."""
+    known = fields_of(optimizer, group) if runs_newton_schulz(group) else None
+    if row_of(optimizer) is not None or (known is not None and known.coefficients is not None):
+        return known
+    return fields_by_watching(optimizer, group) or known
 
 
 def _putting_into_force(schedule: Schedule, shares: Sequence[tuple[str | None, ScheduleFields] | None]) -> Callable[[Any], None]:

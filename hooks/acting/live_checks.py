@@ -40,13 +40,19 @@ def check_geometry(session: Session) -> None:
         )
 
 
-def check_orthogonalises(watched: Watched) -> None:
-    """Raise TypeError where no group is known to orthogonalise."""
-    if not any(watched.adapter(group).orthogonalisation for group in watched.optimizer.param_groups):
+def known_to_orthogonalise(watched: Watched) -> bool:
+    """Whether a group is known to orthogonalise, by the adapter table; False where the class is not in it.
+
+    Raises:
+        TypeError: it is, and none of its groups does.
+    """
+    found = any(watched.adapter(group).orthogonalisation for group in watched.optimizer.param_groups)
+    if watched.in_table and not found:
         raise TypeError(
             f"optimizer: it is not known what {class_name(type(watched.optimizer))} orthogonalises, so nothing can be derived from its records; "
             "register an adapter for it, as docs/adapters.md shows"
         )
+    return found
 
 
 def check_model(watched: Watched, model: nn.Module) -> None:

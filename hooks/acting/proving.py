@@ -12,7 +12,7 @@ from ...diagnostics.newton_schulz.families import Coefficients
 from ...diagnostics.schedules.schedule_file import Schedule
 from ..adapters import Group, class_name
 from ..guard import KeptOut
-from ..watching.watched_step import watch_step
+from ..watching.watched_step import WatchedStep, watch_step
 from .schedule_fields import ScheduleFields
 from .schedule_fit import Scheduled
 
@@ -32,17 +32,12 @@ def fields_by_watching(optimizer: Any, group: Group) -> ScheduleFields | None:
     ran = iteration_of(optimizer, group)
     if not ran:
         return None
-    steps = next(
-        (
-            key
-            for key in _holding(group, lambda value: type(value) is int and value == len(ran))
-            if _steers(optimizer, group, key, len(ran))
-        ),
-        None,
-    )
+    counts = list(_holding(group, lambda value: type(value) is int and value == len(ran)))
+    steps = next((key for key in counts if _steers(optimizer, group, key, len(ran))), None)
     lists = _holding(group, lambda value: _alike(value, ran[: len(value)] if isinstance(value, (list, tuple)) else ()))
     for key in lists:
-        for with_steps in dict.fromkeys((steps, None)):
+        # One step more than its list is long fails: such a number can only be told together with the list.
+        for with_steps in dict.fromkeys((steps, None, *counts)):
             fields = ScheduleFields(key, steps=with_steps)
             if _same(iteration_of(optimizer, _under(group, fields, _TRIAL)), _TRIAL):
                 return fields
@@ -80,29 +75,47 @@ def _under(group: Group, fields: ScheduleFields, coefficients: Coefficients) -> 
 
 
 def iteration_of(optimizer: Any, group: Group) -> Coefficients:
-    """The triples that a step of a copy runs on a matrix of a group under its settings; none where none is found.
-
-    Gradients are made up, from a generator of its own; the learning rate, which may still be 0, too.
-    """
+    """The triples that a step of a copy runs on a matrix of a group under its settings; none where none is found."""
     return next(iter(_watched(optimizer, group).values()), ())
 
 
+def orthogonalises(optimizer: Any, group: Group) -> bool | None:
+    """Whether an iteration moves matrices of a group in a step of a copy; None where no copy could be stepped, or its step moved nothing.
+
+    Of matrices with a side under 5 no iteration can be told: a group of none else orthogonalises nothing.
+    """
+    if not (some := _tells(group)):
+        return False
+    if (seen := _step_of(optimizer, group, some)) is None:
+        return None
+    moved = any(not torch.equal(seen.twin.parameters[id(p)], p) for p in some)
+    return bool(seen.matches) or (False if moved else None)
+
+
 def _watched(optimizer: Any, group: Group) -> dict[int, Coefficients]:
-    """The same for each of the matrices that are watched, by their `id`: all of a group whose state may be stacked, else the smallest that tells."""
+    """What :func:`iteration_of` gives for each of the matrices that are watched, by their `id`."""
+    some = _tells(group)
+    seen = _step_of(optimizer, group, some) if some else None
+    return {m.piece.parameter: tuple(m.chain.triples) for m in seen.matches} if seen else {}
+
+
+def _tells(group: Group) -> list[Tensor]:
+    """The matrices that are watched: all of a group whose state may be stacked, else the smallest that tells."""
     matrices = [p for p in group["params"] if p.ndim >= 2 and min(p.shape[-2:]) >= _LEAST_SIDE]
-    some = (
-        matrices
-        if len(matrices) > 1 and all(p.shape == matrices[0].shape for p in group["params"])
-        else sorted(matrices, key=Tensor.numel)[:1]
-    )
+    if len(matrices) > 1 and all(p.shape == matrices[0].shape for p in group["params"]):
+        return matrices
+    return sorted(matrices, key=Tensor.numel)[:1]
+
+
+def _step_of(optimizer: Any, group: Group, some: Sequence[Tensor]) -> WatchedStep | None:
+    """A step of a copy with gradients that are made up, from a generator of its own, and a learning rate too, which may still be 0; None where it failed."""
     generator = torch.Generator().manual_seed(0)
     gradients = {id(p): torch.randn(p.shape, generator=generator).to(p.device, p.dtype) for p in some}
     settings = {**group, **({"lr": _LR} if "lr" in group else {})}
-    found: dict[int, Coefficients] = {}
+    seen = None
     with KeptOut(lambda error: log.debug("optiscope: a copy of %s could not be stepped: %s", class_name(type(optimizer)), error)):
-        seen = watch_step(optimizer, settings, some, gradients=gradients) if some else None
-        found = {m.piece.parameter: tuple(m.chain.triples) for m in seen.matches} if seen else {}
-    return found
+        seen = watch_step(optimizer, settings, some, gradients=gradients)
+    return seen
 
 
 def prove(optimizer: Any, schedule: Schedule, scheduled: Scheduled, *, force: bool) -> None:

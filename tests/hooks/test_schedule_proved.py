@@ -41,6 +41,20 @@ class OwnList(OwnFields):
         return group["polynomial"]
 
 
+class OwnBoth(OwnFields):
+    """Its list holds a triple for each of the steps that another field tells."""
+
+    def triples(self, group: dict[str, Any]) -> list[Any]:
+        return [group["polynomial"][i] for i in range(group["iterations"])]
+
+
+class Usual(OwnFields):
+    """The same under the usual name of the steps."""
+
+    def triples(self, group: dict[str, Any]) -> list[Any]:
+        return [group["polynomial"][i] for i in range(group["ns_steps"])]
+
+
 class Deaf(OwnFields):
     """Has a field of that name, and runs five steps whatever it says."""
 
@@ -89,6 +103,23 @@ def test_a_list_of_coefficients_is_found_and_put_into_force() -> None:
         assert len(found) == 2
         torch.testing.assert_close(torch.tensor(found), torch.tensor([FIRST, SECOND]), rtol=1e-4, atol=0)
     train(model, optimizer, 0, 3)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_steps_and_a_list_as_long_are_found_together(steps: int) -> None:
+    """With one step alone: neither two of them without a second triple, nor two triples without a second step, show anything."""
+    model, optimizer = made(OwnBoth, iterations=steps, polynomial=[JORDAN] * steps)
+    apply_schedule(optimizer, schedule_for(model, FIRST, SECOND, SECOND), model)
+    for group in optimizer.param_groups:
+        assert (group["iterations"], group["polynomial"]) == (3, [FIRST, SECOND, SECOND])
+    train(model, optimizer, 0, 2)
+
+
+def test_a_list_of_a_name_of_its_own_is_found_beside_steps_of_the_usual_name() -> None:
+    model, optimizer = made(Usual, ns_steps=5, polynomial=[JORDAN] * 5)
+    apply_schedule(optimizer, schedule_for(model, FIRST, SECOND), model)
+    for group in optimizer.param_groups:
+        assert (group["ns_steps"], group["polynomial"]) == (2, [FIRST, SECOND])
 
 
 def test_a_schedule_that_a_copy_does_not_follow_is_refused() -> None:
