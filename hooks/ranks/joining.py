@@ -97,8 +97,7 @@ def join(own: list[Matrix], options: Options) -> Joined | None:
         Unable: not all are here, and this is not rank 0, or holds pieces.
     """
     pieces = [m.name for m in own if is_cut(m.parameter)]
-    _, size = processes()
-    if options.ranks == "alone" or (size == 1 and not pieces):
+    if options.ranks == "alone" or (not pieces and processes()[1] == 1):
         if pieces:
             raise ValueError(
                 f"ranks: {pieces[0]} lies in pieces on several ranks, which 'alone' does not put together; attach on every rank without it"
