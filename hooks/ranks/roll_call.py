@@ -2,6 +2,7 @@
 
 import itertools
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,9 +63,12 @@ def call_roll(own: bytes, timeout: float) -> RollCall:
     if size == 1:
         return RollCall(0, 1, {0: own}, HashStore())
     board: Any = PrefixStore(f"optiscope/{next(_calls)}", _get_default_store())
-    board.set(str(rank), own)
-    _wait(board, [str(other) for other in range(size)], timeout)
-    found = {other: _read(board, str(other)) for other in range(size) if board.check([str(other)])}
+    found = {rank: own}
+    # A store that is gone (its process has ended) or keeps nothing (a group that only pretends to be one) answers for nobody.
+    with suppress(RuntimeError):
+        board.set(str(rank), own)
+        _wait(board, [str(other) for other in range(size)], timeout)
+        found |= {other: _read(board, str(other)) for other in range(size) if board.check([str(other)])}
     return RollCall(rank, size, found, board)
 
 
