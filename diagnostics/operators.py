@@ -76,6 +76,9 @@ _ADAPTER = re.compile(r"[._](?:lora_(?:embedding_)?|adapter_list\.\d+\.)(?P<side
 _WRAPPERS = re.compile(r"(^|(?<=\.))(module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _LAYER = re.compile(r"(?:^|\.)(?:[a-z_]*(?:layers?|blocks?|stages?)|h|encoder|decoder|attentions|ffns)[._]?(\d{1,9})(?=\.)")
 
+# Experts in a list, each with matrices of its own, and experts in one tensor, whose slices are numbered.
+_EXPERT = re.compile(r"(?:^|\.)(?:[a-z]*(?<!shared)_)?experts?[._]?(?P<expert>\d{1,9})(?=\.|$)")
+_SLICE_OF_EXPERTS = re.compile(r"(?:^|\.)(?:[a-z]*(?<!shared)_)?experts?\.(?:.*\.)?[^.]*\[(?P<expert>\d{1,9})\]$")
 # Blocks within stages: Swin's layers.1.blocks.0, ConvNeXt's stages.1.layers.0 (or .blocks.0), torchvision's layer1.0.
 _STAGE = re.compile(r"(?:^|(?<=\.))(?:stages?[._]?|layers[._]?|layer(?=\d))(?P<stage>\d{1,9})(?=\.)")
 _BLOCK = re.compile(
@@ -162,6 +165,20 @@ def layer_indices(names: Iterable[str]) -> dict[str, int]:
         else:
             indices[name] = layer_index(name)
     return indices
+
+
+def expert_index(name: str) -> int:
+    """Index of the expert of a mixture that a matrix belongs to, −1 where the name tells none: shared experts have none.
+
+    Of experts that lie in one tensor the slice is the expert.
+
+    >>> expert_index("layers.3.mlp.experts.17.down_proj.weight"), expert_index("layers.3.mlp.experts.down_proj[17]")
+    (17, 17)
+    >>> expert_index("layers.3.mlp.shared_experts.0.down_proj.weight"), expert_index("layers.3.mlp.down_proj.weight")
+    (-1, -1)
+    """
+    found = _EXPERT.search(clean_name(name)) or _SLICE_OF_EXPERTS.search(name)
+    return int(found["expert"]) if found else -1
 
 
 def without_layer(name: str) -> str:

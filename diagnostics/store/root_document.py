@@ -212,5 +212,7 @@ def _groups(nodes: Mapping[str, Any], maps: Mapping[str, Any]) -> Iterator[Node]
 
 
 # What every group may say of its matrices, and what kinds are in words.
-_COORDINATES = dict.fromkeys(("operator", "optimizer"), "T") | dict.fromkeys(("layer", "rows", "cols", "query_heads", "kv_heads"), "i")
+_COORDINATES = dict.fromkeys(("operator", "optimizer"), "T") | dict.fromkeys(
+    ("layer", "expert", "rows", "cols", "query_heads", "kv_heads"), "i"
+)
 _KINDS = {"T": "texts", "i": "whole numbers", "f": "numbers", "b": "truth values"}

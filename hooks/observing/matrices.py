@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ...diagnostics.escape import storable
-from ...diagnostics.operators import OperatorRule, classify, clean_name, layer_indices
+from ...diagnostics.operators import OperatorRule, classify, clean_name, expert_index, layer_indices
 from ...diagnostics.quantities.adam_mini import UNKNOWN_HEADS, Heads
 from ...diagnostics.spectra.spectrum_sketch import sketch_levels
 from .heads import find_heads, heads_of
@@ -68,7 +68,7 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
                 geometry = (ns is not None or operator not in NO_GEOMETRY) and id(p) not in stacked_ids
                 whole = Matrix(
                     p, one.label, name, operator, layer_of.get(name, -1), p.shape[0], p.numel() // p.shape[0], geometry,
-                    heads=heads_of(operator, heads(p)),
+                    heads=heads_of(operator, heads(p)), expert=expert_index(name),
                 )  # fmt: skip
                 is_stack = p.ndim == 3 and id(p) not in kernels and operator != "conv" and (ns is None or ns.batched)
                 found[id(p)] = _slices(whole) if is_stack else [whole]
@@ -79,7 +79,8 @@ def find_matrices(watched: Iterable[Watched], names: Names) -> list[Matrix]:
 def _slices(stack: Matrix) -> list[Matrix]:
     """The matrices of a three-dimensional parameter, as experts keep them."""
     count, rows, cols = stack.parameter.shape
-    return [replace(stack, name=f"{stack.name}[{i}]" if count > 1 else stack.name, rows=rows, cols=cols, index=i) for i in range(count)]
+    names = [f"{stack.name}[{i}]" if count > 1 else stack.name for i in range(count)]
+    return [replace(stack, name=name, rows=rows, cols=cols, index=i, expert=expert_index(name)) for i, name in enumerate(names)]
 
 
 def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
@@ -89,6 +90,7 @@ def coordinates(matrices: Sequence[Matrix]) -> dict[str, NDArray[Any]]:
         "name": np.array([m.name for m in matrices], dtype=text),
         "operator": np.array([m.operator for m in matrices], dtype=text),
         "layer": np.array([m.layer for m in matrices], dtype="int32"),
+        "expert": np.array([m.expert for m in matrices], dtype="int32"),
         "rows": np.array([m.rows for m in matrices], dtype="int64"),
         "cols": np.array([m.cols for m in matrices], dtype="int64"),
         "optimizer": np.array([m.optimizer for m in matrices], dtype=text),

@@ -33,6 +33,7 @@ class Matrix:
     geometry: bool
     index: int | None = None  # which slice of the parameter, where that is a stack of matrices (experts)
     kind: Kind = "matrix"
+    expert: int = -1  # of a mixture, by its name
     members: "tuple[Matrix, ...]" = ()  # the matrices of parameters that it is made of, or a part of; none where it is one itself
     block: Block | None = None  # which part of its one member
     heads: Heads = UNKNOWN_HEADS  # of its attention layer, where it is a projection of one: of queries, of keys and values

@@ -64,6 +64,7 @@ def build_run():
             "optimizer": ("matrix", np.array([m["optimizer"] for m in described], dtype=text)),
             "query_heads": ("matrix", np.zeros(len(names), dtype="int32")),
             "kv_heads": ("matrix", np.zeros(len(names), dtype="int32")),
+            "expert": ("matrix", np.full(len(names), -1, dtype="int32")),
             "step": steps,
         }
         levels = np.stack([sketch_levels(min(m["shape"])) for m in described])

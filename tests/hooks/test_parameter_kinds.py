@@ -76,6 +76,7 @@ def test_experts_keep_their_operator_and_layer(tmp_path: Path, read: Read) -> No
     update = read(tmp_path / "run.zarr")["update"]
     assert update["operator"].values.tolist() == ["mlp_down"] * 4
     assert update["layer"].values.tolist() == [0, 0, 1, 1]
+    assert update["expert"].values.tolist() == [0, 1, 0, 1]
 
 
 def test_moments_of_an_expert_are_those_of_its_slice(tmp_path: Path, read: Read) -> None:
