@@ -1,6 +1,5 @@
 """The roll call: which ranks attach a recorder to one run, and what each of them says, before anybody waits for another."""
 
-import itertools
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,8 +9,8 @@ import torch.distributed as dist
 
 _LOOK_SECONDS = 0.02
 
-# The calls of this process: all ranks make the same ones in the same order, and each has keys of its own.
-_calls = itertools.count()
+# Roll calls that all ranks have answered: as many on every rank, so that the keys of the next one are the same on all.
+_answered = 0
 
 
 @dataclass(frozen=True)
@@ -39,8 +38,8 @@ class RollCall:
         self.board.set(key, words)
 
     def hear(self, key: str, timeout: float) -> bytes | None:
-        """What somebody put there; None where nobody did in time."""
-        return _read(self.board, key) if _wait(self.board, [key], timeout) else None
+        """What rank 0 put there; None where it did not in time, or has given the roll call up meanwhile."""
+        return _read(self.board, key) if _wait(self.board, [key], timeout, while_there="0") else None
 
 
 def processes() -> tuple[int, int]:
@@ -62,13 +61,16 @@ def call_roll(own: bytes, timeout: float) -> RollCall:
 
     if size == 1:
         return RollCall(0, 1, {0: own}, HashStore())
-    board: Any = PrefixStore(f"optiscope/{next(_calls)}", _get_default_store())
+    global _answered
+    board: Any = PrefixStore(f"optiscope/{_answered}", _get_default_store())
     found = {rank: own}
     # A store that is gone (its process has ended) or keeps nothing (a group that only pretends to be one) answers for nobody.
     with suppress(RuntimeError):
         board.set(str(rank), own)
-        _wait(board, [str(other) for other in range(size)], timeout)
-        found |= {other: _read(board, str(other)) for other in range(size) if board.check([str(other)])}
+        if not _wait(board, [str(other) for other in range(size)], timeout):
+            board.delete_key(str(rank))  # whoever calls later waits for this rank's next call
+        found |= {other: _read(board, str(other)) for other in range(size) if other != rank and board.check([str(other)])}
+    _answered += len(found) == size
     return RollCall(rank, size, found, board)
 
 
@@ -76,11 +78,11 @@ def _read(board: Any, key: str) -> bytes:
     return bytes(board.get(key))
 
 
-def _wait(board: Any, keys: list[str], timeout: float) -> bool:
-    """Whether all keys are there, in time. By looking again and again: a store that waits answers no other thread of the process meanwhile."""
+def _wait(board: Any, keys: list[str], timeout: float, while_there: str | None = None) -> bool:
+    """Whether all keys are there, in time, and while another one is. By looking again and again: a store that waits answers no other thread of the process."""
     end = time.monotonic() + timeout
     while not board.check(keys):
-        if time.monotonic() > end:
+        if time.monotonic() > end or (while_there is not None and not board.check([while_there])):
             return False
         time.sleep(_LOOK_SECONDS)
     return True
