@@ -14,6 +14,7 @@ from ..adapters import Adapter, Group, Reading, adapter_for, parameter_state, ro
 from ..adapters.identification import BY_NAMES, Identification
 from ..guard import KeptOut
 from ..watching.description import facts, read_by, spectrum_of
+from ..watching.row_check import RowCheck
 from ..watching.watching import Watching
 from .copies import Copies, Memory
 from .left_out import LEFT_OUT
@@ -83,6 +84,7 @@ class Watched:
         self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
         self.identification = None if self.in_table else Identification(self.optimizer)  # while it goes on
         self.watching = None if self.in_table else Watching(self.optimizer)
+        self.row_check = RowCheck(self.optimizer) if self.in_table else None
         self.steps = 0
         self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
         self.longest_pause = 0  # in steps of the whole training, between two of its own
@@ -132,6 +134,17 @@ class Watched:
             self.found = found
         return found is not None
 
+    def check_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Hold the coming step of a class in the adapter table against its row, once; whether that has told anything."""
+        if self.row_check is None or not self.row_check.watch(args[1:], kwargs):
+            return False
+        if differs := self.row_check.differs:
+            log.warning(
+                "optiscope: %s is in the adapter table, but a step of a copy differs from its row: %s. What is recorded of it is as the row reads it.",
+                self.label, "; ".join(differs),
+            )  # fmt: skip
+        return True
+
     def watch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Watch the coming step of an unknown class on a copy, and read what was snapshotted as that shows it."""
         if self.watching is None:
@@ -158,7 +171,9 @@ class Watched:
         """How a group is read, what its spectra are of, and what was found by watching, for the run."""
         adapter = self.adapter(group)
         if self.watching is None:
-            return adapter.read_by, adapter.spectrum_of, {}
+            differs = None if self.row_check is None else self.row_check.of(group)
+            said = f"; in the table, but a watched step differs: {'; '.join(differs)}" if differs else ""
+            return adapter.read_by, f"{adapter.spectrum_of}{said}", {} if differs is None else {"differs_from_row": differs}
         found = self.watching.of(group)
         return read_by(found, adapter.read_by), spectrum_of(found, adapter.spectrum_of), facts(found, self.optimizer, group)
 
@@ -276,7 +291,7 @@ class Watched:
     def let_go(self) -> None:
         """Drop all copies of weights and gradients, and the parameters."""
         self.snapshots, self.matrices, self.changed, self._weights_left = [], [], {}, {}
-        self.identification = self.watching = None
+        self.identification = self.watching = self.row_check = None
 
     def note_skip(self) -> None:
         """Add this step to the skipped ones if the scaler found infinities, without waiting for the accelerator."""

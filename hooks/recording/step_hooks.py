@@ -114,6 +114,8 @@ class _StepHooks:
         watched = self._watched
         if watched.snapshots:
             self._session.guarded(watched.watch_step, args, kwargs)
+            if self._session.guarded(watched.check_row, args, kwargs):
+                self._session.describe(watched)
         for snapshot in watched.snapshots:
             self._session.guarded(self._see_gradient, snapshot, getattr(watched.optimizer, "grad_scale", None))
         if watched.identification is not None:
