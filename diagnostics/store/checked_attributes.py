@@ -60,8 +60,11 @@ def check_attributes(attributes: Mapping[str, Any]) -> None:
 
 
 def _check_watched(groups: Any) -> None:
-    """What was found by watching a step: per parameter group nothing, why it could not be watched, or the iterations."""
+    """What was found by watching a step: per parameter group nothing, why it could not be watched, the iterations, or what differs from a row of the table."""
     whole = isinstance(groups, list) and all(isinstance(group, dict) and isinstance(group.get("failed", ""), str) for group in groups)
+    for texts in (group.get("differs_from_row", []) for group in groups) if whole else ():
+        if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+            _refuse(f"expected watched of an optimizer to tell in texts what differs from its row, got {texts!r:.60}")
     iterations = [group.get("iterations", []) for group in groups] if whole else [None]
     for of_group in iterations:
         if not isinstance(of_group, list) or not all(

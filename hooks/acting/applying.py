@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from ...diagnostics.operators import OperatorRule, classify, clean_name
 from ...diagnostics.schedules.schedule_file import Schedule
 from ..adapters import Group, class_name, row_of
-from ..observing.watched import hookable_layers
+from ..observing.layers import hookable_layers
 from .group_splitting import extend_schedulers, owned_by_place, schedulers_of, split_by_operator
 from .proving import fields_by_watching, prove
 from .schedule_fields import ScheduleFields, fields_of, gram_form_warning, runs_newton_schulz, why_not

@@ -10,7 +10,8 @@ from torch._compile import _disable_dynamo
 from torch.optim import Optimizer
 
 from ..adapters import Reading, number, parameter_state
-from ..observing.watched import Watched, steps_under_way
+from ..observing.layers import steps_under_way
+from ..observing.watched import Watched
 
 
 class LearningRateFactors:

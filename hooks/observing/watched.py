@@ -2,9 +2,7 @@
 
 import inspect
 import logging
-import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from types import FrameType
 from typing import Any
 
 import torch
@@ -13,10 +11,11 @@ from torch.optim import Optimizer
 
 from ..adapters import Adapter, Group, Reading, adapter_for, parameter_state, row_of
 from ..adapters.identification import BY_NAMES, Identification
-from ..guard import KeptOut
 from ..watching.description import facts, read_by, spectrum_of
+from ..watching.row_check import RowCheck
 from ..watching.watching import Watching
 from .copies import Copies, Memory
+from .layers import hookable_layers, steps_under_way
 from .left_out import LEFT_OUT
 from .matrix import Matrix
 from .piece_snapshot import PieceSnapshot
@@ -24,50 +23,6 @@ from .placement import is_cut, local
 from .snapshot import Snapshot
 
 log = logging.getLogger("optiscope")
-
-# Where wrappers (Lookahead, SAM, Accelerate, ZeRO) keep the optimizer they wrap.
-_INNER = ("optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "optim")
-
-
-# The function that torch wraps around every `step` to run its hooks; all share its code.
-_STEP_WRAPPER = Optimizer.profile_hook_step(lambda self: None).__code__
-
-
-def steps_under_way(layers: Sequence[Optimizer]) -> int:
-    """How many calls of these optimizers' `step` the caller is within: the only witness of one that an exception has left."""
-    count = 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is _STEP_WRAPPER and any(frame.f_locals["args"][0] is layer for layer in layers):
-            count += 1
-        frame = frame.f_back
-    return count
-
-
-def hookable_layers(optimizer: Any) -> list[Optimizer]:
-    """The optimizer and those it wraps that run step hooks, outermost first.
-
-    Known by what they have, not by their class: some libraries do not derive from torch's, and Accelerate's wrapper derives
-    from it without running hooks.
-    """
-    layers: list[Any] = []
-    seen: list[Any] = []
-    while optimizer is not None and all(optimizer is not one for one in seen):
-        seen.append(optimizer)
-        hooks = _attribute(optimizer, "_optimizer_step_pre_hooks")
-        if hooks is not None and _attribute(optimizer, "param_groups") is not None:
-            # A wrapper that hands attributes through, or copies them (Lightning's), shows the hooks of what it wraps.
-            layers = [one for one in layers if one._optimizer_step_pre_hooks is not hooks] + [optimizer]
-        inner = (_attribute(optimizer, name) for name in _INNER)
-        optimizer = next((found for found in inner if _attribute(found, "param_groups") is not None), None)
-    return layers
-
-
-def _attribute(thing: Any, name: str) -> Any:
-    """An attribute of somebody's object; None where it has none, or a property of that name fails."""
-    with KeptOut():
-        return getattr(thing, name, None)
-    return None
 
 
 class Watched:
@@ -84,10 +39,11 @@ class Watched:
         self.optimizer = layers[-1]
         self.matrices: list[Matrix] = []
         self.found = BY_NAMES  # how a class that is not in the adapter table is read, until its identification has concluded
-        # Neither looks at pieces: what they compare are a parameter's own numbers, and sums of them that would need other ranks.
-        known = self.in_table or any(is_cut(p) for group in self.optimizer.param_groups for p in group["params"])
-        self.identification = None if known else Identification(self.optimizer)  # while it goes on
-        self.watching = None if known else Watching(self.optimizer)
+        # None of these looks at pieces: what they compare are a parameter's own numbers, and sums of them that would need other ranks.
+        cut = any(is_cut(p) for group in self.optimizer.param_groups for p in group["params"])
+        self.identification = None if self.in_table or cut else Identification(self.optimizer)  # while it goes on
+        self.watching = None if self.in_table or cut else Watching(self.optimizer)
+        self.row_check = RowCheck(self.optimizer) if self.in_table and not cut else None
         self.steps = 0
         self.last_seen = -1  # the step of the whole training at which this one stepped last, −1 before the first
         self.longest_pause = 0  # in steps of the whole training, between two of its own
@@ -145,6 +101,17 @@ class Watched:
         for snapshot in self.snapshots:
             snapshot.reading.arguments = snapshot.reading.arguments or given
 
+    def check_row(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Hold the coming step of a class in the adapter table against its row, once; whether that has told anything."""
+        if self.row_check is None or not self.row_check.watch(args[1:], kwargs):
+            return False
+        if differs := self.row_check.differs:
+            log.warning(
+                "optiscope: %s is in the adapter table, but a step of a copy differs from its row: %s. What is recorded of it is as the row reads it.",
+                self.label, "; ".join(differs),
+            )  # fmt: skip
+        return True
+
     def watch_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Watch the coming step of an unknown class on a copy, and read what was snapshotted as that shows it."""
         if self.watching is None:
@@ -171,7 +138,9 @@ class Watched:
         """How a group is read, what its spectra are of, and what was found by watching, for the run."""
         adapter = self.adapter(group)
         if self.watching is None:
-            return adapter.read_by, adapter.spectrum_of, {}
+            differs = None if self.row_check is None else self.row_check.of(group)
+            said = f"; in the table, but a watched step differs: {'; '.join(differs)}" if differs else ""
+            return adapter.read_by, f"{adapter.spectrum_of}{said}", {} if differs is None else {"differs_from_row": differs}
         found = self.watching.of(group)
         return read_by(found, adapter.read_by), spectrum_of(found, adapter.spectrum_of), facts(found, self.optimizer, group)
 
@@ -304,7 +273,7 @@ class Watched:
     def let_go(self) -> None:
         """Drop all copies of weights and gradients, and the parameters."""
         self.snapshots, self.matrices, self.changed, self._weights_left = [], [], {}, {}
-        self.identification = self.watching = None
+        self.identification = self.watching = self.row_check = None
 
     def note_skip(self) -> None:
         """Add this step to the skipped ones if the scaler found infinities, without waiting for the accelerator."""

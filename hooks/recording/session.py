@@ -16,9 +16,10 @@ from torch._C import _set_grad_enabled
 from torch.utils.hooks import RemovableHandle
 
 from ...diagnostics.operators import OperatorRule
+from ..observing.layers import hookable_layers
 from ..observing.matrices import Names
 from ..observing.matrix import Matrix
-from ..observing.watched import Watched, hookable_layers
+from ..observing.watched import Watched
 from ..ranks.no_store import RunWriter
 from ..ranks.ranks import Ranks
 from .agreed_cadence import AgreedCadence

@@ -118,6 +118,8 @@ class _StepHooks:
         if watched.snapshots:
             self._session.guarded(watched.note_arguments, args, kwargs)
             self._session.guarded(watched.watch_step, args, kwargs)
+            if self._session.guarded(watched.check_row, args, kwargs):
+                self._session.describe(watched)
         for snapshot in watched.snapshots:
             self._session.guarded(self._see_gradient, snapshot, getattr(watched.optimizer, "grad_scale", None))
         if self._session.ranks is not None:

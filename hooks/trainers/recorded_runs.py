@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..observing.watched import hookable_layers
+from ..observing.layers import hookable_layers
 from ..recorder import Recorder
 from .callback_session import Place, existing_and_free
 

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 
 from ...diagnostics.options import Options
 from ..guard import KeptOut
+from ..observing.layers import hookable_layers
 from ..observing.left_out import left_out
-from ..observing.watched import hookable_layers
 from ..recording.second_session import yielding
 from ..recording.stopwatch import Stopwatch
 from .callback_session import CallbackSession

@@ -200,7 +200,7 @@ class Iterations:
         for chain in reversed(self.chains):
             if chain.shape != shape or chain.dtype != x.dtype:
                 continue
-            if not chain.steps and _scaled(chain.start, taken):
+            if not chain.steps and _scaled(chain.start, taken) and not _multiplied(chain, number, self._trace):
                 self.chains = [one for one in self.chains if one is not chain]  # a product for the norm that X is divided by, and no step
                 break
             if fit(chain.columns(), taken)[1] < _linked(chain):
@@ -236,6 +236,12 @@ def _scaled(x: Tensor, y: Tensor) -> bool:
     a, b = (one.flatten(1).double() for one in (x, y))
     size = a.norm(dim=1) * b.norm(dim=1)
     return bool(((a * b).sum(1).abs() >= (1 - _SCALED**2 / 2) * size).all())
+
+
+def _multiplied(chain: Chain, end: int, trace: Trace) -> bool:
+    """Whether matrices were multiplied to one of X's shape since its last product: the first step on small singular values alone is nearly aX."""
+    shape = {*chain.shape[1:]}
+    return any({*made[-2:]} == shape for number, made in trace.products if chain.ended < number < end)
 
 
 def _handed(trace: Trace, first: int, end: int) -> set[float]:

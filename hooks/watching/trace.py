@@ -50,10 +50,12 @@ class Trace:
         seen: in the order of the operations.
         captured: copies of what was asked for by its `Seen.at`.
         scalars: the numbers that each operation was handed as factors.
+        products: numbers of the operations that multiplied matrices, and the shape of what each made.
     """
 
     seen: list[Seen] = field(default_factory=list)
     scalars: list[tuple[float, ...]] = field(default_factory=list)
+    products: list[tuple[int, torch.Size]] = field(default_factory=list)
     captured: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
     @property
@@ -132,6 +134,8 @@ class Tracing(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leav
         if tell is not None:
             tell(name)
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if factors is not None and made:
+            self.trace.products.append((number, made[0].shape))
         # A view is made of what it is a view of; `torch.tensor` hands in what nobody else has.
         given = set() if op in _FRESH else {storage_of(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
         self._own |= {storage_of(tensor) for tensor in made} - given

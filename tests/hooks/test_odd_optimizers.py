@@ -22,7 +22,7 @@ from optiscope.diagnostics.store.writer import Writer
 from optiscope.hooks import attach
 from optiscope.hooks.adapters import Adapter, entry
 from optiscope.hooks.adapters.table import _registered
-from optiscope.hooks.observing.watched import hookable_layers
+from optiscope.hooks.observing.layers import hookable_layers
 
 Make = Callable[..., nn.Sequential]
 Read = Callable[[str | Path], xr.DataTree]
