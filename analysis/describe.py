@@ -36,6 +36,7 @@ def describe(run: xr.DataTree) -> dict[str, Any]:
         "lineages": run.attrs.get("lineages", []),
         "created": run.attrs.get("created"),
         "versions": run.attrs.get("versions", {}),
+        "ranks": next(iter(run.attrs.get("continued", [])[-1:]), run.attrs).get("ranks"),
         "optimizers": [{**entry, "geometry_describes": _joined(entry["spectrum_of"])} for entry in run.attrs.get("optimizers", [])],
         "groups": groups,
         "operators": _operators(run),

@@ -21,6 +21,8 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
         say("now", described["activity"]["words"])
     for entry in first_of("lineages", described["lineages"]):
         say(f"lineage {entry['lineage']}", _of_lineage(entry, described["lineage"]))
+    if described["ranks"] is not None:
+        say("ranks", _of_ranks(described["ranks"]))
     for optimizer in first_of("optimizers", described["optimizers"]):
         around = "".join(f"{wrapper} around " for wrapper in optimizer.get("wrapped_by", ()))
         read_by = ", ".join(dict.fromkeys(optimizer.get("read_by", ())))
@@ -55,6 +57,16 @@ def info(run: RunArgument, lineage: LineageOption = None, as_json: JsonOption = 
         )
     if described["overhead"] is not None:
         say("recording", what_recording_took(described))
+
+
+def _of_ranks(ranks: dict[str, Any]) -> str:
+    words = [f"{ranks['world_size']} process{'' if ranks['world_size'] == 1 else 'es'}"]
+    if ranks["placements"]:
+        words.append(f"in pieces ({'; '.join(ranks['placements'])})")
+    if ranks.get("measured"):
+        words.append(f"parameters measured by each: {', '.join(map(str, ranks['measured']))}")
+        words.append(f"{ranks['bytes_moved'] / 1e6:.3g} MB of pieces moved a record")
+    return ", ".join(words)
 
 
 def _of_lineage(entry: dict[str, Any], shown: int) -> str:

@@ -51,12 +51,25 @@ def check_attributes(attributes: Mapping[str, Any]) -> None:
     for optimizer in (one for entry in (attributes, *attributes.get("continued", [])) for one in entry.get("optimizers", [])):
         if type(count := optimizer.get("own_steps", 0)) is not int or count < 0:
             _refuse(f"expected own_steps of an optimizer to be a count, got {count!r:.60}")
+    for entry in (attributes, *attributes.get("continued", [])):
+        _check_ranks(entry.get("ranks", {"world_size": 1, "placements": []}))
     for name in ("first_step", "missed", "dropped", "errors"):
         if type(count := attributes.get(name, 0)) is not int or not 0 <= count < 2**63:
             _refuse(f"expected {name} to be a count, got {count!r:.60}")
     for name in ("versions", "about", "chunks"):
         if not isinstance(attributes.get(name, {}), dict):
             _refuse(f"expected {name} to be an object, got {attributes[name]!r:.60}")
+
+
+def _check_ranks(ranks: Any) -> None:
+    """How many processes recorded, how their pieces lie, and how much each measured."""
+    whole = isinstance(ranks, dict) and type(ranks.get("world_size")) is int and type(ranks.get("bytes_moved", 0)) is int
+    lists = {"placements": str, "measured": int}
+    if not whole or not all(
+        isinstance(values := ranks.get(name, []), list) and len(values) <= MAX_LOGGED and all(type(value) is kind for value in values)
+        for name, kind in lists.items()
+    ):
+        _refuse(f"expected ranks to tell how many processes recorded, got {ranks!r:.60}")
 
 
 def _check_watched(groups: Any) -> None:

@@ -111,6 +111,16 @@ class Plan:
         share = self._layouts[rank].get(name)
         return [] if share is None else [part for part in share.parts if self._first.get((name, part.key, part.box)) == rank]
 
+    def moved_bytes(self) -> int:
+        """How much a record moves from rank to rank: pieces, without what is measured of them."""
+        return sum(
+            part.bytes
+            for rank in range(len(self._layouts))
+            for name, owner in self.owner.items()
+            if owner != rank
+            for part in self.sent(rank, name)
+        )
+
     def sent_bytes(self, rank: int, names: Iterable[str], to: int) -> int:
         """How much a rank sends of these parameters to another."""
         return sum(part.bytes for name in names if self.owner[name] == to for part in self.sent(rank, name))

@@ -165,12 +165,13 @@ class Ranks:
         self._making.leave()
 
     def describe(self) -> dict[str, Any]:
-        """For the run: how many there are, how many parameters each measures, and the bytes that a record has moved."""
-        plan = self._plan
+        """For the run: how many parameters each of them measures, and how many bytes of pieces a record moves."""
+        if self._plan is None:
+            return {}
         owned = [0] * self.size
-        for rank in () if plan is None else plan.owner.values():
+        for rank in self._plan.owner.values():
             owned[rank] += 1
-        return {"world_size": self.size, "measured_by": owned}
+        return {"measured": owned, "bytes_moved": self._plan.moved_bytes()}
 
     def _gone(self, step: int, error: RuntimeError) -> "Apart":
         return (

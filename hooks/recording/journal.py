@@ -114,10 +114,15 @@ class Journal:
         return self._writer.attributes[""]
 
     @property
+    def entry(self) -> dict[str, Any]:
+        """What the run says of this recording: its last continuation, if it was continued."""
+        found: dict[str, Any] = next(iter(self.attributes.get("continued", [])[-1:]), self.attributes)
+        return found
+
+    @property
     def optimizers(self) -> list[dict[str, Any]]:
-        """Descriptions of the optimizers of this recording: those of the run's last continuation, if it was continued."""
-        of: dict[str, Any] = next(iter(self.attributes.get("continued", [])[-1:]), self.attributes)
-        found: list[dict[str, Any]] = of["optimizers"]
+        """Descriptions of the optimizers of this recording."""
+        found: list[dict[str, Any]] = self.entry["optimizers"]
         return found
 
     def describe(self, optimizer: dict[str, Any]) -> None:

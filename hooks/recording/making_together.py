@@ -81,6 +81,8 @@ def make_together(ranks: Ranks, readings: Sequence[Readings], record: Record, jo
         journal.failed_elsewhere(rank, measured.errors, record.step)
     for measured in others.values():
         _mark_changed(measured, ranks.matrices, record)
+    if told:
+        journal.entry.setdefault("ranks", {}).update(ranks.describe())
     _tell(journal, "by_shard", [entry for measured in told.values() for entry in measured.by_shard], ("name",))
     _tell(journal, "parted", parted(record.step, {rank: measured.fingerprints for rank, measured in told.items()}), ("name", "what"))
     return bool(told)

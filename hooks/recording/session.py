@@ -215,6 +215,7 @@ class Session:
     def look_for_steps(self) -> None:
         """Say of optimizers that seem not to step any more that they do not."""
         self._steps_seen.look(self.step, self.watched)
+        self._steps_seen.compare(self.model, self.watched)
 
     def flush(self) -> None:
         """Write and commit every complete record now."""

@@ -3,6 +3,9 @@
 import logging
 from collections.abc import Sequence
 
+from torch import nn
+
+from ...diagnostics.escape import storable
 from ..observing.watched import Watched
 
 log = logging.getLogger("optiscope")
@@ -25,6 +28,7 @@ class StepsSeen:
         self._step = -1  # of the last call
         self._calls = self._most = 0  # since it changed, and between any two changes
         self._told: set[Watched] = set()
+        self._compared = False  # parameters and the model's
 
     def logged(self, step: int, watched: Sequence[Watched]) -> None:
         """Note a call of `log`; say so where there were many without a step."""
@@ -45,6 +49,23 @@ class StepsSeen:
                 step,
                 ADVICE,
             )
+
+    def compare(self, model: nn.Module | None, watched: Sequence[Watched]) -> None:
+        """Say once of parameters that an optimizer steps and the model does not hold, though it holds others of their names."""
+        if model is None or self._compared:
+            return
+        self._compared = True
+        held = {storable(name): id(p) for name, p in model.named_parameters()}
+        for one in watched:
+            stale = [
+                m.parameter_name for m in one.matrices if not m.members and held.get(m.parameter_name, id(m.parameter)) != id(m.parameter)
+            ]
+            if stale:
+                log.warning(
+                    "optiscope: %s steps %d parameter%s that the model no longer holds (the first: %s): after the optimizer was made they were replaced, as "
+                    "fully_shard or a layer made anew does. Make the optimizer after that, and attach then; what is recorded is of the old ones.",
+                    one.label, len(set(stale)), "s" if len(set(stale)) > 1 else "", stale[0],
+                )  # fmt: skip
 
     def end(self, step: int, watched: Sequence[Watched]) -> None:
         """Look for the last time."""

@@ -167,3 +167,25 @@ def test_a_rank_that_is_killed(fault, tmp_path):
     found = steps_of(tmp_path / "run.zarr")
     assert found == list(range(1, 1 + len(found)))
     assert 1 <= len(found) < AT + (fault == "killed")
+
+
+def sharded_late(rank, size, store):
+    from torch.distributed.fsdp import fully_shard
+
+    log, logger = Log(), logging.getLogger("optiscope")
+    logger.addHandler(log)
+    torch.manual_seed(0)
+    model = nn.ModuleDict({"up": nn.Linear(8, 12, bias=False)})
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with attach(optimizer, model, store, every=1, rank_timeout=TIMEOUT):
+        fully_shard(model["up"])
+        for _ in range(2):
+            model["up"](torch.randn(4, 8)).square().mean().backward()
+            optimizer.step()
+    logger.removeHandler(log)
+    return log.said
+
+
+def test_an_optimizer_that_was_made_before_fully_shard_is_told(pools, tmp_path):
+    for said in pools(2).call(sharded_late, str(tmp_path / "run.zarr")):
+        assert sum("AdamW steps 1 parameter that the model no longer holds (the first: up.weight)" in text for text in said) == 1
