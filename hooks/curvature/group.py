@@ -17,10 +17,12 @@ class CurvatureGroup:
 
     Attributes:
         has_second_backward: what method="auto" goes by.
+        told_of_pieces: whether it was told that matrices in pieces are not measured.
     """
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
+        self.told_of_pieces = False
         self.has_second_backward = True  # until it is seen to lack one
 
     def include(self, matrices: Sequence[Matrix]) -> None:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ...diagnostics.catalogue import DISTRIBUTIONS, HESSIAN_METHODS, PROBE_SEED
 from ..observing.capturing import capturing
 from ..observing.matrix import Matrix
+from ..observing.placement import is_cut
 from ..recording.session import Session
 from .estimation import Estimation
 from .group import CurvatureGroup
@@ -42,6 +43,16 @@ def record_curvature(
         return
     if capturing():
         return
+    if session.ranks is not None:
+        if any(is_cut(m.parameter) for m in session.matrices):
+            if not group.told_of_pieces:
+                log.warning(
+                    "optiscope: curvature of matrices that lie in pieces on several ranks is not recorded yet; nothing was, and nothing will be"
+                )
+            group.told_of_pieces = True
+            return
+        if session.ranks.rank:
+            return  # of copies the first rank's is recorded
     session.settle()
     own = session.matrices
     measured: dict[str, NDArray[Any]] = {}

@@ -18,7 +18,7 @@ class Peers:
     Attributes:
         rank: this one's number.
         size: how many there are.
-        bytes_sent: to other ranks, so far.
+        bytes_sent, exchanges: so far; bytes to other ranks.
     """
 
     def __init__(self, store: Any, rank: int, size: int, timeout: float) -> None:
@@ -28,7 +28,7 @@ class Peers:
             RuntimeError: they did not.
         """
         self.rank, self.size = rank, size
-        self.bytes_sent = 0
+        self.bytes_sent = self.exchanges = 0
         self._timeout = timeout
         self._group: Any = dist.ProcessGroupGloo(store, rank, size, timedelta(seconds=timeout)) if size > 1 else None
 
@@ -46,6 +46,7 @@ class Peers:
         work = self._group.alltoall_base(received, given, list(sizes), lengths, timedelta(seconds=timeout or self._timeout))
         work.wait()
         self.bytes_sent += sum(lengths) - lengths[self.rank]
+        self.exchanges += 1
         return list(torch.split(received, list(sizes)))
 
     def share(self, numbers: Sequence[int], timeout: float | None = None) -> list[list[int]]:
