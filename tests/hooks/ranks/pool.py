@@ -1,11 +1,23 @@
 """Processes that train together, kept for many tests: each joins a gloo group once, and is then given functions to call on every rank."""
 
+import logging
 import multiprocessing
 import os
 import tempfile
 import traceback
 from datetime import timedelta
 from pathlib import Path
+
+
+class Log(logging.Handler):
+    """What was said as a warning or worse."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.said = []
+
+    def emit(self, record):
+        self.said.append(record.getMessage())
 
 
 class Pool:

@@ -9,14 +9,7 @@ from torch import nn
 from optiscope.analysis import open_run
 from optiscope.hooks import attach
 
-
-class Log(logging.Handler):
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.said = []
-
-    def emit(self, record):
-        self.said.append(record.getMessage())
+from .pool import Log
 
 
 def train(rank, size, store, layout):

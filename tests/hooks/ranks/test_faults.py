@@ -13,18 +13,9 @@ from torch import nn
 from optiscope.analysis import open_run
 from optiscope.hooks import attach
 
-from .pool import Pool
+from .pool import Log, Pool
 
 TIMEOUT, STEPS, AT = 3.0, 8, 5
-
-
-class Log(logging.Handler):
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.said = []
-
-    def emit(self, record):
-        self.said.append(record.getMessage())
 
 
 def train(rank, size, store, fault, layout, background=False, **options):
