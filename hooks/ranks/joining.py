@@ -1,7 +1,6 @@
 """Joining the other ranks at `attach`: the roll call, what the run is to hold, and rank 0's word that it has begun."""
 
 import logging
-import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
@@ -12,6 +11,7 @@ from ..observing.placement import is_cut, placements_in_words
 from .catalogue import held, together
 from .ranks import Ranks
 from .roll_call import RollCall, call_roll, processes
+from .words import packed, unpacked
 
 T = TypeVar("T")
 
@@ -51,11 +51,11 @@ class Joined:
 
     def say_begun(self, first_step: int) -> None:
         """At rank 0: the run is open, and so many steps have been taken."""
-        self.call.say("begun", pickle.dumps((first_step, "")))
+        self.call.say("begun", packed((first_step, "")))
 
     def say_refused(self, why: str) -> None:
         """At rank 0: it is not, and why."""
-        self.call.say("begun", pickle.dumps((0, why)))
+        self.call.say("begun", packed((0, why)))
 
     def hear_begun(self) -> int:
         """Elsewhere: the steps that have been taken.
@@ -67,7 +67,7 @@ class Joined:
         told = self.call.hear("begun", _BEGIN_SECONDS)
         if told is None:
             raise Unable("rank 0 has not opened the run")
-        first_step, why = pickle.loads(told)
+        first_step, why = unpacked(told)
         if why:
             raise ValueError(f"{why} (rank 0)")
         return int(first_step)
@@ -104,11 +104,11 @@ def join(own: list[Matrix], options: Options) -> Joined | None:
             )
         return None
     said = {"every": options.every, "measure": options.measure, "background": options.background}
-    call = call_roll(pickle.dumps((held(own), said)), options.rank_timeout)
+    call = call_roll(packed((held(own), said)), options.rank_timeout)
     if call.missing:
         _without(call, pieces, options.rank_timeout)
         return None
-    answers = {rank: pickle.loads(answer) for rank, answer in call.answers.items()}
+    answers = {rank: unpacked(answer) for rank, answer in call.answers.items()}
     for rank, (_, other) in answers.items():
         if differing := [key for key, value in answers[0][1].items() if other[key] != value]:
             raise ValueError(
@@ -122,8 +122,8 @@ def as_rank_0_says(own: T, timeout: float) -> T:
     """What rank 0 gives here; what this rank gives, where there is one process, or rank 0 says nothing in time."""
     if processes()[1] == 1:
         return own
-    told = call_roll(pickle.dumps(own), timeout).answers.get(0)
-    return own if told is None else cast(T, pickle.loads(told))
+    told = call_roll(packed(own), timeout).answers.get(0)
+    return own if told is None else cast(T, unpacked(told))
 
 
 def _without(call: RollCall, pieces: Sequence[str], timeout: float) -> None:

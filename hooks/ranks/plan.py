@@ -1,6 +1,5 @@
 """Who measures which parameter, and which pieces go where: from what all ranks say they hold, the same on every rank."""
 
-import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
@@ -49,16 +48,9 @@ class Share:
 Layout: TypeAlias = dict[str, Share]  # what one rank holds, by the parameter's name
 
 
-def packed(layout: Layout) -> tuple[bytes, int]:
-    """As bytes, and a number that tells them apart."""
-    data = pickle.dumps(layout)
-    return data, int.from_bytes(sha256(data).digest()[:8], "big", signed=True)
-
-
-def unpacked(data: bytes) -> Layout:
-    """What :func:`packed` made, on a rank of the same training."""
-    found: Layout = pickle.loads(data)
-    return found
+def digest(layout: bytes) -> int:
+    """A number that tells layouts apart, as they are packed."""
+    return int.from_bytes(sha256(layout).digest()[:8], "big", signed=True)
 
 
 class Plan:

@@ -11,8 +11,9 @@ from ..observing.matrix import Matrix
 from ..observing.piece_snapshot import Key, PieceSnapshot
 from .exchange import layout_of, put_together
 from .peers import Peers
-from .plan import Layout, Plan, packed, unpacked
+from .plan import Layout, Plan, digest
 from .roll_call import RollCall
+from .words import packed, unpacked
 
 log = logging.getLogger("optiscope")
 
@@ -114,7 +115,8 @@ class Ranks:
             Apart: another rank makes the record of another step, is gone, or has not answered.
         """
         self._made += 1
-        own, number = packed(layout_of(pieces, has_state))
+        own = packed(layout_of(pieces, has_state))
+        number = digest(own)
         try:
             told = self._making.share([self._made, step, number, len(own)])
             if len({tuple(one[:2]) for one in told}) > 1:

@@ -1,6 +1,5 @@
 """One record that several ranks make: each measures what is its own, and the first writes what all have measured."""
 
-import pickle
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +12,7 @@ from ..ranks.by_shard import told as told_by_shard
 from ..ranks.copies_compared import parted
 from ..ranks.plan import Plan
 from ..ranks.ranks import Ranks
+from ..ranks.words import packed, unpacked
 from .journal import Journal
 from .record import Readings, Record
 
@@ -74,7 +74,7 @@ def make_together(ranks: Ranks, readings: Sequence[Readings], record: Record, jo
     for snapshot_of_pieces in pieces.values():
         snapshot_of_pieces.copies.give_back()
     own_part = _measured(ranks, plan, readings, record, journal)._replace(fingerprints=fingerprints, by_shard=by_shard)
-    told: dict[int, Measured] = {rank: pickle.loads(data) for rank, data in enumerate(ranks.deliver(record.step, pickle.dumps(own_part)))}
+    told: dict[int, Measured] = {rank: unpacked(data) for rank, data in enumerate(ranks.deliver(record.step, packed(own_part)))}
     others = {rank: measured for rank, measured in told.items() if rank}
     for rank, measured in others.items():
         _fill_in(measured, ranks.matrices, record)

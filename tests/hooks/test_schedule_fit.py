@@ -258,10 +258,20 @@ class Unseen(Own):
         return torch.linalg.svd(m)[0]  # who knows
 
 
+def test_a_list_of_the_group_is_set_and_seen_to_be_cut_by_a_number_beside_it() -> None:
+    model, optimizer = grouped(OfTheGroup)
+    with pytest.raises(
+        ValueError, match=r"OfTheGroup does not follow it: a copy that was set to the 7 steps of attn_q ran 5 steps; nothing was changed"
+    ):
+        apply_schedule(optimizer, steps(7), model)
+    assert all(group["polar"] == FIVE[:4] and group["ns_steps"] == 5 for group in optimizer.param_groups)
+    assert apply_schedule(optimizer, steps(5), model) == {"attn_q": 2, "attn_v": 2}
+
+
 @pytest.mark.parametrize(
     ("kind", "most", "where"),
     [
-        (OfTheGroup, 4, "`polar` of the parameter group"), (OfTheOptimizer, 5, "`coefficients` of the optimizer"),
+        (OfTheOptimizer, 5, "`coefficients` of the optimizer"),
         (Literal, 4, "a constant of tests.hooks.test_schedule_fit.Literal.orthogonalise"), (OfADefault, 5, "FIVE of stacking_muons|a default of tests.hooks.test_schedule_fit.by_default"),
         (ATable, 6, "TABLES of tests.hooks.test_schedule_fit"),
     ],

@@ -67,8 +67,13 @@ def _serve(rank, size, meeting, pipe):
     dist.init_process_group(
         "gloo", init_method=f"file://{Path(meeting) / 'store'}", rank=rank, world_size=size, timeout=timedelta(seconds=60)
     )
+    # What is slow to import is imported before ranks wait for each other.
+    import torch.distributed.fsdp
+    import torch.distributed.tensor.parallel
+
     while True:
         function, arguments = pipe.recv()
+        dist.barrier()
         try:
             answer = None, function(rank, size, *arguments)
         except BaseException:
