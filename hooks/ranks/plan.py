@@ -3,13 +3,13 @@
 import pickle
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TypeAlias
 
 import torch
 
 from ...diagnostics.pieces import Box, cover, deal, rounds
 from ..observing.piece_snapshot import Key
+from .peers import fingerprint
 
 _ALIGNED = 16  # every piece begins at a multiple of so many bytes, so that it can be looked at as numbers of any format
 
@@ -52,7 +52,7 @@ Layout: TypeAlias = dict[str, Share]  # what one rank holds, by the parameter's 
 def packed(layout: Layout) -> tuple[bytes, int]:
     """As bytes, and a number that tells them apart."""
     data = pickle.dumps(layout)
-    return data, int.from_bytes(sha256(data).digest()[:8], "big", signed=True)
+    return data, fingerprint(data)
 
 
 def unpacked(data: bytes) -> Layout:

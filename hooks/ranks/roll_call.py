@@ -9,6 +9,8 @@ import torch.distributed as dist
 
 _LOOK_SECONDS = 0.02
 
+_VERDICT = "present"  # the key under which the ranks are that were here
+
 # The calls of this process: all ranks make the same ones in the same order, and each has keys of its own.
 _calls = itertools.count()
 
@@ -62,10 +64,14 @@ def call_roll(own: bytes, timeout: float) -> RollCall:
     if size == 1:
         return RollCall(0, 1, {0: own}, HashStore())
     board: Any = PrefixStore(f"optiscope/{next(_calls)}", _get_default_store())
+    while board.check([_VERDICT]):  # of others, who have waited in vain: from the next one on all count alike again
+        board = PrefixStore(f"optiscope/{next(_calls)}", _get_default_store())
     board.set(str(rank), own)
     _wait(board, [str(other) for other in range(size)], timeout)
-    found = {other: _read(board, str(other)) for other in range(size) if board.check([str(other)])}
-    return RollCall(rank, size, found, board)
+    # The first who is done waiting decides who was here: one that comes just then must not count itself in while others have given it up.
+    present = ",".join(str(other) for other in range(size) if board.check([str(other)]))
+    decided = bytes(board.compare_set(_VERDICT, "", present)).decode()
+    return RollCall(rank, size, {other: _read(board, str(other)) for other in map(int, decided.split(","))}, board)
 
 
 def _read(board: Any, key: str) -> bytes:

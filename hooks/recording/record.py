@@ -1,6 +1,6 @@
 """One record: what is read around each optimizer's step, what is measured on it, and the rows that go to the writer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -114,6 +114,7 @@ class Readings:
         observations: what each matrix's is made by.
         pieces: what is here of parameters that lie in pieces on several ranks.
         has_state: where ranks record together, whether the optimizer keeps state here of those that are whole, by name.
+        place: where ranks record together, where in the training the step was.
         copies: what these look at, where the training goes on meanwhile.
     """
 
@@ -123,6 +124,7 @@ class Readings:
     copies: list[Copies] = field(default_factory=list)
     pieces: list[PieceSnapshot] = field(default_factory=list)
     has_state: dict[str, bool] = field(default_factory=dict)
+    place: Mapping[int, int] = field(default_factory=dict)
 
     def read(self, snapshots: list[Snapshot | PieceSnapshot], journal: Journal, step: int) -> None:
         """Take what was copied before the step, and what there is to read after it."""

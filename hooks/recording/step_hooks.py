@@ -45,6 +45,8 @@ class _StepHooks:
             return None
         if watched.enter():
             watched.snapshots = []  # of a step that an exception left
+            if session.ranks is not None:
+                session.ranks.place.begun += 1
             if max(session.step, watched.steps + 1) >= session.cadence.due:
                 session.guarded(self._take_snapshots)
         recorded = watched.snapshots and watched.snapshot_steps == watched.steps
@@ -133,7 +135,7 @@ class _StepHooks:
         readings = Readings(watched.matrices, {matrix: {"changed_outside": value} for matrix, value in watched.changed.items()})
         readings.read(snapshots, session.journal, session.step)
         if session.ranks is not None:
-            readings.has_state = watched.has_state()
+            readings.has_state, readings.place = watched.has_state(), session.ranks.place.now()
         if watched.watching is not None and watched.watching.learned():
             session.describe(watched)
         session.under_way.add(watched.label, readings, session.step)
