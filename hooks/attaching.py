@@ -123,7 +123,7 @@ def attach(
         raise TypeError(f"model: expected a torch.nn.Module or None, got {type(model).__name__}")
     if first_step is not None and (isinstance(first_step, bool) or not isinstance(first_step, Integral) or first_step < 0):
         raise ValueError(f"first_step: expected the number of steps already taken, 0 or more, got {first_step!r}")
-    store = Path(store).absolute()  # training may change its working folder
+    named, store = str(store), Path(store).absolute()  # training may change its working folder
     watched = watch(as_list(optimizers))
     names = Names(model, operators, head_counts(heads))
     own = find_matrices(watched, names)
@@ -132,7 +132,7 @@ def attach(
             f"background: expected parameters on the CPU, got some on {' and '.join(sorted(elsewhere))}; leave background out there"
         )
     try:
-        joined = join(own, options)
+        joined = join(own, options, named)
         matrices = own if joined is None else joined.matrices
         matrices = matrices + compose(watched, matrices, options.measure)
         if not any(belongs(m, group) for m in matrices for group in options.measure):
@@ -210,7 +210,7 @@ def _begin(
     if joined is not None:
         if joined.writes:
             joined.say_begun(first_step)
-        ranks, cadence = joined.meet(matrices), AgreedCadence(own)
+        ranks, cadence = joined.meet(matrices, [one.label for one in watched]), AgreedCadence(own)
     cadence.start(first_step)
     here = {id(p) for one in watched for group in one.optimizer.param_groups for p in group["params"]}
     for one in watched:

@@ -21,6 +21,10 @@ log = logging.getLogger("optiscope")
 _BEGIN_SECONDS = 600.0
 
 
+# Options by which ranks that do not agree would wait for each other in vain, or measure what is not asked of them.
+_THE_SAME = ("every", "measure", "heads", "background", "ranks")
+
+
 class Unable(RuntimeError):
     """The ranks cannot record together, for a reason that is no fault of what was passed."""
 
@@ -72,25 +76,27 @@ class Joined:
             raise ValueError(f"{why} (rank 0)")
         return int(first_step)
 
-    def meet(self, matrices: Sequence[Matrix]) -> Ranks:
-        """Connect to the others. `matrices` are those of all ranks, with what is made of them.
+    def meet(self, matrices: Sequence[Matrix], labels: Sequence[str]) -> Ranks:
+        """Connect to the others. `matrices` are those of all ranks, with what is made of them; `labels` those of this rank's optimizers.
 
         Raises:
+            ValueError: ranks make different things of them.
             Unable: one is gone since the roll call.
         """
         here = [m for m in self.own if not m.members]
         try:
-            return Ranks(self.call, matrices, here, share=self.share, timeout=self.timeout)
+            return Ranks(self.call, matrices, here, labels, share=self.share, timeout=self.timeout)
         except RuntimeError as error:
             raise Unable(f"the ranks could not connect to each other: {str(error).splitlines()[0][:200]}") from error
 
 
-def join(own: list[Matrix], options: Options) -> Joined | None:
+def join(own: list[Matrix], options: Options, store: str) -> Joined | None:
     """Hear which ranks record, where there are several, or parameters in pieces; None where this process records by itself.
 
     Args:
         own: the matrices of this process.
-        options: of which `every` and `measure` are to be the same on all ranks.
+        options: which are to be the same on all ranks, as far as they decide when and what is measured.
+        store: as the user has named it, which is to be the same on all ranks.
 
     Raises:
         ValueError: ranks name or ask for what does not fit together.
@@ -103,7 +109,7 @@ def join(own: list[Matrix], options: Options) -> Joined | None:
                 f"ranks: {pieces[0]} lies in pieces on several ranks, which 'alone' does not put together; attach on every rank without it"
             )
         return None
-    said = {"every": options.every, "measure": options.measure, "background": options.background}
+    said = {name: getattr(options, name) for name in _THE_SAME} | {"store": store}
     call = call_roll(packed((held(own), said)), options.rank_timeout)
     if call.missing:
         _without(call, pieces, options.rank_timeout)

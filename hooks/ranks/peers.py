@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from datetime import timedelta
+from hashlib import sha256
 from typing import Any
 
 import torch
@@ -38,12 +39,15 @@ class Peers:
         Raises:
             RuntimeError: a rank has ended, or has not answered within the timeout.
         """
-        if self._group is None:
+        if self.size == 1:
             return list(parts)
+        group = self._group  # once: the other thread may leave meanwhile
+        if group is None:
+            raise RuntimeError("this rank has left the others")
         given = torch.cat([part.reshape(-1) for part in parts])
         received = torch.empty(sum(sizes), dtype=torch.uint8)
         lengths = [part.numel() for part in parts]
-        work = self._group.alltoall_base(received, given, list(sizes), lengths, timedelta(seconds=timeout or self._timeout))
+        work = group.alltoall_base(received, given, list(sizes), lengths, timedelta(seconds=timeout or self._timeout))
         work.wait()
         self.bytes_sent += sum(lengths) - lengths[self.rank]
         self.exchanges += 1
@@ -70,6 +74,11 @@ class Peers:
     def leave(self) -> None:
         """Close the connections: whoever waits for this rank hears at once that it is gone."""
         self._group = None
+
+
+def digest(data: bytes) -> int:
+    """A number of 64 bits by which to tell bytes from others."""
+    return int.from_bytes(sha256(data).digest()[:8], "big", signed=True)
 
 
 def as_bytes(data: bytes) -> Tensor:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import sha256
 from typing import TypeAlias
 
 import torch
@@ -46,11 +45,6 @@ class Share:
 
 
 Layout: TypeAlias = dict[str, Share]  # what one rank holds, by the parameter's name
-
-
-def digest(layout: bytes) -> int:
-    """A number that tells layouts apart, as they are packed."""
-    return int.from_bytes(sha256(layout).digest()[:8], "big", signed=True)
 
 
 class Plan:

@@ -10,8 +10,9 @@ from ...diagnostics.pieces import cost
 from ..observing.matrix import Matrix
 from ..observing.piece_snapshot import Key, PieceSnapshot
 from .exchange import layout_of, put_together
-from .peers import Peers
-from .plan import Layout, Plan, digest
+from .peers import Peers, digest
+from .place import ROOM, Counters, Place, differ, told
+from .plan import Layout, Plan
 from .roll_call import RollCall
 from .words import packed, unpacked
 
@@ -49,14 +50,22 @@ class Ranks:
     Attributes:
         rank, size: of this one, and how many there are.
         matrices: of all ranks, in one order.
+        place: where in the training this rank is.
         over: why they no longer record together; None while they do.
     """
 
-    def __init__(self, call: RollCall, matrices: Sequence[Matrix], here: Collection[Matrix], *, share: bool, timeout: float) -> None:
-        """Waits for the others to do the same, up to `timeout` seconds. `here` are the matrices that this rank holds, or pieces of them.
+    def __init__(
+        self, call: RollCall, matrices: Sequence[Matrix], here: Collection[Matrix], labels: Sequence[str], *, share: bool, timeout: float
+    ) -> None:
+        """Waits for the others to do the same, up to `timeout` seconds.
+
+        Args:
+            here: the matrices that this rank holds, or pieces of them.
+            labels: of this rank's optimizers.
 
         Raises:
             RuntimeError: they did not.
+            ValueError: other matrices are made of theirs.
         """
         self.rank, self.size = call.rank, call.size
         self.matrices = list(matrices)
@@ -69,6 +78,16 @@ class Ranks:
         self._asked = self._made = 0
         self._layouts: dict[int, tuple[int, Layout]] = {}  # by rank, with what tells them apart
         self._plan: Plan | None = None
+        whole = [m for m in self.matrices if not m.members]
+        self.place = Place(labels, [m.parameter for m in here])
+        self._room = ROOM * len({m.optimizer for m in whole})
+        # What others measure is told by a matrix's number in this list.
+        number = digest(repr([(m.kind, m.name) for m in self.matrices]).encode())
+        if len({one[0] for one in self._asking.share([number])}) > 1:
+            self.leave()
+            raise ValueError(
+                "operators: ranks divide their matrices differently into heads and blocks; pass the same model and options on every rank"
+            )
 
     # In the training thread.
 
@@ -81,12 +100,14 @@ class Ranks:
         self._asked += 1
         words = _BUSY if busy else _LATER if later and self.rank == 0 else _BEGIN
         try:
-            told = self._asking.share([self._asked, step, words, due])
+            said = self._asking.share([self._asked, step, words, due, *told({"": self.place.now()}, ROOM)])
         except RuntimeError as error:
             raise self._apart(f"at step {step} another rank was waited for, and {_in_words(error)}") from error
-        if len({tuple(one[:2]) for one in told}) > 1:
-            raise self._apart(f"ranks are at different steps: {', '.join(f'rank {i} at {one[1]}' for i, one in enumerate(told))}")
-        return Agreement(all(one[2] == _BEGIN for one in told), told[0][3])
+        if len({tuple(one[:2]) for one in said}) > 1:
+            raise self._apart(f"ranks are at different steps: {', '.join(f'rank {i} at {one[1]}' for i, one in enumerate(said))}")
+        if differ(one[4:] for one in said):
+            raise self._apart(f"ranks come to their step {step} at different places of the training: one has left out a step")
+        return Agreement(all(one[2] == _BEGIN for one in said), said[0][3])
 
     def is_elsewhere(self, matrix: Matrix) -> bool:
         """Whether another rank is known to measure a parameter that is whole here, so that nothing of it needs to be read."""
@@ -103,29 +124,32 @@ class Ranks:
         """How many records they have made, or begun to make."""
         return self._made
 
-    def meet(self, step: int, pieces: Mapping[str, PieceSnapshot], has_state: Mapping[str, bool]) -> Plan:
+    def meet(self, step: int, pieces: Mapping[str, PieceSnapshot], has_state: Mapping[str, bool], places: Mapping[str, Counters]) -> Plan:
         """Begin to make a record together: every rank knows what all hold, and from that who measures what.
 
         Args:
             step: of the record.
             pieces: what is here of parameters in pieces, by name.
             has_state: whether the optimizer keeps state here of those that are whole, by name.
+            places: where each optimizer's part was read, by its label.
 
         Raises:
-            Apart: another rank makes the record of another step, is gone, or has not answered.
+            Apart: another rank makes the record of another step, or has read it elsewhere in the training, is gone, or has not answered.
         """
         self._made += 1
         own = packed(layout_of(pieces, has_state))
         number = digest(own)
         try:
-            told = self._making.share([self._made, step, number, len(own)])
-            if len({tuple(one[:2]) for one in told}) > 1:
+            said = self._making.share([self._made, step, number, len(own), *told(places, self._room)])
+            if len({tuple(one[:2]) for one in said}) > 1:
                 raise self._apart(
-                    f"ranks make the records of different steps: {', '.join(f'rank {i} of {one[1]}' for i, one in enumerate(told))}"
+                    f"ranks make the records of different steps: {', '.join(f'rank {i} of {one[1]}' for i, one in enumerate(said))}"
                 )
-            if any(self._layouts.get(rank, (None,))[0] != one[2] for rank, one in enumerate(told)):
-                layouts = self._making.share_bytes(own, [one[3] for one in told])
-                self._layouts = {rank: (one[2], unpacked(layout)) for rank, (one, layout) in enumerate(zip(told, layouts, strict=True))}
+            if differ(one[4:] for one in said):
+                raise self._apart(f"ranks have read the record of step {step} at different places of the training: one has left out a step")
+            if any(self._layouts.get(rank, (None,))[0] != one[2] for rank, one in enumerate(said)):
+                layouts = self._making.share_bytes(own, [one[3] for one in said])
+                self._layouts = {rank: (one[2], unpacked(layout)) for rank, (one, layout) in enumerate(zip(said, layouts, strict=True))}
                 self._plan = None
         except RuntimeError as error:
             raise self._gone(step, error) from error
@@ -140,9 +164,9 @@ class Ranks:
         Raises:
             Apart: another rank is gone, or has not answered.
         """
-        for i, names in enumerate(plan.rounds):
+        for names in plan.rounds:
             try:
-                yield put_together(plan, names, pieces, self._making, MEASURING_SECONDS if i else None)
+                yield put_together(plan, names, pieces, self._making, MEASURING_SECONDS)
             except RuntimeError as error:
                 raise self._gone(step, error) from error
 
@@ -165,6 +189,11 @@ class Ranks:
         self.over = self.over or "this rank has closed its recorder"
         self._asking.leave()
         self._making.leave()
+
+    def fail(self, error: BaseException) -> None:
+        """This rank cannot go on with the record under way, for a reason of its own: the others hear of it at once."""
+        self._apart(f"making a record failed ({type(error).__name__}: {error})")
+        self.leave()
 
     def describe(self) -> dict[str, Any]:
         """For the run: how many parameters each of them measures, and how many bytes of pieces a record moves."""

@@ -1,5 +1,6 @@
 """The roll call: which ranks attach a recorder to one run, and what each of them says, before anybody waits for another."""
 
+import itertools
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -9,8 +10,10 @@ import torch.distributed as dist
 
 _LOOK_SECONDS = 0.02
 
-# Roll calls that all ranks have answered: as many on every rank, so that the keys of the next one are the same on all.
-_answered = 0
+_VERDICT = "present"  # the key under which the ranks are that were here
+
+# The calls of this process: all ranks make the same ones in the same order, and each has keys of its own.
+_calls = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -61,16 +64,18 @@ def call_roll(own: bytes, timeout: float) -> RollCall:
 
     if size == 1:
         return RollCall(0, 1, {0: own}, HashStore())
-    global _answered
-    board: Any = PrefixStore(f"optiscope/{_answered}", _get_default_store())
+    board: Any = PrefixStore(f"optiscope/{next(_calls)}", _get_default_store())
     found = {rank: own}
     # A store that is gone (its process has ended) or keeps nothing (a group that only pretends to be one) answers for nobody.
     with suppress(RuntimeError):
+        while board.check([_VERDICT]):  # of others, who have waited in vain: from the next one on all count alike again
+            board = PrefixStore(f"optiscope/{next(_calls)}", _get_default_store())
         board.set(str(rank), own)
-        if not _wait(board, [str(other) for other in range(size)], timeout):
-            board.delete_key(str(rank))  # whoever calls later waits for this rank's next call
-        found |= {other: _read(board, str(other)) for other in range(size) if other != rank and board.check([str(other)])}
-    _answered += len(found) == size
+        _wait(board, [str(other) for other in range(size)], timeout)
+        # The first who is done waiting decides who was here: one that comes just then must not count itself in while others have given it up.
+        present = ",".join(str(other) for other in range(size) if board.check([str(other)]))
+        decided = bytes(board.compare_set(_VERDICT, "", present)).decode()
+        found = {other: _read(board, str(other)) for other in map(int, decided.split(","))}
     return RollCall(rank, size, found, board)
 
 

@@ -1,6 +1,6 @@
 """One record that several ranks make: each measures what is its own, and the first writes what all have measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,15 +42,16 @@ class Measured(NamedTuple):
     by_shard: list[dict[str, Any]]
 
 
-def make_together(ranks: Ranks, readings: Sequence[Readings], record: Record, journal: Journal) -> bool:
+def make_together(ranks: Ranks, by_optimizer: Mapping[str, Readings], record: Record, journal: Journal) -> bool:
     """Measure what this rank is to, and at rank 0 fill in what the others have; whether the record is now whole, which it is at rank 0 alone.
 
     Raises:
         Apart: the ranks no longer record together.
     """
+    readings = list(by_optimizer.values())
     pieces = {snapshot.matrices[0].parameter_name: snapshot for of in readings for snapshot in of.pieces}
     has_state = {name: known for of in readings for name, known in of.has_state.items()}
-    plan = ranks.meet(record.step, pieces, has_state)
+    plan = ranks.meet(record.step, pieces, has_state, {label: of.place for label, of in by_optimizer.items()})
     for of in readings:
         of.observations = [(m, made) for m, made in of.observations if plan.owner.get(m.parameter_name) == ranks.rank]
         of.measure(record, journal)

@@ -1,6 +1,6 @@
 """One record: what is read around each optimizer's step, what is measured on it, and the rows that go to the writer."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -116,6 +116,7 @@ class Readings:
         pieces: what is here of parameters that lie in pieces on several ranks.
         has_state: where ranks record together, whether the optimizer keeps state here of those that are whole, by name.
         fingerprints: where they do, of what may be copied on other ranks.
+        place: where ranks record together, where in the training the step was.
         copies: what these look at, where the training goes on meanwhile.
     """
 
@@ -126,6 +127,7 @@ class Readings:
     pieces: list[PieceSnapshot] = field(default_factory=list)
     has_state: dict[str, bool] = field(default_factory=dict)
     fingerprints: Fingerprints = field(default_factory=dict)
+    place: Mapping[int, int] = field(default_factory=dict)
 
     def read(self, snapshots: list[Snapshot | PieceSnapshot], journal: Journal, step: int) -> None:
         """Take what was copied before the step, and what there is to read after it."""

@@ -47,6 +47,8 @@ class _StepHooks:
             return None
         if watched.enter():
             watched.snapshots = []  # of a step that an exception left
+            if session.ranks is not None:
+                session.ranks.place.begun += 1
             if max(session.step, watched.steps + 1) >= session.cadence.due:
                 session.guarded(self._take_snapshots)
         recorded = (watched.snapshots or session.ranks is not None) and watched.snapshot_steps == watched.steps
@@ -142,6 +144,7 @@ class _StepHooks:
         if session.ranks is not None:
             readings.has_state = watched.has_state()
             readings.fingerprints = {**self._gradients, **of_results(watched, session.ranks.has_copies)}
+            readings.place = session.ranks.place.now()
         if watched.watching is not None and watched.watching.learned():
             session.describe(watched)
         session.under_way.add(watched.label, readings, session.step)

@@ -62,12 +62,12 @@ class UnderWay:
         if self.record is None:
             return
         self._is_empty = False
-        self._take(part, self.record)
+        self._take(label, part, self.record)
         self.record.waits_for.discard(label)
         if not self.record.waits_for:
             self.end(step)
 
-    def _take(self, part: Readings, record: Record) -> None:
+    def _take(self, label: str, part: Readings, record: Record) -> None:
         self._do(part.measure, record)
 
     def _completing(self) -> Callable[[Record, Journal], None]:

@@ -30,7 +30,7 @@ class UnderWayTogether(UnderWay):
         super().__init__(layout, cadence, journal)
         self.memory = Memory()  # what is read waits for all optimizers, in the training thread too
         self._ranks, self._agreed = ranks, cadence
-        self._readings: list[Readings] = []
+        self._readings: dict[str, Readings] = {}  # by optimizer
 
     def may_begin(self, step: int) -> bool:
         """Whether all begin one that is due; all are asked."""
@@ -50,15 +50,15 @@ class UnderWayTogether(UnderWay):
     def begin(self, step: int, waits_for: set[str]) -> None:
         """Begin this rank's part."""
         super().begin(step, waits_for)
-        self._readings = []
+        self._readings = {}
         self._is_empty = False  # the others wait for this rank, whatever it has to tell
 
     def is_elsewhere(self, matrix: Matrix) -> bool:
         """Whether another rank is known to measure a matrix that is whole here."""
         return self._ranks.is_elsewhere(matrix)
 
-    def _take(self, part: Readings, record: Record) -> None:
-        self._readings.append(part)
+    def _take(self, label: str, part: Readings, record: Record) -> None:
+        self._readings[label] = part
 
     def _completing(self) -> Callable[[Record, Journal], None]:
         return functools.partial(_make_together, self._ranks, self._readings)
@@ -68,7 +68,14 @@ class UnderWayTogether(UnderWay):
         self.record = None
 
 
-def _make_together(ranks: Ranks, readings: list[Readings], record: Record, journal: Journal) -> None:
+def _make_together(ranks: Ranks, readings: dict[str, Readings], record: Record, journal: Journal) -> None:
     with suppress(Apart):
-        if make_together(ranks, readings, record, journal):
+        try:
+            is_whole = make_together(ranks, readings, record, journal)
+        except Apart:
+            raise
+        except BaseException as error:  # of a signal handler, too: what the others wait for next is not what this rank would say next
+            ranks.fail(error)
+            raise
+        if is_whole:
             write(record, journal)

@@ -19,6 +19,13 @@ class Log(logging.Handler):
     def emit(self, record):
         self.said.append(record.getMessage())
 
+    def __enter__(self):
+        logging.getLogger("optiscope").addHandler(self)
+        return self
+
+    def __exit__(self, *_):
+        logging.getLogger("optiscope").removeHandler(self)
+
 
 class Pool:
     """`size` ranks. A function that it is given is one of a test module, and is called as function(rank, size, *arguments) on all of them."""
@@ -35,19 +42,21 @@ class Pool:
             self._pipes.append(here)
             self._processes.append(process)
 
-    def call(self, function, *arguments, timeout=60):
-        """What every rank returns, in order. Raises what one of them raised, with its traceback as text."""
+    def call(self, function, *arguments, timeout=180, answer_of=None):
+        """What every rank returns, in order, or what one does, where others are to end. Raises what one of them raised, with its traceback as text."""
         for pipe in self._pipes:
             pipe.send((function, arguments))
         answers = []
         for rank, pipe in enumerate(self._pipes):
+            if answer_of not in (None, rank):
+                continue
             if not pipe.poll(timeout):
                 self.close()
                 raise AssertionError(f"rank {rank} does not come back from {function.__name__}")
             answers.append(pipe.recv())
         for rank, (error, _) in enumerate(answers):
             assert error is None, f"rank {rank}:\n{error}"
-        return [answer for _, answer in answers]
+        return [answer for _, answer in answers] if answer_of is None else answers[0][1]
 
     def close(self):
         """End the processes."""

@@ -1,6 +1,6 @@
-"""Whatever happens to one rank, the training goes on on all: no record mixes steps, what was committed stays, and each rank says once what happened."""
+"""Ranks that come out of step, fail or leave: training goes on, and every record is of one step of the training and right."""
 
-import logging
+import contextlib
 import os
 import signal
 import time
@@ -8,172 +8,286 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from optiscope.analysis import open_run
 from optiscope.hooks import attach
 
 from .pool import Log, Pool
+from .replay import whole
 
-TIMEOUT, STEPS, AT = 3.0, 8, 5
+STEPS = 9
 
 
-def train(rank, size, store, fault, layout, background=False, **options):
-    """AdamW, whose step has no collectives: a rank that skips one holds up nobody but the recorder."""
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(8, 12, bias=False), nn.Linear(12, 6, bias=False)
+
+    def forward(self, x):
+        return self.down(torch.tanh(self.up(x)))
+
+
+def build(seed=0, cut=True):
     from torch.distributed.fsdp import fully_shard
 
-    log, logger = Log(), logging.getLogger("optiscope")
-    logger.addHandler(log)
-    torch.manual_seed(0)
-    model = called = nn.ModuleDict({"up": nn.Linear(8, 12, bias=False), "down": nn.Linear(12, 8, bias=False)})
-    if layout == "fsdp":
-        for one in model.values():
-            fully_shard(one)
-    else:
-        called = nn.ModuleDict({name: nn.parallel.DistributedDataParallel(one) for name, one in model.items()})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    recorder, longest, before = None, 0.0, []
-    if not (fault == "absent" and rank == size - 1):
-        options = {"every": 1, "background": background, "rank_timeout": TIMEOUT, **options}
-        recorder = attach(optimizer, model, f"{store}-{rank}" if fault == "stores" else store, **options)
-    for step in range(1, STEPS + 1):
+    torch.manual_seed(seed)
+    model = Model()
+    if cut:
+        fully_shard(model)
+    # Neither step has collectives, so that nothing but the recorder keeps the ranks in step.
+    return model, [torch.optim.AdamW([model.up.weight], lr=1e-2), torch.optim.SGD([model.down.weight], lr=0.1)]
+
+
+def train(model, optimizers, rank, fault, recorder, steps=STEPS):
+    """Per iteration the norms of what it has done to both matrices, as a whole; rank 1 does what is not right in the fourth."""
+    fails = []
+    if fault == "exception within the step" and rank == 1:
+
+        def fail(*_):
+            if fails:
+                raise KeyError(fails.pop())
+
+        optimizers[0].register_step_pre_hook(fail)
+    noted = []
+    for step in range(steps):
         torch.manual_seed(step)
-        called["down"](torch.tanh(called["up"](torch.randn(16, 8)))).square().mean().backward()
-        begun = time.perf_counter()
-        if step == AT and rank == size - 1:
-            _do(fault, recorder, optimizer)
-        if step == AT and rank == 0 and fault == "killed first":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if not (fault == "skips" and step == AT and rank == size - 1):
-            optimizer.step()
-        longest = max(longest, time.perf_counter() - begun)
-        optimizer.zero_grad()
-        before.append([p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()])
-    if recorder is not None:
-        recorder.close()
-    logger.removeHandler(log)
-    weights = [[float(p.detach().double().norm()) for p in of_step] for of_step in before]
-    return {"said": log.said, "longest": longest, "weights": weights, "missed": 0 if recorder is None else recorder.missed}
-
-
-def _do(fault, recorder, optimizer):
-    match fault:
-        case "closes":
+        model(torch.randn(8, 8)).square().mean().backward()
+        before = [whole(p) for p in model.parameters()]
+        here = rank == 1 and step == 3
+        if here and fault == "close":
             recorder.close()
-        case "killed":
-            os.kill(os.getpid(), signal.SIGKILL)
-        case "killed inside":  # between what the ranks exchange and what they deliver
-            recorder.session.under_way._ranks.deliver = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        if here and fault == "exception within the step":
+            fails.append("of the training's own")
+        for i, one in enumerate(optimizers):
+            if not (here and (fault == "skip" or (fault == "skip the first optimizer" and i == 0))):
+                with contextlib.suppress(KeyError):
+                    one.step()
+            one.zero_grad()
+        noted.append([float((b.double() - whole(p).double()).norm()) for b, p in zip(before, model.parameters(), strict=True)])
+    return noted
 
 
-def steps_of(store):
-    run = open_run(store)
-    for group in ("geometry", "update", "second_moment"):
-        assert run[group]["step"].values.tolist() == run["update"]["step"].values.tolist()
-    return run["update"]["step"].values.tolist()
+def out_of_step(rank, size, store, fault, background, every):
+    model, optimizers = build()
+    with Log() as warnings:
+        recorder = attach(optimizers, model, store, every=every, background=background, rank_timeout=6.0)
+        noted = train(model, optimizers, rank, fault, recorder)
+        recorder.close()
+    return noted, warnings.said
 
 
-@pytest.mark.parametrize("background", [False, True], ids=["foreground", "background"])
-@pytest.mark.parametrize("fault", ["closes", "skips"])
-def test_a_rank_that_leaves_or_falls_behind_ends_the_recording_alone(fault, background, pools, tmp_path):
-    answers = pools(2).call(train, str(tmp_path / "run.zarr"), fault, "fsdp", background)
-    assert all(answer["longest"] < TIMEOUT + 20 for answer in answers)
-    said = [[text for text in answer["said"] if "recording ends" in text] for answer in answers]
-    assert len(said[0]) == 1
-    assert len(said[1]) == (fault == "skips")
-    assert "another rank was waited for" in said[0][0]
-    found = steps_of(tmp_path / "run.zarr")
-    assert set(found) <= set(range(1, AT))
-    if not background:
-        assert found == list(range(1, AT))
-    # Every record is of the weights that all ranks had after its step.
-    run, truth = open_run(tmp_path / "run.zarr"), answers[0]["weights"]
-    size = np.sqrt(run["update"]["rows"].values * run["update"]["cols"].values)
-    for i, step in enumerate(found[1:], 1):
-        np.testing.assert_allclose(run["update"]["weight_rms"].values[i] * size, truth[step - 2], rtol=1e-5)
+FAULTS = [
+    ("skip", False, 2),
+    ("skip", True, 2),
+    # The record of the fourth step waits for an optimizer at rank 1, up to three steps, while rank 0 has all it needs.
+    ("skip the first optimizer", False, 4),
+    ("skip the first optimizer", True, 4),
+    ("exception within the step", True, 4),
+    ("close", False, 2),
+    ("close", True, 2),
+]
 
 
-@pytest.mark.parametrize(("layout", "records"), [("ddp", STEPS), ("fsdp", 0)])
-def test_a_rank_that_never_attaches_is_named_and_not_waited_for_again(layout, records, pools, tmp_path):
-    first, last = pools(2).call(train, str(tmp_path / "run.zarr"), "absent", layout)
-    assert last["said"] == []
-    (said,) = first["said"]
-    assert f"rank 1 did not attach within {TIMEOUT:g} s" in said
-    assert len(steps_of(tmp_path / "run.zarr") if records else []) == records
-    assert (tmp_path / "run.zarr").exists() == bool(records)
+@pytest.mark.parametrize(("fault", "background", "every"), FAULTS)
+def test_no_record_is_of_two_steps(fault, background, every, pools, tmp_path):
+    answers = pools(2).call(out_of_step, str(tmp_path / "run.zarr"), fault, background, every)
+    noted = answers[0][0]
+    assert len(noted) == STEPS
+    for _, texts in answers:
+        assert sum("recording ends" in text for text in texts) <= 1
+    assert any("recording ends on rank 0" in text for text in answers[0][1])
+    if every > STEPS // 3:  # the first record is the one that came to grief
+        with contextlib.suppress(FileNotFoundError, KeyError, ValueError):
+            assert not len(open_run(tmp_path / "run.zarr")["update"]["step"])
+        return
+    update = open_run(tmp_path / "run.zarr")["update"].to_dataset()
+    assert len(update["step"])
+    for step, norms in zip(update["step"].values, update["update_norm"].values, strict=True):
+        assert step < 4
+        np.testing.assert_allclose(norms, noted[step - 1], rtol=1e-6)  # float32 weights, differences in float64
 
 
-def test_ranks_find_each_other_again_after_one_was_missing(pools, tmp_path):
-    pools(2).call(train, str(tmp_path / "alone.zarr"), "absent", "ddp")
-    first, last = pools(2).call(train, str(tmp_path / "run.zarr"), "none", "fsdp")
-    assert first["said"] == last["said"] == []
-    assert steps_of(tmp_path / "run.zarr") == list(range(1, STEPS + 1))
+def measured_badly(rank, size, store, background):
+    from optiscope.hooks.recording import record
 
+    right = record.measure_update
+    calls = []
 
-def test_stores_of_other_ranks_are_not_used(pools, tmp_path):
-    pools(2).call(train, str(tmp_path / "run.zarr"), "stores", "fsdp")
-    assert [path.name for path in tmp_path.iterdir()] == ["run.zarr-0"]
+    def wrong(seen):
+        calls.append(1)
+        if len(calls) == 2:
+            raise ArithmeticError("planted")
+        return right(seen)
 
-
-def refused(rank, size, store, case):
-    torch.manual_seed(rank if case == "weights" else 0)
-    model = nn.ModuleDict({"up": nn.Linear(8, 12 if case != "shapes" else 12 + rank, bias=False)})
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    model, optimizers = build()
+    if rank == 1:
+        record.measure_update = wrong
     try:
-        attach(optimizer, model, store, every=1 + rank if case == "every" else 1, rank_timeout=TIMEOUT).close()
-    except ValueError as error:
-        return str(error)
-    return ""
+        with Log() as warnings, attach(optimizers, model, store, every=1, background=background, rank_timeout=30.0) as recorder:
+            noted = []
+            for _ in range(3):
+                noted += train(model, optimizers, rank, None, recorder, 1)
+                recorder.flush()
+        return noted, warnings.said, recorder.errors
+    finally:
+        record.measure_update = right
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_measurement_that_fails_on_one_rank_is_missing_and_nothing_else(background, pools, tmp_path):
+    (noted, told, errors), (_, told_1, errors_1) = pools(2).call(measured_badly, str(tmp_path / "run.zarr"), background)
+    assert (errors, errors_1) == (1, 1)
+    assert told == []
+    assert len(told_1) == 1
+    assert "planted" in told_1[0]
+    norms = open_run(tmp_path / "run.zarr")["update"]["update_norm"].values
+    assert np.isnan(norms).sum() == np.isnan(norms[1]).sum() == 1
+    np.testing.assert_allclose(norms[~np.isnan(norms)], np.array(noted)[~np.isnan(norms)], rtol=1e-6)
+
+
+def broken_within(rank, size, store):
+    """Rank 1 cannot do its part of the second record, after the pieces have been exchanged."""
+    from optiscope.hooks.ranks.ranks import Ranks
+
+    right = Ranks.deliver
+
+    def wrong(self, step, measured):
+        if rank == 1 and step == 2:
+            raise MemoryError("planted")
+        return right(self, step, measured)
+
+    Ranks.deliver = wrong
+    model, optimizers = build()
+    try:
+        with Log() as warnings, attach(optimizers, model, store, every=1, rank_timeout=30.0) as recorder:
+            noted = train(model, optimizers, rank, None, recorder, 4)
+        return noted, warnings.said
+    finally:
+        Ranks.deliver = right
+
+
+def test_a_rank_that_cannot_go_on_with_a_record_keeps_nobody_waiting(pools, tmp_path):
+    answers = pools(2).call(broken_within, str(tmp_path / "run.zarr"))
+    for _, texts in answers:
+        assert sum("recording ends" in text for text in texts) == 1
+    update = open_run(tmp_path / "run.zarr")["update"].to_dataset()
+    assert update["step"].values.tolist() == [1]
+    np.testing.assert_allclose(update["update_norm"].values[0], answers[0][0][0], rtol=1e-6)
+
+
+def joining(rank, size, store, fault):
+    model, optimizers = build(seed=rank if fault == "weights" else 0, cut=fault not in ("weights", "alone, whole"))
+    options = {"every": 1, "rank_timeout": 30.0}
+    if fault == "every":
+        options["every"] = 1 + rank
+    if fault == "ranks":
+        options["ranks"] = ("auto", "share")[rank]
+    if fault == "heads":
+        options |= {"heads": 1 + rank, "measure": ("update", "blocks")}
+    if fault == "store":
+        store = f"{store}-{rank}"
+    if fault == "late" and rank == 1:
+        time.sleep(1)
+    if fault.startswith("alone"):
+        options["rank_timeout"] = 0.5
+    with Log() as warnings:
+        if fault.startswith("alone") and rank == 1:
+            dist.barrier()  # until rank 0 has given up
+        try:
+            recorder = attach(optimizers, model, store, **options)
+        except ValueError as error:
+            return str(error), warnings.said
+        if fault.startswith("alone") and rank == 0:
+            dist.barrier()
+        with recorder:
+            train(model, optimizers, rank, None, recorder, 2)
+    return None, warnings.said
 
 
 @pytest.mark.parametrize(
-    ("case", "words"),
+    ("fault", "words"),
     [
-        ("weights", "ranks 0 and 1 hold different weights under the name up.weight"),
-        (
-            "shapes",
-            "ranks 0 and 1 hold different things under the name up.weight: a tensor of shape 12×8 of AdamW, and a tensor of shape 13×8 of AdamW",
-        ),
         ("every", "every: expected the same on every rank, got 1 on rank 0 and 2 on rank 1"),
-        ("file", "run.zarr"),
+        ("ranks", "ranks: expected the same on every rank, got 'auto' on rank 0 and 'share' on rank 1"),
+        ("heads", "heads: expected the same on every rank"),
+        ("store", "store: expected the same on every rank"),
+        ("weights", "model: ranks 0 and 1 hold different weights under the name up.weight"),
     ],
 )
-def test_what_does_not_fit_together_is_refused_on_every_rank(case, words, pools, tmp_path):
-    if case == "file":
-        (tmp_path / "run.zarr").mkdir()
-        (tmp_path / "run.zarr" / "precious").write_text("")
-    answers = pools(2).call(refused, str(tmp_path / "run.zarr"), case)
-    assert all(words in answer and "\n" not in answer for answer in answers)
+def test_ranks_that_do_not_fit_together_are_all_refused(fault, words, pools, tmp_path):
+    for refused, _ in pools(2).call(joining, str(tmp_path / "run.zarr"), fault):
+        assert refused is not None
+        assert refused.startswith(words)
 
 
-@pytest.mark.parametrize("fault", ["killed", "killed inside", "killed first"])
-def test_a_rank_that_is_killed(fault, tmp_path):
-    """The training's own collectives fail then: what is left of it may end as it will, with what was committed whole."""
+def test_a_rank_that_attaches_late_is_waited_for(pools, tmp_path):
+    assert pools(2).call(joining, str(tmp_path / "run.zarr"), "late") == [(None, [])] * 2
+    assert open_run(tmp_path / "run.zarr")["update"]["step"].values.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("fault", ["alone", "alone, whole"])
+def test_a_rank_that_attaches_too_late_records_nothing_and_the_next_recording_is_of_all(fault, pools, tmp_path):
+    (_, told), (_, late) = pools(2).call(joining, str(tmp_path / "run.zarr"), fault)
+    assert [text for text in told if "rank 1 did not attach within 0.5 s" in text] == told
+    assert len(told) == len(late) == 1
+    assert "nothing is recorded here" in late[0]
+    if fault == "alone, whole":
+        assert open_run(tmp_path / "run.zarr")["update"]["step"].values.tolist() == [1, 2]
+    else:
+        assert "nothing is recorded here" in told[0]
+        assert not (tmp_path / "run.zarr").exists()
+    assert pools(2).call(joining, str(tmp_path / "again.zarr"), "late") == [(None, [])] * 2
+    assert open_run(tmp_path / "again.zarr")["update"]["step"].values.tolist() == [1, 2]
+
+
+def killed(rank, size, store, victim):
+    """The victim is killed in the midst of the third record; the others' training ends when its own collectives miss it."""
+    from optiscope.hooks.ranks.ranks import Ranks
+
+    right = Ranks.deliver
+
+    def deliver(self, step, measured):
+        if rank == victim and step == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return right(self, step, measured)
+
+    Ranks.deliver = deliver
+    model, optimizers = build()
+    recorder = attach(optimizers, model, store, every=1, rank_timeout=30.0)
+    noted = train(model, optimizers, rank, None, recorder, 2)
+    recorder.flush()
+    with Log() as warnings, contextlib.suppress(RuntimeError):
+        train(model, optimizers, rank, None, recorder, 2)
+    recorder.close()
+    return noted, warnings.said
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_is_killed_within_a_record_leaves_whole_ones(victim, tmp_path):
     pool = Pool(2)
     try:
-        with pytest.raises((AssertionError, EOFError)):
-            pool.call(train, str(tmp_path / "run.zarr"), fault, "fsdp")
+        noted, texts = pool.call(killed, str(tmp_path / "run.zarr"), victim, answer_of=1 - victim)
     finally:
         pool.close()
-    found = steps_of(tmp_path / "run.zarr")
-    assert found == list(range(1, 1 + len(found)))
-    assert 1 <= len(found) < AT + (fault == "killed")
+    assert sum("recording ends" in text for text in texts) == 1
+    update = open_run(tmp_path / "run.zarr")["update"].to_dataset()
+    assert update["step"].values.tolist() == [1, 2]
+    np.testing.assert_allclose(update["update_norm"].values, noted, rtol=1e-6)
 
 
 def sharded_late(rank, size, store):
     from torch.distributed.fsdp import fully_shard
 
-    log, logger = Log(), logging.getLogger("optiscope")
-    logger.addHandler(log)
     torch.manual_seed(0)
     model = nn.ModuleDict({"up": nn.Linear(8, 12, bias=False)})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    with attach(optimizer, model, store, every=1, rank_timeout=TIMEOUT):
+    with Log() as log, attach(optimizer, model, store, every=1):
         fully_shard(model["up"])
         for _ in range(2):
             model["up"](torch.randn(4, 8)).square().mean().backward()
             optimizer.step()
-    logger.removeHandler(log)
     return log.said
 
 
